@@ -1,0 +1,41 @@
+"""The error tree: every message says what happened and what to do next."""
+
+
+class PgmcpError(Exception):
+    """Root of everything that pgmcp raises on purpose."""
+
+
+class SettingsError(PgmcpError):
+    """A setting has a value that cannot work."""
+
+
+class TargetError(PgmcpError):
+    """The served target cannot be imported or is no MCP server."""
+
+
+class SchemaError(PgmcpError):
+    """The database's schema is not the one that this build understands."""
+
+
+class EmbeddedError(PgmcpError):
+    """The embedded PostgreSQL cannot be found, set up or started."""
+
+
+class DatabaseUnavailable(PgmcpError):
+    """The database did not answer within the time that the caller may wait."""
+
+
+class NodeNotReady(PgmcpError):
+    """This node cannot act now: it is joining, suspended, fenced or leaving."""
+
+
+class SessionUnknown(PgmcpError):
+    """No live session has this id, or it belongs to somebody else."""
+
+
+class DuplicateRequest(PgmcpError):
+    """The session has an unfinished request with this id and another body."""
+
+
+class Fenced(PgmcpError):
+    """A write came from an ownership that is over; nothing was stored."""

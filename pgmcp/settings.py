@@ -1,0 +1,90 @@
+"""Every option of a node in one object.
+
+Each field is a command line option and a ``PGMCP_`` variable; its description is the text of both and of the
+generated reference. Settings that cannot keep the lease rules are refused here, before anything starts.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from pgmcp.errors import SettingsError
+
+LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
+
+
+class Settings(BaseSettings):
+    """The settings of one node; unset fields come from ``PGMCP_…`` variables, then from the defaults.
+
+    Raises:
+        SettingsError: a value is malformed, or the lease times contradict each other.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="PGMCP_", frozen=True, extra="forbid", populate_by_name=True)
+
+    database_url: str = Field("", description="PostgreSQL to coordinate through: postgresql://user:password@host/db.")
+    listen_url: str = Field(
+        "", description="Direct connection for LISTEN and leases, when --database-url goes through a pooler."
+    )
+    schema_name: str = Field(
+        "pgmcp", validation_alias="PGMCP_SCHEMA", pattern=r"^[a-z_][a-z0-9_]{0,40}$", description="Schema of pgmcp's tables."
+    )
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    node_name: str = Field("node", min_length=1, max_length=63, pattern=r"^[\x21-\x7e]+$", description="Label of the node.")
+    address: str = Field("", description="host:port under which peers and operators know this node.")
+    mcp_path: str = Field("/mcp", pattern=r"^/[\w./-]*[\w-]$", description="Path of the Streamable HTTP endpoint.")
+    allowed_hosts: tuple[str, ...] = Field((), description="Host headers to accept, as host or host:*; default: loopback only.")
+    allowed_origins: tuple[str, ...] = Field((), description="Origin headers to accept; default: loopback only.")
+    forwarded_allow_ips: str = Field("127.0.0.1", description="Proxies whose X-Forwarded headers are believed.")
+    response: Literal["sse", "json", "auto"] = Field("sse", description="How a POST is answered.")
+    log_format: Literal["text", "json"] = Field("text", description="How log lines look.")
+    hold: float = Field(25.0, gt=0, description="Seconds for which a POST is held while the database is away.")
+    resume_hold: float = Field(55.0, gt=0, description="Seconds for which a GET is held while the database is away.")
+    max_body: int = Field(4 * 1024 * 1024, gt=0, description="Bytes that a request body may have.")
+    max_batch: int = Field(100, gt=0, description="Messages that a 2025-03-26 batch may have.")
+    pool_size: int = Field(6, ge=3, le=64, description="Database connections besides the line.")
+    keepalive: float = Field(15.0, gt=0, description="Seconds between comments on a silent stream.")
+    retry_ms: int = Field(1000, gt=0, description="Milliseconds after which a client should reconnect a stream.")
+    poll: float = Field(2.0, gt=0, description="Seconds after which unfinished work is looked at without a wake-up.")
+    idle_poll: float = Field(30.0, gt=0, description="Seconds after which idle streams are looked at without a wake-up.")
+    renew: float = Field(1.0, gt=0, description="Seconds between renewals of the lease.")
+    deadline: float = Field(1.5, gt=0, description="Seconds after which one renewal counts as failed.")
+    trust: float = Field(7.0, gt=0, description="Seconds for which a node may act on its last renewal.")
+    ttl: float = Field(10.0, gt=0, description="Seconds for which a renewal keeps the lease.")
+    statement_timeout: float = Field(5.0, gt=0, description="Seconds that one database call may take.")
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            problems = "; ".join(
+                f"{'.'.join(str(part) for part in problem['loc']) or 'settings'}: {problem['msg']}"
+                for problem in error.errors(include_url=False, include_input=False)
+            )
+            message = f"Settings refused: {problems}. `pgmcp serve --help` lists every option."
+            raise SettingsError(message) from None
+
+    @model_validator(mode="after")
+    def _lease_times_agree(self) -> Settings:
+        margin = 0.1 * self.ttl
+        if not self.renew + 2 * self.deadline + margin <= self.trust < self.ttl:
+            message = (
+                f"renew + 2 * deadline + ttl / 10 <= trust < ttl must hold, but "
+                f"{self.renew} + 2 * {self.deadline} + {margin} <= {self.trust} < {self.ttl} does not"
+            )
+            raise ValueError(message)
+        return self
+
+    @property
+    def line_url(self) -> str:
+        """Where the line connects: never through a transaction pooler."""
+        return self.listen_url or self.database_url
+
+    @property
+    def pooled(self) -> bool:
+        """Whether the main connection goes through a pooler (no statement cache, no startup parameters)."""
+        return bool(self.listen_url)

@@ -1,0 +1,192 @@
+"""The database as SQLAlchemy Core metadata: the single source that the migrations are checked against.
+
+Invariants:
+- Payloads are ``bytea``: NUL escapes, key order and big numbers survive byte for byte.
+- Every table but ``nodes``, ``secrets`` and ``takeovers`` hangs off its session and goes with it.
+- ``nodes`` has no index on its times, and room in its pages: renewals stay heap-only.
+- ``requests.position`` comes from one sequence; a message whose 202 was sent before another was accepted
+  has the smaller position, which is the order in which an owner takes messages.
+- At most one request of a session with a given JSON-RPC id is open (``requests_open_rpc_id``).
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    DateTime,
+    ForeignKey,
+    Identity,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    PrimaryKeyConstraint,
+    Table,
+    Text,
+    Uuid,
+    text,
+)
+
+NAMES = {
+    "pk": "%(table_name)s_pkey",
+    "fk": "%(table_name)s_%(column_0_name)s_fkey",
+    "ix": "%(table_name)s_%(column_0_N_name)s_idx",
+    "uq": "%(table_name)s_%(column_0_N_name)s_key",
+    "ck": "%(table_name)s_%(constraint_name)s_check",
+}
+NOW = text("clock_timestamp()")
+TIME = DateTime(timezone=True)
+
+VERSION_TABLE = "alembic_version"
+VIEWS = ("live_nodes", "live_sessions", "live_requests", "live_streams", "takeover_history")
+
+
+def _session_key(*, primary: bool = False) -> Column[int]:
+    return Column(
+        "session",
+        BigInteger,
+        ForeignKey("sessions.id", ondelete="CASCADE"),
+        primary_key=primary,
+        nullable=False,
+    )
+
+
+metadata = MetaData(naming_convention=NAMES)
+
+nodes = Table(
+    "nodes",
+    metadata,
+    Column("node_id", Uuid, primary_key=True),
+    Column("name", Text, nullable=False),
+    Column("address", Text, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("started_at", TIME, nullable=False, server_default=NOW),
+    Column("renewed_at", TIME, nullable=False, server_default=NOW),
+    Column("expires_at", TIME, nullable=False),
+    Column("line_pid", Integer),
+    Column("line_started_at", TIME),
+    Column("version", Text, nullable=False),
+    Column("schema_revision", Text, nullable=False),
+    Column("capacity", Integer, nullable=False),
+    CheckConstraint("state in ('joining', 'ready', 'draining', 'left', 'dead')", name="state"),
+    postgresql_with={"fillfactor": "50"},
+)
+
+sessions = Table(
+    "sessions",
+    metadata,
+    Column("id", BigInteger, Identity(always=True), primary_key=True),
+    Column("session_id", Text, nullable=False, unique=True),
+    Column("owner", Uuid, nullable=False, index=True),
+    Column("wanted_owner", Uuid),
+    Column("epoch", BigInteger, nullable=False, server_default=text("1")),
+    Column("state", Text, nullable=False, server_default=text("'live'")),
+    Column("transport", Text, nullable=False),
+    Column("protocol_version", Text),
+    Column("client_name", Text),
+    Column("client_version", Text),
+    Column("client_capabilities", LargeBinary),
+    Column("principal_client", Text),
+    Column("principal_issuer", Text),
+    Column("principal_subject", Text),
+    Column("restores", Integer, nullable=False, server_default=text("0")),
+    Column("created_at", TIME, nullable=False, server_default=NOW),
+    Column("last_active_at", TIME, nullable=False, server_default=NOW),
+    Column("expires_at", TIME),
+    CheckConstraint("state in ('live', 'ending')", name="state"),
+    CheckConstraint("transport in ('streamable', 'sse')", name="transport"),
+    postgresql_with={"fillfactor": "80"},
+)
+
+journal = Table(
+    "journal",
+    metadata,
+    _session_key(primary=True),
+    Column("kind", Text, primary_key=True),
+    Column("detail", Text, primary_key=True, server_default=text("''")),
+    Column("body", LargeBinary, nullable=False),
+    Column("written_at", TIME, nullable=False, server_default=NOW),
+)
+
+streams = Table(
+    "streams",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    _session_key(),
+    Column("kind", Text, nullable=False),
+    Column("next_seq", BigInteger, nullable=False, server_default=text("1")),
+    Column("unfinished", Integer, nullable=False, server_default=text("0")),
+    Column("sink", Uuid),
+    Column("sink_epoch", BigInteger, nullable=False, server_default=text("1")),
+    Column("delivered_seq", BigInteger, nullable=False, server_default=text("0")),
+    Column("floor_seq", BigInteger, nullable=False, server_default=text("0")),
+    Column("closed", Boolean, nullable=False, server_default=text("false")),
+    Column("created_at", TIME, nullable=False, server_default=NOW),
+    CheckConstraint("kind in ('request', 'standalone')", name="kind"),
+    Index("streams_session_idx", "session"),
+    Index("streams_standalone_key", "session", unique=True, postgresql_where=text("kind = 'standalone'")),
+    postgresql_with={"fillfactor": "70"},
+)
+
+events = Table(
+    "events",
+    metadata,
+    Column("stream", Uuid, ForeignKey("streams.id", ondelete="CASCADE"), nullable=False),
+    Column("seq", BigInteger, nullable=False),
+    Column("message", LargeBinary, nullable=False),
+    Column("stored_at", TIME, nullable=False, server_default=NOW),
+    PrimaryKeyConstraint("stream", "seq"),
+)
+
+requests = Table(
+    "requests",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("position", BigInteger, Identity(always=True), nullable=False),
+    _session_key(),
+    Column("rpc_id", Text),
+    Column("method", Text),
+    Column("name", Text),
+    Column("body", LargeBinary, nullable=False),
+    Column("context", LargeBinary, nullable=False),
+    Column("stream", Uuid, ForeignKey("streams.id", ondelete="CASCADE")),
+    Column("claim", Uuid),
+    Column("claimed_epoch", BigInteger),
+    Column("runs", Integer, nullable=False, server_default=text("0")),
+    Column("open", Boolean, nullable=False),
+    Column("accepted_at", TIME, nullable=False, server_default=NOW),
+    Column("claimed_at", TIME),
+    Column("finished_at", TIME),
+    Column("outcome", Text),
+    CheckConstraint("outcome in ('answered', 'cancelled', 'delivered', 'lost')", name="outcome"),
+    Index("requests_session_position_idx", "session", "position"),
+    Index("requests_stream_idx", "stream"),
+    Index("requests_unclaimed_idx", "session", postgresql_where=text("claimed_epoch is null and finished_at is null")),
+    Index("requests_open_rpc_id", "session", "rpc_id", unique=True, postgresql_where=text("open")),
+    postgresql_with={"fillfactor": "70"},
+)
+
+takeovers = Table(
+    "takeovers",
+    metadata,
+    Column("id", BigInteger, Identity(always=True), primary_key=True),
+    Column("session", BigInteger, nullable=False),
+    Column("session_id", Text, nullable=False),
+    Column("from_node", Uuid, nullable=False),
+    Column("to_node", Uuid, nullable=False),
+    Column("epoch", BigInteger, nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("at", TIME, nullable=False, server_default=NOW),
+)
+
+secrets = Table(
+    "secrets",
+    metadata,
+    Column("id", Integer, Identity(always=True), primary_key=True),
+    Column("purpose", Text, nullable=False, index=True),
+    Column("key", LargeBinary, nullable=False),
+    Column("created_at", TIME, nullable=False, server_default=NOW),
+)

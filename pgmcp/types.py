@@ -1,0 +1,232 @@
+"""The values that travel between the layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import NewType
+from uuid import UUID
+
+NodeId = NewType("NodeId", UUID)
+"""One server process: fresh at each process start."""
+
+SessionKey = NewType("SessionKey", int)
+"""A session's internal number; the public session id never leaves edge and tables."""
+
+StreamId = NewType("StreamId", UUID)
+RequestKey = NewType("RequestKey", UUID)
+
+
+class NodeState(StrEnum):
+    """A node's state as its row says it."""
+
+    JOINING = "joining"
+    READY = "ready"
+    DRAINING = "draining"
+    LEFT = "left"
+    DEAD = "dead"
+
+
+class StreamKind(StrEnum):
+    """A request's own stream, or the session's standalone one."""
+
+    REQUEST = "request"
+    STANDALONE = "standalone"
+
+
+class Outcome(StrEnum):
+    """How an inbox message ended."""
+
+    ANSWERED = "answered"
+    CANCELLED = "cancelled"
+    DELIVERED = "delivered"
+    LOST = "lost"
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """Who a session belongs to; all None for a server without authentication."""
+
+    client_id: str | None = None
+    issuer: str | None = None
+    subject: str | None = None
+
+
+ANONYMOUS = Principal()
+
+
+@dataclass(frozen=True, slots=True)
+class Ownership:
+    """The right to run a session's actor; every write of the owner carries it."""
+
+    session: SessionKey
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class NewSession:
+    """A session that its first owner is about to create."""
+
+    session_id: str
+    principal: Principal
+    transport: str
+    standalone: StreamId
+
+
+@dataclass(frozen=True, slots=True)
+class SessionFacts:
+    """What an edge needs to know of a session; nothing in it changes but owner and epoch."""
+
+    session: SessionKey
+    owner: NodeId
+    epoch: int
+    protocol_version: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One client message on its way into the inbox.
+
+    ``rpc_id`` is the JSON text of the request's id, so that ``1`` and ``"1"`` stay apart;
+    None for notifications and responses. ``context`` is sealed (see ``SecretBox``).
+    """
+
+    key: RequestKey
+    session_id: str
+    principal: Principal
+    rpc_id: str | None
+    method: str | None
+    name: str | None
+    body: bytes
+    context: bytes
+    stream: StreamId | None
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """The inbox holds the message; ``stream`` is the one that carries its answer.
+
+    ``joined`` says that the same request was already there: its stream, not a new one.
+    """
+
+    facts: SessionFacts
+    stream: StreamId | None
+    joined: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """One message that its owner has claimed, in inbox order."""
+
+    key: RequestKey
+    ownership: Ownership
+    rpc_id: str | None
+    method: str | None
+    body: bytes
+    context: bytes
+    stream: StreamId | None
+    next_seq: int
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One event that an owner appends to a stream; with ``finishes`` it is that request's answer."""
+
+    ownership: Ownership
+    stream: StreamId
+    seq: int
+    message: bytes
+    finishes: RequestKey | None = None
+    outcome: Outcome | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sink:
+    """The edge that carries a stream now."""
+
+    node: NodeId
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cursor:
+    """How far one edge has carried a stream."""
+
+    stream: StreamId
+    sink_epoch: int
+    after: int
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One message of a stream."""
+
+    seq: int
+    message: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """What a stream holds after a cursor.
+
+    ``attached`` is False when another edge carries the stream now or the stream is gone;
+    ``closed`` says that nothing will follow these events.
+    """
+
+    attached: bool
+    closed: bool
+    events: tuple[Event, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Attachment:
+    """A stream that this edge has taken over as its sink."""
+
+    facts: SessionFacts
+    stream: StreamId
+    kind: StreamKind
+    sink_epoch: int
+    next_seq: int
+    closed: bool
+    replaced: NodeId | None
+
+
+@dataclass(frozen=True, slots=True)
+class Established:
+    """What a session's handshake settled; written once, before the client is told."""
+
+    protocol_version: str
+    client_name: str
+    client_version: str
+    capabilities: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class JournalEntry:
+    """One state-establishing message; ``body`` None removes the entry."""
+
+    kind: str
+    detail: str = ""
+    body: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NodeRecord:
+    """What a node writes of itself when it joins."""
+
+    node_id: NodeId
+    name: str
+    address: str
+    version: str
+    schema_revision: str
+    capacity: int
+
+
+@dataclass(frozen=True, slots=True)
+class Wake:
+    """One wake-up for one node: ids only, meaning "look at the tables"."""
+
+    inboxes: frozenset[SessionKey] = field(default_factory=frozenset)
+    streams: frozenset[StreamId] = field(default_factory=frozenset)
+    ended: frozenset[SessionKey] = field(default_factory=frozenset)
+    everything: bool = False
