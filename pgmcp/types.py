@@ -141,14 +141,6 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
-class Sink:
-    """The edge that carries a stream now."""
-
-    node: NodeId
-    epoch: int
-
-
-@dataclass(frozen=True, slots=True)
 class Cursor:
     """How far one edge has carried a stream."""
 
@@ -187,6 +179,8 @@ class Attachment:
     kind: StreamKind
     sink_epoch: int
     next_seq: int
+    delivered_seq: int
+    floor_seq: int
     closed: bool
     replaced: NodeId | None
 

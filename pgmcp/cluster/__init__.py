@@ -1,1 +1,1 @@
-"""..."""
+"""Who lives, who owns, who is woken: pure logic on ports, with time from outside."""

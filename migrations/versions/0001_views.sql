@@ -1,0 +1,76 @@
+-- The public views: their columns only grow, at the end. One statement ends at each ";" that ends a line.
+
+create view "{schema}".live_nodes as
+select n.node_id,
+       n.name as node_name,
+       n.state,
+       n.address,
+       n.expires_at - clock_timestamp() as lease_remaining,
+       (select count(*) from "{schema}".sessions s where s.owner = n.node_id and s.state = 'live') as sessions,
+       (select count(*) from "{schema}".streams t where t.sink = n.node_id and not t.closed) as streams,
+       n.started_at,
+       n.version
+  from "{schema}".nodes n
+ where n.state not in ('left', 'dead');
+
+create view "{schema}".live_sessions as
+select s.session_id,
+       n.name as node_name,
+       s.owner as node_id,
+       s.epoch,
+       s.transport,
+       s.protocol_version,
+       s.client_name,
+       s.client_version,
+       -- subject@issuer via client, with the parts that are known; NULL for an anonymous session
+       nullif(concat_ws(' via ',
+                        nullif(concat_ws('@', s.principal_subject, s.principal_issuer), ''),
+                        s.principal_client), '') as principal,
+       s.created_at,
+       s.last_active_at,
+       (select count(*) from "{schema}".requests r
+         where r.session = s.id and r.rpc_id is not null and r.finished_at is null) as in_flight,
+       (select count(*) from "{schema}".streams t where t.session = s.id and not t.closed) as open_streams
+  from "{schema}".sessions s
+  left join "{schema}".nodes n on n.node_id = s.owner
+ where s.state = 'live';
+
+create view "{schema}".live_requests as
+select s.session_id,
+       r.rpc_id as request_id,
+       r.method,
+       r.name,
+       n.name as node_name,
+       case when r.claimed_epoch is null then 'waiting' else 'running' end as state,
+       r.accepted_at as received_at,
+       clock_timestamp() - r.accepted_at as age
+  from "{schema}".requests r
+  join "{schema}".sessions s on s.id = r.session
+  left join "{schema}".nodes n on n.node_id = s.owner
+ where r.rpc_id is not null and r.finished_at is null;
+
+create view "{schema}".live_streams as
+select s.session_id,
+       t.kind,
+       -- a batch has one stream: its first request stands for it
+       (select r.rpc_id from "{schema}".requests r
+         where r.stream = t.id and r.rpc_id is not null order by r.position limit 1) as request_id,
+       n.name as sink_node,
+       t.next_seq,
+       t.next_seq - 1 - t.delivered_seq as lag
+  from "{schema}".streams t
+  join "{schema}".sessions s on s.id = t.session
+  left join "{schema}".nodes n on n.node_id = t.sink
+ where not t.closed;
+
+create view "{schema}".takeover_history as
+select h.session_id,
+       -- rows of dead nodes are removed after a while: then the node's id stands for its name
+       coalesce(a.name, h.from_node::text) as from_node,
+       coalesce(b.name, h.to_node::text) as to_node,
+       h.epoch,
+       h.reason,
+       h.at
+  from "{schema}".takeovers h
+  left join "{schema}".nodes a on a.node_id = h.from_node
+  left join "{schema}".nodes b on b.node_id = h.to_node;

@@ -1,0 +1,119 @@
+"""Wake-ups: ids only, meaning "look at the tables".
+
+Invariants:
+- At most one NOTIFY of a node is in flight; what arrives meanwhile goes with the next, without a timer.
+- A dirty id stays dirty until the NOTIFY that carried it succeeded.
+- A payload fits PostgreSQL's 7,999 bytes; where it would not, ``*`` says "read everything again".
+
+Failure handling: a lost wake-up delays a message until the next poll, and never loses it. While the database is away
+dirty ids are kept, at most ``BOUND`` for a node, then they turn into ``*``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from uuid import UUID
+
+from pgmcp.clock import Clock
+from pgmcp.errors import PgmcpError
+from pgmcp.ports import Notifier
+from pgmcp.types import NodeId, SessionKey, StreamId, Wake
+
+EVERYTHING = "*"
+LIMIT = 7_900
+BOUND = 10_000
+RETRY = 0.2
+
+
+@dataclass(slots=True)
+class _Dirty:
+    words: dict[str, None] = field(default_factory=dict)
+
+    def add(self, word: str) -> None:
+        if EVERYTHING in self.words:
+            return
+        if word == EVERYTHING or len(self.words) >= BOUND:
+            self.words.clear()
+            word = EVERYTHING
+        self.words[word] = None
+
+    def payload(self) -> str:
+        text = ",".join(self.words)
+        return text if len(text) <= LIMIT else EVERYTHING
+
+
+class Wakeups:
+    """A node's outgoing wake-ups.
+
+    Args:
+        node: this node; what is meant for itself never leaves the process.
+        notifier: carries payloads to other nodes.
+        hear: this node's own ears.
+    """
+
+    def __init__(self, node: NodeId, notifier: Notifier, clock: Clock, hear: Callable[[Wake], None]) -> None:
+        self._node, self._notifier, self._clock, self._hear = node, notifier, clock, hear
+        self._dirty: dict[NodeId | None, _Dirty] = {}
+        self._flusher: asyncio.Task[None] | None = None
+
+    def inbox(self, node: NodeId, session: SessionKey) -> None:
+        """Tell an owner that a session's inbox has messages."""
+        if node == self._node:
+            self._hear(Wake(inboxes=frozenset({session})))
+        else:
+            self._mark(node, f"i{session}")
+
+    def stream(self, node: NodeId, stream: StreamId) -> None:
+        """Tell a sink (also a former one) to look at a stream."""
+        if node == self._node:
+            self._hear(Wake(streams=frozenset({stream})))
+        else:
+            self._mark(node, f"s{stream.hex}")
+
+    def ended(self, session: SessionKey) -> None:
+        """Tell every node that a session is over."""
+        self._hear(Wake(ended=frozenset({session})))
+        self._mark(None, f"e{session}")
+
+    def _mark(self, node: NodeId | None, word: str) -> None:
+        self._dirty.setdefault(node, _Dirty()).add(word)
+        if self._flusher is None:
+            self._flusher = asyncio.create_task(self._flush())
+
+    async def _flush(self) -> None:
+        try:
+            while self._dirty:
+                going, self._dirty = self._dirty, {}
+                try:
+                    await self._notifier.notify([(node, dirty.payload()) for node, dirty in going.items()])
+                except PgmcpError:
+                    self._put_back(going)
+                    await self._clock.sleep(RETRY)
+        finally:
+            self._flusher = None
+
+    def _put_back(self, going: dict[NodeId | None, _Dirty]) -> None:
+        for node, dirty in going.items():
+            later = self._dirty.setdefault(node, _Dirty())
+            for word in dirty.words:
+                later.add(word)
+
+    async def close(self) -> None:
+        """Send what is dirty, once, and stop."""
+        if self._flusher is not None:
+            self._flusher.cancel()
+            await asyncio.wait({self._flusher})
+
+
+def parse(payload: str) -> Wake:
+    """Read a payload; words of a newer build are ignored."""
+    if payload == EVERYTHING:
+        return Wake(everything=True)
+    words = payload.split(",")
+    return Wake(
+        inboxes=frozenset(SessionKey(int(word[1:])) for word in words if word[:1] == "i"),
+        streams=frozenset(StreamId(UUID(word[1:])) for word in words if word[:1] == "s"),
+        ended=frozenset(SessionKey(int(word[1:])) for word in words if word[:1] == "e"),
+    )

@@ -1,0 +1,175 @@
+"""What the cluster and the sessions need from the store, with the guarantees at each method.
+
+Every method has a deadline of its own and raises ``DatabaseUnavailable`` when it passes. Every write may be repeated
+after a lost reply without effect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from pgmcp.types import (
+    Accepted,
+    Attachment,
+    Claimed,
+    Cursor,
+    Entry,
+    Established,
+    JournalEntry,
+    Message,
+    NewSession,
+    NodeId,
+    NodeState,
+    Ownership,
+    Page,
+    Principal,
+    SessionFacts,
+    SessionKey,
+    StreamId,
+)
+
+
+class Inbox(Protocol):
+    """Client messages on their way to the owner."""
+
+    async def open_session(self, new: NewSession) -> Ownership:
+        """Create the session with this node as its first owner; committed when it returns (G2)."""
+        ...
+
+    async def find(self, session_id: str, principal: Principal) -> SessionFacts:
+        """Look a live session up.
+
+        Raises:
+            SessionUnknown: unknown, over, or somebody else's: the caller cannot tell which (G7).
+        """
+        ...
+
+    async def accept(self, messages: Sequence[Message]) -> Accepted:
+        """Commit the messages of one POST, all or none, ordered with every change of owner and with the end (G2).
+
+        Raises:
+            SessionUnknown: as in ``find``.
+            DuplicateRequest: an unfinished request has the same id and another body.
+        """
+        ...
+
+    async def claim(self, ownership: Ownership) -> list[Claimed]:
+        """Take every unclaimed message of the session, in inbox order (G5).
+
+        Raises:
+            Fenced: the ownership is over.
+        """
+        ...
+
+    async def unclaimed(self) -> list[Ownership]:
+        """The sessions of this node in which messages wait for a claim."""
+        ...
+
+    async def establish(self, ownership: Ownership, facts: Established) -> None:
+        """Record what the handshake settled.
+
+        Raises:
+            Fenced: the ownership is over.
+        """
+        ...
+
+    async def write_journal(self, ownership: Ownership, entry: JournalEntry) -> None:
+        """Record or forget one state-establishing message.
+
+        Raises:
+            Fenced: the ownership is over.
+        """
+        ...
+
+    async def touch(self, ownerships: Sequence[Ownership]) -> None:
+        """Note that these sessions were active."""
+        ...
+
+    async def end(self, session_id: str, principal: Principal) -> SessionKey:
+        """End the session for its client: every row of it is gone when this returns.
+
+        Raises:
+            SessionUnknown: as in ``find``.
+        """
+        ...
+
+    async def end_owned(self, ownership: Ownership) -> None:
+        """End the session for its owner.
+
+        Raises:
+            Fenced: the ownership is over.
+        """
+        ...
+
+
+class Log(Protocol):
+    """What clients are sent, stored before it is said."""
+
+    async def append(self, entry: Entry) -> NodeId | None:
+        """Store one event under the owner's fence (G1); the node that carries the stream now, if any.
+
+        Raises:
+            Fenced: the ownership is over, or the stream is closed or gone.
+        """
+        ...
+
+    async def read(self, cursor: Cursor) -> Page:
+        """What follows the cursor, while this node is still the stream's sink (G3)."""
+        ...
+
+    async def attach(self, session_id: str, principal: Principal, stream: StreamId | None) -> Attachment | SessionFacts:
+        """Become the sink of a stream (None: the standalone one); only the facts when there is no such stream.
+
+        Raises:
+            SessionUnknown: as in ``Inbox.find``.
+        """
+        ...
+
+    async def release(self, cursor: Cursor) -> None:
+        """Note how far the stream was carried and stop being its sink."""
+        ...
+
+    async def drop_sink(self, ownership: Ownership, stream: StreamId | None) -> tuple[StreamId, NodeId | None] | None:
+        """Take the stream from its sink without closing it; the stream and the sink that lost it."""
+        ...
+
+    async def standalone(self, session: SessionKey) -> tuple[StreamId, int]:
+        """The session's standalone stream and its next number."""
+        ...
+
+
+class LeaseTable(Protocol):
+    """The node's own row, written on the line and nowhere else."""
+
+    async def renew(self) -> bool:
+        """Prolong the lease; False when the row is not live any more: this node was declared dead."""
+        ...
+
+    async def set_state(self, state: NodeState) -> bool:
+        """Change the node's state; False when the row is not live any more."""
+        ...
+
+
+class Notifier(Protocol):
+    """Carries wake-ups to other nodes. Losing one delays, and never loses, a message."""
+
+    async def notify(self, payloads: Sequence[tuple[NodeId | None, str]]) -> None:
+        """Send each payload to its node (None: to every node)."""
+        ...
+
+
+class SecretBox(Protocol):
+    """Seals what must not lie in the database in clear, with a key that every node has."""
+
+    def seal(self, plain: bytes, place: bytes) -> bytes:
+        """Encrypt; ``place`` says where the box will lie, and it opens nowhere else."""
+        ...
+
+    async def open(self, sealed: bytes, place: bytes) -> bytes:
+        """Decrypt.
+
+        Raises:
+            PgmcpError: another key, another place, or damaged.
+        """
+        ...

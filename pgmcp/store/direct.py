@@ -1,0 +1,114 @@
+"""One short-lived connection of a command, apart from any node's pool: bounded, and with errors that say what to do.
+
+Invariants:
+- No startup parameters and no statement cache: the connection also opens through a transaction pooler.
+- What is raised is a ``PgmcpError`` whose message names the server, never the password.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+from urllib.parse import urlsplit
+
+import asyncpg
+from sqlalchemy.exc import DBAPIError
+
+from pgmcp.errors import DatabaseUnavailable, PgmcpError, SchemaError, SettingsError
+
+T = TypeVar("T")
+
+CONNECT = 5.0  # seconds
+SCHEMA_NAME = re.compile(r"[a-z_][a-z0-9_]{0,40}")
+LOCK_NOT_AVAILABLE = "55P03"
+
+_AWAY = ("08", "57P", "53")  # connection lost, shutting down, out of resources
+_REFUSED = ("28", "3D")  # password or role, no such database
+_HINTS = {
+    "25006": "It is read-only, perhaps a standby: connect to the primary.",
+    "2BP01": "Something of yours depends on it: drop that first.",
+    "42501": "Let a role run it that owns the schema, or grant this one CREATE on the database.",
+    "57014": "The statement was cancelled: run the command again.",
+    LOCK_NOT_AVAILABLE: "Another transaction holds a lock on the tables: end it (see pg_stat_activity) and run again.",
+}
+
+
+def checked(schema: str) -> str:
+    """The schema name, when it is one that can stand in SQL text.
+
+    Raises:
+        SettingsError: it is not.
+    """
+    if SCHEMA_NAME.fullmatch(schema) and not schema.startswith("pg_"):
+        return schema
+    message = f"Schema name {schema!r} refused: use up to 41 of a-z, 0-9 and _, no digit first, no pg_ prefix."
+    raise SettingsError(message)
+
+
+def place(database_url: str) -> str:
+    """Where the URL points, without user and password; for messages."""
+    parts = urlsplit(database_url)
+    return f"PostgreSQL at {parts.netloc.rpartition('@')[2] or 'the local socket'}{parts.path}"
+
+
+async def connect(database_url: str) -> asyncpg.Connection:
+    """Open a connection within ``CONNECT`` seconds.
+
+    Raises:
+        SettingsError: the URL is empty or malformed.
+        DatabaseUnavailable: nobody answers there, or the login is refused.
+    """
+    if not database_url:
+        message = "No database given. Set --database-url or PGMCP_DATABASE_URL to postgresql://user:password@host/db."
+        raise SettingsError(message)
+    dsn = database_url.replace("postgresql+asyncpg://", "postgresql://", 1)
+    try:
+        return await asyncpg.connect(dsn, timeout=CONNECT, statement_cache_size=0)
+    except (asyncpg.exceptions.ClientConfigurationError, ValueError) as error:
+        message = f"The database URL is malformed: {error}. Write it as postgresql://user:password@host:5432/db."
+        raise SettingsError(message) from error
+    except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
+        reason = str(error) or f"no answer within {CONNECT:g} s"
+        message = f"{place(database_url)} cannot be used: {reason}. Check that it runs, and the URL's host and login."
+        raise DatabaseUnavailable(message) from error
+
+
+def finish(work: Callable[[], Awaitable[T]], database_url: str, limit: float) -> T:
+    """Run ``work`` to its end from synchronous code, outside any event loop, for at most ``limit`` seconds.
+
+    Raises:
+        DatabaseUnavailable: the limit passed, or the connection was lost.
+        SchemaError: PostgreSQL refused a statement.
+    """
+
+    async def bounded() -> T:
+        async with asyncio.timeout(limit):
+            return await work()
+
+    try:
+        return asyncio.run(bounded())
+    except TimeoutError as error:
+        message = f"{place(database_url)} was not done within {limit:g} s. Check its load and run the command again."
+        raise DatabaseUnavailable(message) from error
+    except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, DBAPIError) as error:
+        raise explained(error, database_url) from error
+
+
+def sqlstate(error: BaseException) -> str:
+    """The SQLSTATE of an error of asyncpg, also one that SQLAlchemy wrapped; empty for any other."""
+    if isinstance(error, DBAPIError):
+        return str(getattr(error.orig, "sqlstate", None) or "")
+    return str(getattr(error, "sqlstate", None) or "")
+
+
+def explained(error: Exception, database_url: str) -> PgmcpError:
+    """What the error means to whoever ran the command."""
+    state = sqlstate(error)
+    cause = error.orig if isinstance(error, DBAPIError) and error.orig else error
+    reason = str(cause.__cause__ or cause).partition("\n")[0] or type(cause).__name__
+    if state.startswith((*_AWAY, *_REFUSED)) or not state:
+        return DatabaseUnavailable(f"{place(database_url)} was lost: {reason}. Run the command again when it is back.")
+    hint = _HINTS.get(state, "Run `pgmcp db check` to see how the schema differs from this build's.")
+    return SchemaError(f"{place(database_url)} refused: {reason}. {hint}")

@@ -1,0 +1,235 @@
+"""The inbox: client messages are accepted at an edge and claimed by the owner.
+
+Invariants:
+- Accepting locks the session's row ``FOR KEY SHARE``: it is ordered with takeover, hand-over and DELETE, and the owner
+  that it returns is the one that holds after it.
+- Messages of one POST are stored all or none. A request whose id is open joins the one that is there.
+- A request starts only after a committed claim under the owner's fence; a claim takes all that waits, in order.
+
+Failure handling: every statement finds its own rows when it is repeated, because the caller chose their ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import asyncpg
+
+from pgmcp.clock import Clock, Ids
+from pgmcp.errors import DuplicateRequest, Fenced, PgmcpError, SessionUnknown
+from pgmcp.store.database import Database
+from pgmcp.store.group import Group
+from pgmcp.types import (
+    Accepted,
+    Claimed,
+    Established,
+    JournalEntry,
+    Message,
+    NewSession,
+    NodeId,
+    Ownership,
+    Principal,
+    RequestKey,
+    SessionFacts,
+    SessionKey,
+    StreamId,
+)
+
+WRITTEN_WAIT = 1.0
+"""Seconds for which a reused request id waits until the edge that carries its last answer has noted the end."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Claim:
+    ownership: Ownership
+    claim: object
+
+
+class TableInbox:
+    """The ``Inbox`` port on PostgreSQL, for one node.
+
+    Args:
+        database: the node's pool.
+        node: who claims and whose edge carries the streams that accepting opens.
+        gate: awaited before each write of an owner; waits for trust, raises ``Fenced``.
+    """
+
+    def __init__(
+        self, database: Database, node: NodeId, clock: Clock, ids: Ids, gate: Callable[[], Awaitable[None]]
+    ) -> None:
+        self._database, self._node, self._clock, self._ids, self._gate = database, node, clock, ids, gate
+        self._hold = database.settings.hold
+        self._accepts: Group[Sequence[Message], list[asyncpg.Record]] = Group(self._send_accepts, clock)
+        self._claims: Group[_Claim, list[Claimed]] = Group(self._send_claims, clock, gate)
+
+    async def open_session(self, new: NewSession) -> Ownership:
+        """See ``Inbox.open_session``."""
+        who = new.principal
+        rows = await self._database.persist(
+            "open_session",
+            new.session_id,
+            self._node,
+            new.transport,
+            who.client_id,
+            who.issuer,
+            who.subject,
+            new.standalone,
+            patience=self._hold,
+        )
+        return Ownership(SessionKey(rows[0]["id"]), rows[0]["epoch"])
+
+    async def find(self, session_id: str, principal: Principal) -> SessionFacts:
+        """See ``Inbox.find``."""
+        rows = await self._database.persist(
+            "find_session", session_id, principal.client_id, principal.issuer, principal.subject, patience=self._hold
+        )
+        if not rows:
+            raise _unknown()
+        return _facts(rows[0], rows[0]["id"])
+
+    async def accept(self, messages: Sequence[Message]) -> Accepted:
+        """See ``Inbox.accept``."""
+        size = sum(len(message.body) + len(message.context) for message in messages)
+        end = self._clock.boottime() + WRITTEN_WAIT
+        while True:
+            rows = await self._accepts.put(messages, patience=self._hold, size=size)
+            if rows[0]["session"] is None:
+                raise _unknown()
+            if all(row["accepted"] for row in rows):
+                return Accepted(_facts(rows[0], rows[0]["session"]), messages[0].stream, joined=False)
+            known = next((row for row in rows if row["known_id"] is not None), None)
+            if known is None:
+                continue  # another edge is accepting the same request: the next look sees its row
+            if known["finished"] and known["attached"] and self._clock.boottime() < end:
+                await self._clock.sleep(0.01)
+                continue
+            if known["same"] and len(messages) == 1:
+                return Accepted(_facts(known, known["session"]), StreamId(known["known_stream"]), joined=True)
+            if not known["finished"]:
+                message = "A request with this id is still running; use another id."
+                raise DuplicateRequest(message)
+            await self._database.persist("free_request_id", known["known_id"], patience=self._hold)
+
+    async def _send_accepts(self, posts: Sequence[Sequence[Message]]) -> list[list[asyncpg.Record] | PgmcpError]:
+        flat = [message for messages in posts for message in messages]
+        rows = await self._database.fetch(
+            "accept",
+            [message.key for message in flat],
+            [message.session_id for message in flat],
+            [message.principal.client_id for message in flat],
+            [message.principal.issuer for message in flat],
+            [message.principal.subject for message in flat],
+            [message.rpc_id for message in flat],
+            [message.method for message in flat],
+            [message.name for message in flat],
+            [message.body for message in flat],
+            [message.context for message in flat],
+            [message.stream for message in flat],
+            self._node,
+        )
+        results: list[list[asyncpg.Record] | PgmcpError] = []
+        for messages in posts:
+            results.append(rows[: len(messages)])
+            rows = rows[len(messages) :]
+        return results
+
+    async def claim(self, ownership: Ownership) -> list[Claimed]:
+        """See ``Inbox.claim``."""
+        return await self._claims.put(_Claim(ownership, self._ids.uuid()), patience=self._hold)
+
+    async def _send_claims(self, claims: Sequence[_Claim]) -> list[list[Claimed] | PgmcpError]:
+        newest = {claim.ownership.session: claim for claim in claims}
+        rows = await self._database.fetch(
+            "claim",
+            [claim.ownership.session for claim in newest.values()],
+            [claim.ownership.epoch for claim in newest.values()],
+            [claim.claim for claim in newest.values()],
+            self._node,
+        )
+        taken = {
+            (session, epoch): [_claimed(row) for row in group if row["id"] is not None]
+            for (session, epoch), group in groupby(rows, key=lambda row: (row["session"], row["epoch"]))
+        }
+        return [
+            taken.get((claim.ownership.session, claim.ownership.epoch), _over(claim.ownership))
+            if newest[claim.ownership.session] is claim
+            else []
+            for claim in claims
+        ]
+
+    async def unclaimed(self) -> list[Ownership]:
+        """See ``Inbox.unclaimed``."""
+        rows = await self._database.fetch("unclaimed", self._node)
+        return [Ownership(SessionKey(row["id"]), row["epoch"]) for row in rows]
+
+    async def establish(self, ownership: Ownership, facts: Established) -> None:
+        """See ``Inbox.establish``."""
+        await self._owner_write(
+            "establish",
+            ownership,
+            facts.protocol_version,
+            facts.client_name,
+            facts.client_version,
+            facts.capabilities,
+        )
+
+    async def write_journal(self, ownership: Ownership, entry: JournalEntry) -> None:
+        """See ``Inbox.write_journal``."""
+        await self._owner_write("write_journal", ownership, entry.kind, entry.detail, entry.body)
+
+    async def _owner_write(self, name: str, ownership: Ownership, *args: object) -> None:
+        async def once() -> list[asyncpg.Record]:
+            await self._gate()
+            return await self._database.fetch(name, ownership.session, self._node, ownership.epoch, *args)
+
+        if not await self._database.retry(once, patience=self._hold):
+            raise _over(ownership)
+
+    async def touch(self, ownerships: Sequence[Ownership]) -> None:
+        """See ``Inbox.touch``."""
+        sessions, epochs = [item.session for item in ownerships], [item.epoch for item in ownerships]
+        await self._database.fetch("touch_sessions", sessions, epochs, self._node)
+
+    async def end(self, session_id: str, principal: Principal) -> SessionKey:
+        """See ``Inbox.end``."""
+        rows = await self._database.persist(
+            "end_session", session_id, principal.client_id, principal.issuer, principal.subject, patience=self._hold
+        )
+        if not rows:
+            raise _unknown()
+        return SessionKey(rows[0]["id"])
+
+    async def end_owned(self, ownership: Ownership) -> None:
+        """See ``Inbox.end_owned``."""
+        rows = await self._database.persist(
+            "end_owned_session", ownership.session, self._node, ownership.epoch, patience=self._hold
+        )
+        if not rows:
+            raise _over(ownership)
+
+
+def _facts(row: asyncpg.Record, session: int) -> SessionFacts:
+    return SessionFacts(SessionKey(session), NodeId(row["owner"]), row["epoch"], row["protocol_version"])
+
+
+def _claimed(row: asyncpg.Record) -> Claimed:
+    return Claimed(
+        key=RequestKey(row["id"]),
+        ownership=Ownership(SessionKey(row["session"]), row["epoch"]),
+        rpc_id=row["rpc_id"],
+        method=row["method"],
+        body=row["body"],
+        context=row["context"],
+        stream=None if row["stream"] is None else StreamId(row["stream"]),
+        next_seq=row["next_seq"] or 1,
+    )
+
+
+def _unknown() -> SessionUnknown:
+    return SessionUnknown("Session not found")
+
+
+def _over(ownership: Ownership) -> Fenced:
+    return Fenced(f"This node does not own session {ownership.session} in epoch {ownership.epoch} any more.")

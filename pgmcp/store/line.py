@@ -1,0 +1,222 @@
+"""The line: the node's one direct connection, for LISTEN, renewals and self-probes, and nothing else.
+
+Invariants:
+- LISTEN is committed before ``on_reset`` says "read everything again": nothing falls between.
+- The callback only marks ids; it never blocks, so that this backend never holds back the notification queue.
+- Every call has a deadline. A line on which one failed is aborted, not closed: closing waits for the dead peer.
+
+Failure handling: a lost line is reopened with a backoff of at most half a second, for as long as the node runs.
+Meanwhile the node polls, and stays trusted until its trust ends. A line whose own notification does not come back
+within the deadline is lost too, whatever the socket says.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from hashlib import sha256
+from typing import Any
+
+import asyncpg
+
+from pgmcp.clock import Clock, Ids
+from pgmcp.errors import DatabaseUnavailable
+from pgmcp.settings import Settings
+from pgmcp.store.database import CONTENTION, TROUBLE, Database, unavailable
+from pgmcp.store.statements import statement
+from pgmcp.types import NodeId, NodeState
+
+PROBE = "probe:"
+PROBE_EVERY = 5.0
+"""Seconds between self-probes."""
+
+REOPEN = (0.05, 0.1, 0.2, 0.5)
+KEEPALIVES = {"tcp_keepalives_idle": "5", "tcp_keepalives_interval": "2", "tcp_keepalives_count": "3"}
+USER_TIMEOUT_MS = 12_000
+
+
+def channel(schema: str, node: NodeId | None) -> str:
+    """The channel of a node (None: of all nodes) of one schema: at most 63 bytes, unlike any other schema's."""
+    scope = sha256(schema.encode()).hexdigest()[:16]
+    return f"pgmcp_{scope}_{'all' if node is None else node.hex}"
+
+
+class Line:
+    """One node's line; also its ``LeaseTable``.
+
+    Args:
+        settings: where to connect, and the deadlines.
+        node: whose channel and row this is.
+        on_payload: called with each wake-up's payload.
+        on_reset: called after each (re)opening, when LISTEN is in force: read everything again.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        node: NodeId,
+        clock: Clock,
+        ids: Ids,
+        *,
+        on_payload: Callable[[str], None],
+        on_reset: Callable[[], None],
+    ) -> None:
+        self._settings, self._node, self._clock, self._ids = settings, node, clock, ids
+        self._on_payload, self._on_reset = on_payload, on_reset
+        self._connection: asyncpg.Connection | None = None
+        self._started_at: datetime | None = None
+        self._turn = asyncio.Lock()
+        self._lost, self._echo = asyncio.Event(), asyncio.Event()
+        self._expected = ""
+        self._keeper: asyncio.Task[None] | None = None
+
+    @property
+    def up(self) -> bool:
+        """Whether wake-ups can be heard."""
+        return self._connection is not None
+
+    async def open(self) -> None:
+        """Connect and listen; from now on the line is kept open.
+
+        Raises:
+            DatabaseUnavailable: PostgreSQL cannot be reached within the deadlines.
+        """
+        try:
+            await self._connect()
+        except (*TROUBLE, asyncpg.PostgresError, ValueError) as error:
+            message = f"The line to PostgreSQL cannot be opened ({type(error).__name__}: {error}). Check --listen-url."
+            raise DatabaseUnavailable(message) from error
+        self._keeper = asyncio.create_task(self._keep())
+
+    async def close(self) -> None:
+        """Stop listening and hang up."""
+        if self._keeper is not None:
+            self._keeper.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._keeper
+        self._drop()
+
+    async def renew(self) -> bool:
+        """See ``LeaseTable.renew``.
+
+        Raises:
+            DatabaseUnavailable: the line is down or did not answer within the deadline.
+        """
+        rows = await self._ask("renew", self._node, self._settings.ttl, self._started_at)
+        return bool(rows)
+
+    async def set_state(self, state: NodeState) -> bool:
+        """See ``LeaseTable.set_state``.
+
+        Raises:
+            DatabaseUnavailable: the line is down or did not answer within the deadline.
+        """
+        return bool(await self._ask("set_state", self._node, state))
+
+    async def _connect(self) -> None:
+        seconds = self._settings.statement_timeout
+        connection = await asyncpg.connect(
+            self._settings.line_url,
+            timeout=seconds,
+            command_timeout=self._settings.deadline,
+            server_settings=KEEPALIVES
+            | {
+                "tcp_user_timeout": str(USER_TIMEOUT_MS),
+                "application_name": f"pgmcp {self._settings.node_name} line",
+            },
+        )
+        _keep_alive(connection)
+        self._lost.clear()
+        connection.add_termination_listener(self._on_lost)
+        try:
+            for node in (self._node, None):
+                await connection.add_listener(channel(self._settings.schema_name, node), self._on_notification)
+            started = await connection.fetchval(statement("line_started", self._settings.schema_name))
+        except BaseException:
+            connection.terminate()
+            raise
+        self._connection, self._started_at = connection, started
+        self._on_reset()
+
+    async def _keep(self) -> None:
+        tries = 0
+        while True:
+            if await self._alive():
+                tries = 0
+                continue
+            self._drop()
+            await self._clock.sleep(self._ids.jitter(REOPEN[min(tries, len(REOPEN) - 1)]))
+            tries += 1
+            with contextlib.suppress(*TROUBLE, asyncpg.PostgresError):
+                await self._connect()
+
+    async def _alive(self) -> bool:
+        """Wait until the next probe is due or the line is lost, then probe."""
+        if self._connection is None or await self._clock.wait(self._lost, PROBE_EVERY):
+            return False
+        self._echo.clear()
+        self._expected = PROBE + self._ids.token()
+        try:
+            await self._ask("probe", channel(self._settings.schema_name, self._node), self._expected)
+        except DatabaseUnavailable:
+            return False
+        return await self._clock.wait(self._echo, self._settings.deadline)
+
+    async def _ask(self, name: str, *args: object) -> list[asyncpg.Record]:
+        connection = self._connection
+        if connection is None:
+            message = "The line to PostgreSQL is down; it is being reopened."
+            raise DatabaseUnavailable(message)
+        try:
+            async with asyncio.timeout(self._settings.deadline), self._turn:
+                rows: list[asyncpg.Record] = await connection.fetch(statement(name, self._settings.schema_name), *args)
+                return rows
+        except TROUBLE as error:
+            self._lost.set()
+            message = f"The line to PostgreSQL did not answer ({type(error).__name__}: {error})."
+            raise DatabaseUnavailable(message) from error
+
+    def _drop(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.terminate()
+
+    def _on_lost(self, _connection: object) -> None:
+        self._lost.set()
+
+    def _on_notification(self, _connection: object, _pid: int, _channel: str, payload: object) -> None:
+        text = str(payload)
+        if not text.startswith(PROBE):
+            self._on_payload(text)
+        elif text == self._expected:
+            self._echo.set()
+
+
+def _keep_alive(connection: asyncpg.Connection) -> None:
+    """asyncpg sets no keepalive on its side of the socket, and a half-open connection gives no other sign."""
+    transport: Any = getattr(connection, "_transport", None)
+    sock = transport.get_extra_info("socket") if transport is not None else None
+    if sock is None or sock.family not in {socket.AF_INET, socket.AF_INET6}:
+        return
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3), ("TCP_USER_TIMEOUT", 12_000)):
+        if hasattr(socket, option):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+
+
+class TableNotifier:
+    """The ``Notifier`` port: NOTIFY on the channels of one schema, over the pool."""
+
+    def __init__(self, database: Database) -> None:
+        self._database, self._schema = database, database.settings.schema_name
+
+    async def notify(self, payloads: Sequence[tuple[NodeId | None, str]]) -> None:
+        """See ``Notifier.notify``."""
+        channels = [channel(self._schema, node) for node, _ in payloads]
+        try:
+            await self._database.fetch("notify", channels, [payload for _, payload in payloads])
+        except (*TROUBLE, *CONTENTION) as error:
+            raise unavailable(self._database.settings.database_url, error) from error

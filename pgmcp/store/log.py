@@ -1,0 +1,169 @@
+"""The event log: what clients are sent, stored before it is said.
+
+Invariants:
+- An event is stored under the owner's fence, at the number that its stream expects; numbers have no gaps.
+- A request is finished in the statement that stores its answer.
+- A reader gets events only while it is the stream's sink; the newest sink wins.
+
+Failure handling: a repeated append finds its own event and reports it as stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+
+import asyncpg
+
+from pgmcp.clock import Clock
+from pgmcp.errors import Fenced, PgmcpError, SessionUnknown
+from pgmcp.store.database import Database
+from pgmcp.store.group import Group
+from pgmcp.types import (
+    Attachment,
+    Cursor,
+    Entry,
+    Event,
+    NodeId,
+    Ownership,
+    Page,
+    Principal,
+    SessionFacts,
+    SessionKey,
+    StreamId,
+    StreamKind,
+)
+
+
+class TableLog:
+    """The ``Log`` port on PostgreSQL, for one node.
+
+    Args:
+        database: the node's pool.
+        node: who appends, and whose edge reads.
+        gate: awaited before each write of an owner; waits for trust, raises ``Fenced``.
+    """
+
+    def __init__(self, database: Database, node: NodeId, clock: Clock, gate: Callable[[], Awaitable[None]]) -> None:
+        self._database, self._node, self._gate = database, node, gate
+        self._hold, self._resume_hold = database.settings.hold, database.settings.resume_hold
+        self._appends: Group[Entry, NodeId | None] = Group(self._send_appends, clock, gate)
+        self._reads: Group[Cursor, Page] = Group(self._send_reads, clock)
+        self._releases: Group[Cursor, None] = Group(self._send_releases, clock)
+
+    async def append(self, entry: Entry) -> NodeId | None:
+        """See ``Log.append``."""
+        return await self._appends.put(entry, patience=self._resume_hold, size=len(entry.message))
+
+    async def _send_appends(self, entries: Sequence[Entry]) -> list[NodeId | None | PgmcpError]:
+        rows = await self._database.fetch(
+            "append",
+            [entry.ownership.session for entry in entries],
+            [entry.ownership.epoch for entry in entries],
+            [entry.stream for entry in entries],
+            [entry.seq for entry in entries],
+            [entry.message for entry in entries],
+            [entry.finishes for entry in entries],
+            [entry.outcome for entry in entries],
+            self._node,
+        )
+        return [_stored(row, entry) for row, entry in zip(rows, entries, strict=True)]
+
+    async def read(self, cursor: Cursor) -> Page:
+        """See ``Log.read``."""
+        return await self._reads.put(cursor, patience=self._resume_hold)
+
+    async def _send_reads(self, cursors: Sequence[Cursor]) -> list[Page | PgmcpError]:
+        rows = await self._database.fetch(
+            "read_streams",
+            [cursor.stream for cursor in cursors],
+            [cursor.sink_epoch for cursor in cursors],
+            [cursor.after for cursor in cursors],
+            self._node,
+        )
+        found: dict[int, list[asyncpg.Record]] = {}
+        for row in rows:
+            found.setdefault(row["n"] - 1, []).append(row)
+        return [_page(cursor, found.get(place, [])) for place, cursor in enumerate(cursors)]
+
+    async def attach(self, session_id: str, principal: Principal, stream: StreamId | None) -> Attachment | SessionFacts:
+        """See ``Log.attach``."""
+        rows = await self._database.persist(
+            "attach",
+            session_id,
+            principal.client_id,
+            principal.issuer,
+            principal.subject,
+            stream,
+            self._node,
+            patience=self._resume_hold,
+        )
+        if not rows:
+            message = "Session not found"
+            raise SessionUnknown(message)
+        row = rows[0]
+        facts = SessionFacts(SessionKey(row["session"]), NodeId(row["owner"]), row["epoch"], row["protocol_version"])
+        if row["stream"] is None:
+            return facts
+        return Attachment(
+            facts=facts,
+            stream=StreamId(row["stream"]),
+            kind=StreamKind(row["kind"]),
+            sink_epoch=row["sink_epoch"],
+            next_seq=row["next_seq"],
+            delivered_seq=row["delivered_seq"],
+            floor_seq=row["floor_seq"],
+            closed=row["closed"],
+            replaced=None if row["replaced"] is None else NodeId(row["replaced"]),
+        )
+
+    async def release(self, cursor: Cursor) -> None:
+        """See ``Log.release``."""
+        await self._releases.put(cursor, patience=self._hold)
+
+    async def _send_releases(self, cursors: Sequence[Cursor]) -> list[None | PgmcpError]:
+        await self._database.fetch(
+            "release",
+            [cursor.stream for cursor in cursors],
+            [cursor.sink_epoch for cursor in cursors],
+            [cursor.after for cursor in cursors],
+            self._node,
+        )
+        return [None] * len(cursors)
+
+    async def drop_sink(self, ownership: Ownership, stream: StreamId | None) -> tuple[StreamId, NodeId | None] | None:
+        """See ``Log.drop_sink``."""
+
+        async def once() -> list[asyncpg.Record]:
+            await self._gate()
+            return await self._database.fetch(
+                "drop_sink", ownership.session, self._node, ownership.epoch, stream
+            )
+
+        rows = await self._database.retry(once, patience=self._hold)
+        if not rows:
+            return None
+        return StreamId(rows[0]["stream"]), None if rows[0]["sink"] is None else NodeId(rows[0]["sink"])
+
+    async def standalone(self, session: SessionKey) -> tuple[StreamId, int]:
+        """See ``Log.standalone``."""
+        rows = await self._database.persist("standalone_stream", session, patience=self._hold)
+        if not rows:
+            message = f"Session {session} is over."
+            raise Fenced(message)
+        return StreamId(rows[0]["id"]), rows[0]["next_seq"]
+
+
+def _stored(row: asyncpg.Record, entry: Entry) -> NodeId | None | PgmcpError:
+    if row["fenced"]:
+        return Fenced(f"Session {entry.ownership.session} has another owner or is over; nothing was stored.")
+    if not row["stored"]:
+        return Fenced(f"Stream {entry.stream} is closed or stands at another number than {entry.seq}.")
+    return None if row["sink"] is None else NodeId(row["sink"])
+
+
+def _page(cursor: Cursor, rows: list[asyncpg.Record]) -> Page:
+    if not rows:
+        return Page(attached=False, closed=False)
+    events = tuple(Event(row["seq"], row["message"]) for row in rows if row["seq"] is not None)
+    last = events[-1].seq if events else cursor.after
+    return Page(attached=True, closed=rows[0]["closed"] and last >= rows[0]["next_seq"] - 1, events=events)

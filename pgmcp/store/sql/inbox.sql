@@ -1,0 +1,181 @@
+-- name: open_session
+-- The first owner creates a session with its standalone stream; a repeat finds its own row.
+with made as (
+    insert into {schema}.sessions
+        (session_id, owner, transport, principal_client, principal_issuer, principal_subject)
+    values ($1, $2, $3, $4, $5, $6)
+    on conflict (session_id) do nothing
+    returning id, epoch
+), standalone as (
+    insert into {schema}.streams (id, session, kind)
+    select $7::uuid, id, 'standalone' from made
+)
+select id, epoch from made
+union all
+select id, epoch from {schema}.sessions where session_id = $1 and owner = $2;
+
+-- name: find_session
+select id, owner, epoch, protocol_version
+from {schema}.sessions
+where session_id = $1
+  and state = 'live'
+  and (principal_client, principal_issuer, principal_subject) is not distinct from ($2::text, $3::text, $4::text);
+
+-- name: accept
+-- fence: sessions rows FOR KEY SHARE, so that accepting is ordered with takeover, hand-over and DELETE, and the
+-- owner that comes back is the one that holds after it.
+with guard as materialized (
+    select set_config('lock_timeout', '250ms', true)
+), asked as materialized (
+    select *
+    from unnest(
+        $1::uuid[], $2::text[], $3::text[], $4::text[], $5::text[], $6::text[], $7::text[], $8::text[],
+        $9::bytea[], $10::bytea[], $11::uuid[]
+    ) with ordinality
+        as a (id, session_id, client, issuer, subject, rpc_id, method, name, body, context, stream, n)
+), held as materialized (
+    select s.*
+    from guard, {schema}.sessions s
+    where s.session_id in (select session_id from asked) and s.state = 'live'
+    order by s.id
+    for key share of s
+), mine as materialized (
+    select a.*, h.id as session, h.owner, h.epoch, h.protocol_version
+    from asked a
+    join held h
+        on h.session_id = a.session_id
+        and (h.principal_client, h.principal_issuer, h.principal_subject)
+            is not distinct from (a.client, a.issuer, a.subject)
+), known as materialized (
+    select m.n, m.stream as asked_stream, r.id, r.stream, r.body = m.body as same,
+        r.finished_at is not null as finished, st.sink is not null as attached
+    from mine m
+    join {schema}.requests r on r.session = m.session and r.rpc_id = m.rpc_id and r.open
+    left join {schema}.streams st on st.id = r.stream
+), fresh as materialized (
+    select m.*
+    from mine m
+    where not exists (select from known k where k.n = m.n or k.asked_stream = m.stream)
+), opened as (
+    insert into {schema}.streams (id, session, kind, sink, unfinished)
+    select stream, session, 'request', $12::uuid, count(*)
+    from fresh
+    where stream is not null and rpc_id is not null
+    group by stream, session
+    order by stream
+    on conflict (id) do nothing
+), stored as (
+    insert into {schema}.requests (id, session, rpc_id, method, name, body, context, stream, open)
+    select id, session, rpc_id, method, name, body, context, stream, rpc_id is not null
+    from fresh
+    order by session, rpc_id nulls first, n
+    on conflict do nothing
+    returning id
+)
+select
+    m.session, m.owner, m.epoch, m.protocol_version,
+    stored.id is not null or k.id = a.id
+        or exists (select from {schema}.requests r where r.id = a.id) as accepted,
+    k.id as known_id, k.stream as known_stream, k.same, k.finished, k.attached
+from asked a
+left join mine m on m.n = a.n
+left join stored on stored.id = a.id
+left join known k on k.n = a.n
+order by a.n;
+
+-- name: claim
+-- fence: owner and epoch on the sessions row, FOR KEY SHARE. A claim may commit asynchronously: what a crash of
+-- PostgreSQL forgets was accepted and counts as may-have-run. $5 is the claim's own id, so a repeat finds its rows.
+with guard as materialized (
+    select set_config('lock_timeout', '250ms', true), set_config('synchronous_commit', 'off', true)
+), held as materialized (
+    select s.id, s.epoch, a.claim
+    from guard, {schema}.sessions s
+    join unnest($1::bigint[], $2::bigint[], $3::uuid[]) as a (session, epoch, claim) on a.session = s.id
+    where s.owner = $4 and s.epoch = a.epoch and s.state = 'live'
+    order by s.id
+    for key share of s
+), taken as (
+    update {schema}.requests r
+    set claim = h.claim, claimed_epoch = h.epoch, claimed_at = clock_timestamp(), runs = r.runs + 1,
+        finished_at = case when r.rpc_id is null then clock_timestamp() end,
+        outcome = case when r.rpc_id is null then 'delivered' end
+    from held h
+    where r.session = h.id and r.claimed_epoch is null and r.finished_at is null
+    returning r.id, r.position, r.session, r.rpc_id, r.method, r.body, r.context, r.stream
+), mine as (
+    select * from taken
+    union
+    select r.id, r.position, r.session, r.rpc_id, r.method, r.body, r.context, r.stream
+    from held h join {schema}.requests r on r.session = h.id and r.claim = h.claim
+)
+select h.id as session, h.epoch, m.id, m.rpc_id, m.method, m.body, m.context, m.stream, st.next_seq
+from held h
+left join mine m on m.session = h.id
+left join {schema}.streams st on st.id = m.stream
+order by h.id, m.position;
+
+-- name: unclaimed
+-- Sessions of this owner with messages that nobody has claimed: the answer to a lost wake-up.
+select distinct s.id, s.epoch
+from {schema}.requests r join {schema}.sessions s on s.id = r.session
+where r.claimed_epoch is null and r.finished_at is null and s.owner = $1 and s.state = 'live';
+
+-- name: free_request_id
+-- The answer was not fetched and its id is wanted for another request.
+update {schema}.requests set open = false where id = $1 and finished_at is not null;
+
+-- name: establish
+-- fence: owner and epoch on the sessions row, FOR KEY SHARE.
+with guard as materialized (
+    select set_config('lock_timeout', '250ms', true)
+), held as materialized (
+    select s.id from guard, {schema}.sessions s
+    where s.id = $1 and s.owner = $2 and s.epoch = $3 and s.state = 'live'
+    for key share of s
+)
+update {schema}.sessions s
+set protocol_version = $4, client_name = $5, client_version = $6, client_capabilities = $7
+from held where s.id = held.id
+returning s.id;
+
+-- name: write_journal
+-- fence: owner and epoch on the sessions row, FOR KEY SHARE.
+with guard as materialized (
+    select set_config('lock_timeout', '250ms', true)
+), held as materialized (
+    select s.id from guard, {schema}.sessions s
+    where s.id = $1 and s.owner = $2 and s.epoch = $3 and s.state = 'live'
+    for key share of s
+), forgotten as (
+    delete from {schema}.journal j using held
+    where j.session = held.id and j.kind = $4 and j.detail = $5 and $6::bytea is null
+), written as (
+    insert into {schema}.journal as j (session, kind, detail, body)
+    select held.id, $4, $5, $6 from held where $6::bytea is not null
+    on conflict (session, kind, detail) do update set body = excluded.body, written_at = clock_timestamp()
+)
+select id from held;
+
+-- name: touch_sessions
+-- fence: owner and epoch. One write a minute for all sessions that were active.
+update {schema}.sessions s set last_active_at = clock_timestamp()
+from (
+    select s.id from {schema}.sessions s
+    join unnest($1::bigint[], $2::bigint[]) as a (session, epoch) on a.session = s.id
+    where s.owner = $3 and s.epoch = a.epoch
+    order by s.id
+    for no key update of s skip locked
+) held
+where s.id = held.id;
+
+-- name: end_session
+-- fence: DELETE locks the row FOR UPDATE; the cascade then reads what is in flight with a snapshot of its own.
+delete from {schema}.sessions
+where session_id = $1
+  and (principal_client, principal_issuer, principal_subject) is not distinct from ($2::text, $3::text, $4::text)
+returning id, owner;
+
+-- name: end_owned_session
+-- fence: owner and epoch.
+delete from {schema}.sessions where id = $1 and owner = $2 and epoch = $3 returning id;

@@ -1,0 +1,150 @@
+-- name: append
+-- fence: owner and epoch on the sessions row, FOR KEY SHARE, in id order; then the streams' rows in id order.
+-- An entry is stored only where its stream stands at the expected number; an answer only together with the
+-- compare-and-set that finishes its request. A repeat finds its own events and reports them as stored.
+with guard as materialized (
+    select set_config('lock_timeout', '250ms', true)
+), asked as materialized (
+    select *
+    from unnest($1::bigint[], $2::bigint[], $3::uuid[], $4::bigint[], $5::bytea[], $6::uuid[], $7::text[])
+        with ordinality as a (session, epoch, stream, seq, message, finishes, outcome, n)
+), held as materialized (
+    select s.id, s.epoch
+    from guard, {schema}.sessions s
+    where s.id in (select session from asked) and s.owner = $8 and s.state = 'live'
+    order by s.id
+    for key share of s
+), fit as materialized (
+    select a.* from asked a join held h on h.id = a.session and h.epoch = a.epoch
+), locked as materialized (
+    select st.id, st.session, st.next_seq, st.sink, st.sink_epoch, st.closed
+    from {schema}.streams st
+    where st.id in (select stream from fit)
+    order by st.id
+    for no key update of st
+), moving as materialized (
+    select f.stream, max(f.seq) + 1 as beyond
+    from fit f
+    join locked l on l.id = f.stream and l.session = f.session and not l.closed
+    left join {schema}.requests q
+        on q.id = f.finishes and q.claimed_epoch = f.epoch and q.finished_at is null
+    group by f.stream, l.next_seq
+    having min(f.seq) = l.next_seq
+       and max(f.seq) - min(f.seq) + 1 = count(*)
+       and count(q.id) = count(f.finishes)
+), done as (
+    update {schema}.requests q
+    set finished_at = clock_timestamp(), outcome = f.outcome
+    from fit f join moving m on m.stream = f.stream
+    where q.id = f.finishes and q.claimed_epoch = f.epoch and q.finished_at is null
+    returning q.stream
+), moved as (
+    update {schema}.streams st
+    set next_seq = m.beyond,
+        unfinished = st.unfinished - d.finished,
+        closed = st.kind = 'request' and st.unfinished = d.finished
+    from moving m
+    cross join lateral (select count(*) as finished from done where done.stream = m.stream) d
+    where st.id = m.stream
+), stored as (
+    insert into {schema}.events (stream, seq, message)
+    select f.stream, f.seq, f.message from fit f join moving m on m.stream = f.stream
+    order by f.stream, f.seq
+)
+select
+    f.n is null as fenced,
+    m.stream is not null
+        or exists (select from {schema}.events e where e.stream = a.stream and e.seq = a.seq) as stored,
+    l.sink
+from asked a
+left join fit f on f.n = a.n
+left join locked l on l.id = a.stream
+left join moving m on m.stream = a.stream
+order by a.n;
+
+-- name: read_streams
+-- What each stream holds after the reader's cursor, while the reader is still its sink.
+select a.n, st.closed, st.next_seq, e.seq, e.message
+from unnest($1::uuid[], $2::bigint[], $3::bigint[]) with ordinality as a (stream, sink_epoch, after, n)
+join {schema}.streams st on st.id = a.stream and st.sink = $4 and st.sink_epoch = a.sink_epoch
+left join lateral (
+    select e.seq, e.message
+    from {schema}.events e
+    where e.stream = a.stream and e.seq > a.after
+    order by e.seq
+    limit 64
+) e on true
+order by a.n, e.seq;
+
+-- name: attach
+-- Newest sink wins. $5 null means the session's standalone stream.
+with guard as materialized (
+    select set_config('lock_timeout', '250ms', true)
+), held as materialized (
+    select s.id, s.owner, s.epoch, s.protocol_version
+    from guard, {schema}.sessions s
+    where s.session_id = $1
+      and s.state = 'live'
+      and (s.principal_client, s.principal_issuer, s.principal_subject)
+          is not distinct from ($2::text, $3::text, $4::text)
+    for key share of s
+), target as materialized (
+    select st.id, st.sink
+    from held join {schema}.streams st on st.session = held.id
+    where ($5::uuid is null and st.kind = 'standalone') or st.id = $5
+    for no key update of st
+), taken as (
+    update {schema}.streams st
+    set sink = $6, sink_epoch = st.sink_epoch + 1
+    from target
+    where st.id = target.id
+    returning st.id, st.kind, st.sink_epoch, st.next_seq, st.delivered_seq, st.floor_seq, st.closed
+)
+select
+    held.id as session, held.owner, held.epoch, held.protocol_version,
+    taken.id as stream, taken.kind, taken.sink_epoch, taken.next_seq, taken.delivered_seq, taken.floor_seq,
+    taken.closed, target.sink as replaced
+from held left join taken on true left join target on true;
+
+-- name: release
+-- An edge notes how far it carried streams and lets go of them; an answer written to its end frees its request's id.
+with guard as materialized (
+    select set_config('lock_timeout', '250ms', true), set_config('synchronous_commit', 'off', true)
+), locked as materialized (
+    select st.id, st.next_seq, a.delivered
+    from guard, {schema}.streams st
+    join unnest($1::uuid[], $2::bigint[], $3::bigint[]) as a (stream, sink_epoch, delivered) on a.stream = st.id
+    where st.sink = $4 and st.sink_epoch = a.sink_epoch
+    order by st.id
+    for no key update of st
+), freed as (
+    update {schema}.requests r set open = false
+    from locked l
+    where r.stream = l.id and r.open and r.finished_at is not null and l.delivered >= l.next_seq - 1
+)
+update {schema}.streams st
+set delivered_seq = greatest(st.delivered_seq, l.delivered), sink = null
+from locked l
+where st.id = l.id;
+
+-- name: drop_sink
+-- fence: owner and epoch. A server asked to close the client's connection: the sink loses the stream and lets go.
+with guard as materialized (
+    select set_config('lock_timeout', '250ms', true)
+), held as materialized (
+    select s.id from guard, {schema}.sessions s
+    where s.id = $1 and s.owner = $2 and s.epoch = $3 and s.state = 'live'
+    for key share of s
+), target as materialized (
+    select st.id, st.sink from held join {schema}.streams st on st.session = held.id
+    where ($4::uuid is null and st.kind = 'standalone') or st.id = $4
+    for no key update of st
+), dropped as (
+    update {schema}.streams st set sink = null, sink_epoch = st.sink_epoch + 1
+    from target where st.id = target.id
+)
+select id as stream, sink from target;
+
+-- name: standalone_stream
+select st.id, st.next_seq from {schema}.streams st where st.session = $1 and st.kind = 'standalone';
+

@@ -1,0 +1,37 @@
+-- name: join
+insert into {schema}.nodes
+    (node_id, name, address, state, expires_at, version, schema_revision, capacity)
+values ($1, $2, $3, 'joining', clock_timestamp() + make_interval(secs => $4), $5, $6, $7)
+on conflict (node_id) do nothing;
+
+-- name: renew
+-- One autocommit statement in database time; no row means that the node was declared dead.
+update {schema}.nodes
+set renewed_at = clock_timestamp(),
+    expires_at = clock_timestamp() + make_interval(secs => $2),
+    line_pid = pg_backend_pid(),
+    line_started_at = $3
+where node_id = $1 and state in ('joining', 'ready', 'draining')
+returning state;
+
+-- name: set_state
+update {schema}.nodes set state = $2
+where node_id = $1 and state in ('joining', 'ready', 'draining')
+returning state;
+
+-- name: line_started
+select backend_start from pg_stat_activity where pid = pg_backend_pid();
+
+-- name: notify
+-- Ids only. A transaction that only notifies is never flushed, so the instance-wide lock is held for microseconds.
+select pg_notify(channel, payload) from unnest($1::text[], $2::text[]) as n (channel, payload);
+
+-- name: probe
+select pg_notify($1, $2);
+
+-- name: key_ring
+select id, key from {schema}.secrets where purpose = $1 order by id;
+
+-- name: add_key
+insert into {schema}.secrets (purpose, key)
+select $1, $2 where not exists (select from {schema}.secrets where purpose = $1);

@@ -1,0 +1,33 @@
+"""Named SQL statements, read once from ``sql/*.sql``."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from importlib import resources
+
+_NAME = re.compile(r"^-- name: ([a-z_]+)\s*$", re.MULTILINE)
+
+
+@cache
+def _texts() -> dict[str, str]:
+    texts: dict[str, str] = {}
+    for file in sorted(resources.files("pgmcp.store").joinpath("sql").iterdir(), key=lambda entry: entry.name):
+        parts = _NAME.split(file.read_text("utf-8"))
+        for name, body in zip(parts[1::2], parts[2::2], strict=True):
+            if name in texts:
+                message = f"two statements are named {name}"
+                raise ValueError(message)
+            texts[name] = body.strip().rstrip(";")
+    return texts
+
+
+def names() -> list[str]:
+    """Every statement's name."""
+    return sorted(_texts())
+
+
+@cache
+def statement(name: str, schema: str) -> str:
+    """The text of one statement for one schema; the schema's name was checked by the settings."""
+    return f"/* {name} */ " + _texts()[name].replace("{schema}", f'"{schema}"')
