@@ -20,9 +20,7 @@ from mcp.server.mcpserver.exceptions import ToolError
 from mcp.server.mcpserver.tools import Tool
 from pydantic import BaseModel, Field
 
-PNG = base64.b64decode(
-    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC"
-)
+PNG = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC")
 WAV = base64.b64decode("UklGRigAAABXQVZFZm10IBAAAAABAAEAQB8AAEAfAAABAAgAZGF0YQQAAACAgICA")
 LEVELS: tuple[types.LoggingLevel, ...] = (
     "debug",
@@ -86,6 +84,7 @@ mcp = MCPServer(
 # What the server keeps in memory, by session: lost when its process dies, unless the client's messages bring it back.
 
 counters: Counter[str] = Counter()
+slow_calls: Counter[str] = Counter()
 log_levels: dict[str, types.LoggingLevel] = {}
 subscribers: dict[str, dict[str, ServerSession]] = {}
 watched_text = ["Nothing happened yet."]
@@ -108,10 +107,21 @@ def count(ctx: Context) -> int:
 @mcp.tool()
 async def slow(seconds: float, steps: Annotated[int, Field(ge=1)], ctx: Context) -> str:
     """Work for some seconds and report progress after each step."""
-    for step in range(1, steps + 1):
-        await anyio.sleep(seconds / steps)
-        await ctx.report_progress(step, steps)
+    session = session_of(ctx.request_context.request)
+    slow_calls[session] += 1
+    try:
+        for step in range(1, steps + 1):
+            await anyio.sleep(seconds / steps)
+            await ctx.report_progress(step, steps)
+    finally:  # also when the client cancels the call
+        slow_calls[session] -= 1
     return f"{steps} steps in {seconds:g} s"
+
+
+@mcp.tool()
+def slow_calls_running(ctx: Context) -> int:
+    """Tell how many calls of ``slow`` this session has in progress."""
+    return slow_calls[session_of(ctx.request_context.request)]
 
 
 # Content
@@ -537,7 +547,7 @@ def test_input_required_result_prompt(ctx: Context) -> str | types.InputRequired
 # Completion, log level and subscriptions
 
 
-@mcp.completion()
+@mcp.completion()  # type: ignore[no-untyped-call, untyped-decorator]
 async def complete(
     ref: types.PromptReference | types.ResourceTemplateReference,
     argument: types.CompletionArgument,

@@ -67,8 +67,10 @@ def run_online(connection: sa.Connection) -> None:
         connection.exec_driver_sql(own(CREATE_SCHEMA))
         connection.commit()
     configure(connection=connection)
-    with context.begin_transaction():
-        context.run_migrations()
+    if not DOWN or sa.inspect(connection).has_table("alembic_version", schema=SCHEMA):
+        connection.rollback()
+        with context.begin_transaction():
+            context.run_migrations()
     if DOWN and not context.get_context().get_current_heads():
         connection.exec_driver_sql(own(DROP_SCHEMA))
     connection.commit()

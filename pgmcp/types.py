@@ -17,6 +17,10 @@ StreamId = NewType("StreamId", UUID)
 RequestKey = NewType("RequestKey", UUID)
 
 
+PAGE = 64
+"""Events that one look at a stream returns at most."""
+
+
 class NodeState(StrEnum):
     """A node's state as its row says it."""
 

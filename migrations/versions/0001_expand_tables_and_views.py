@@ -62,9 +62,7 @@ def _nodes(schema: str) -> None:
         sa.Column("schema_revision", sa.Text(), nullable=False),
         sa.Column("capacity", sa.Integer(), nullable=False),
         sa.PrimaryKeyConstraint("node_id", name=op.f("nodes_pkey")),
-        sa.CheckConstraint(
-            "state in ('joining', 'ready', 'draining', 'left', 'dead')", name=op.f("nodes_state_check")
-        ),
+        sa.CheckConstraint("state in ('joining', 'ready', 'draining', 'left', 'dead')", name=op.f("nodes_state_check")),
         schema=schema,
         postgresql_with={"fillfactor": "50"},
     )

@@ -1,1 +1,76 @@
-"""..."""
+"""The command line.
+
+Exit codes:
+    0  done
+    1  the work failed
+    2  the command line or a setting cannot work, or the target is no MCP server
+    3  the database cannot be reached
+    4  the database's schema is not the one that this build understands
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import click
+
+from pgmcp import __version__
+from pgmcp.errors import DatabaseUnavailable, PgmcpError, SchemaError, SettingsError, TargetError
+
+COMMANDS = {
+    "up": "pgmcp.cli.up:up",
+    "serve": "pgmcp.cli.serve:serve",
+    "db": "pgmcp.cli.db:db",
+    "nodes": "pgmcp.cli.inspect:nodes",
+    "sessions": "pgmcp.cli.inspect:sessions",
+    "requests": "pgmcp.cli.inspect:requests",
+}
+
+EXIT_CODES: tuple[tuple[type[PgmcpError], int], ...] = (
+    (SettingsError, 2),
+    (TargetError, 2),
+    (DatabaseUnavailable, 3),
+    (SchemaError, 4),
+    (PgmcpError, 1),
+)
+
+
+class _Failure(click.ClickException):
+    """An error of ours on its way out: its message, and the exit code of its kind."""
+
+    def __init__(self, error: PgmcpError) -> None:
+        super().__init__(str(error) or (type(error).__doc__ or "").strip())
+        self.exit_code = next(code for kind, code in EXIT_CODES if isinstance(error, kind))  # type: ignore[misc]
+
+
+class Commands(click.Group):
+    """Loads a command when it is called, so that each pays only for its own imports; turns errors into exit codes."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The commands in the order in which a newcomer meets them."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of that name, or None."""
+        if cmd_name not in COMMANDS:
+            return None
+        module, attribute = COMMANDS[cmd_name].split(":")
+        command: click.Command = getattr(import_module(module), attribute)
+        return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; an error of ours ends with its message and its exit code, without a traceback."""
+        try:
+            return super().invoke(ctx)
+        except PgmcpError as error:
+            raise _Failure(error) from error
+
+
+@click.group(cls=Commands)
+@click.version_option(__version__, package_name="pgmcp")
+def main() -> None:
+    """Run an unchanged MCP server on many nodes, with PostgreSQL as the only coordinator.
+
+    Exit codes: 0 done, 1 failed, 2 wrong usage or setting, 3 database unreachable, 4 schema refused.
+    """

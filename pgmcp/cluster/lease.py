@@ -66,6 +66,13 @@ class Lease:
         """Whether the node may claim, dispatch, store or write to a socket now."""
         return self.state is LeaseState.TRUSTED
 
+    @property
+    def suspended_for(self) -> float:
+        """Seconds since trust was over; 0 while it is not."""
+        if self._trusted_until is None:
+            return 0.0
+        return max(0.0, self._clock.boottime() - self._trusted_until)
+
     async def renew(self) -> None:
         """Try one renewal.
 

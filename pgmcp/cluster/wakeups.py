@@ -25,6 +25,8 @@ EVERYTHING = "*"
 LIMIT = 7_900
 BOUND = 10_000
 RETRY = 0.2
+LAST = 1.0
+"""Seconds that the last wake-ups of a leaving node may take."""
 
 
 @dataclass(slots=True)
@@ -101,10 +103,11 @@ class Wakeups:
                 later.add(word)
 
     async def close(self) -> None:
-        """Send what is dirty, once, and stop."""
+        """Send what is dirty, as far as it goes within a second, and stop."""
         if self._flusher is not None:
-            self._flusher.cancel()
-            await asyncio.wait({self._flusher})
+            await asyncio.wait({self._flusher}, timeout=LAST)
+            if self._flusher is not None:
+                self._flusher.cancel()
 
 
 def parse(payload: str) -> Wake:

@@ -1,1 +1,1 @@
-"""..."""
+"""What operators and balancers ask a node: health."""

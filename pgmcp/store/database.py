@@ -17,6 +17,7 @@ import asyncpg
 from pgmcp.clock import Clock
 from pgmcp.errors import DatabaseUnavailable, PgmcpError
 from pgmcp.settings import Settings
+from pgmcp.store.migrations import understood
 from pgmcp.store.statements import statement
 
 Result = TypeVar("Result")
@@ -91,6 +92,18 @@ class Database:
         except TimeoutError:
             self._pool.terminate()
         self._pool = None
+
+    async def revision(self) -> str:
+        """The schema's revision, which is the one that this build understands.
+
+        Raises:
+            DatabaseUnavailable: PostgreSQL does not answer.
+            SchemaError: it is another one; the message says what to run.
+        """
+        if self._pool is None:
+            raise unavailable(self.settings.database_url, ConnectionError("not connected"))
+        async with asyncio.timeout(self.settings.statement_timeout), self._pool.acquire() as connection:
+            return await understood(connection, self.settings.schema_name)
 
     async def fetch(self, name: str, *args: object) -> list[asyncpg.Record]:
         """Run a named statement once.

@@ -11,7 +11,6 @@ import asyncio
 import re
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
-from urllib.parse import urlsplit
 
 import asyncpg
 from sqlalchemy.exc import DBAPIError
@@ -49,8 +48,9 @@ def checked(schema: str) -> str:
 
 def place(database_url: str) -> str:
     """Where the URL points, without user and password; for messages."""
-    parts = urlsplit(database_url)
-    return f"PostgreSQL at {parts.netloc.rpartition('@')[2] or 'the local socket'}{parts.path}"
+    # From the last @ on, whatever stands before: a password with an unescaped slash must not show either.
+    where = database_url.rpartition("@")[2].partition("?")[0].partition("://")
+    return f"PostgreSQL at {(where[2] or where[0]).strip('/') or 'the default place'}"
 
 
 async def connect(database_url: str) -> asyncpg.Connection:
@@ -66,9 +66,10 @@ async def connect(database_url: str) -> asyncpg.Connection:
     dsn = database_url.replace("postgresql+asyncpg://", "postgresql://", 1)
     try:
         return await asyncpg.connect(dsn, timeout=CONNECT, statement_cache_size=0)
-    except (asyncpg.exceptions.ClientConfigurationError, ValueError) as error:
-        message = f"The database URL is malformed: {error}. Write it as postgresql://user:password@host:5432/db."
-        raise SettingsError(message) from error
+    except (asyncpg.exceptions.ClientConfigurationError, ValueError):
+        # Its text may quote parts of the password.
+        message = "The database URL is malformed. Write it as postgresql://user:password@host:5432/db, %-escaped."
+        raise SettingsError(message) from None
     except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
         reason = str(error) or f"no answer within {CONNECT:g} s"
         message = f"{place(database_url)} cannot be used: {reason}. Check that it runs, and the URL's host and login."

@@ -19,6 +19,7 @@ from pgmcp.errors import Fenced, PgmcpError, SessionUnknown
 from pgmcp.store.database import Database
 from pgmcp.store.group import Group
 from pgmcp.types import (
+    PAGE,
     Attachment,
     Cursor,
     Entry,
@@ -79,6 +80,7 @@ class TableLog:
             [cursor.sink_epoch for cursor in cursors],
             [cursor.after for cursor in cursors],
             self._node,
+            PAGE,
         )
         found: dict[int, list[asyncpg.Record]] = {}
         for row in rows:

@@ -1,1 +1,1 @@
-"""..."""
+"""HTTP: any node terminates any exchange of any session."""

@@ -72,7 +72,7 @@ left join lateral (
     from {schema}.events e
     where e.stream = a.stream and e.seq > a.after
     order by e.seq
-    limit 64
+    limit $5
 ) e on true
 order by a.n, e.seq;
 

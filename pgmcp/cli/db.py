@@ -1,0 +1,138 @@
+"""``pgmcp db``: the schema of a database, forward and back.
+
+Exit codes: 0 done, 1 failed, 2 usage, 3 the database cannot be reached, 4 the schema is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any, TypeVar
+
+import click
+
+from pgmcp.errors import SchemaError
+from pgmcp.store import migrations
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+_database_url = click.option(
+    "--database-url",
+    envvar="PGMCP_DATABASE_URL",
+    show_envvar=True,
+    required=True,
+    help="PostgreSQL itself, not a transaction pooler: postgresql://user:password@host/db.",
+)
+_schema = click.option(
+    "--schema",
+    envvar="PGMCP_SCHEMA",
+    show_envvar=True,
+    default="pgmcp",
+    show_default=True,
+    help="Schema of the tables.",
+)
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def _connected(command: Command) -> Command:
+    """Give a command the options of everything that asks a database."""
+    return _database_url(_schema(_json(command)))
+
+
+@click.group()
+def db() -> None:
+    """Create, upgrade and inspect pgmcp's schema."""
+
+
+@db.command()
+@click.argument("revision", default="head")
+@_connected
+def upgrade(database_url: str, schema: str, revision: str, as_json: bool) -> None:
+    """Bring the schema to REVISION (default: head). Safe while nodes run and while others do the same."""
+    before = migrations.current(database_url, schema)
+    migrations.upgrade(database_url, schema, revision)
+    _moved(database_url, schema, before, as_json=as_json)
+
+
+@db.command(context_settings={"ignore_unknown_options": True})  # -1 is a revision here, not an option
+@click.argument("revision", default="-1")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@_connected
+def downgrade(database_url: str, schema: str, revision: str, yes: bool, as_json: bool) -> None:
+    """Take the schema back to REVISION (default: one step back; base: remove all of pgmcp), with the data."""
+    if not yes and sys.stdin.isatty():
+        click.confirm(f"Take schema {schema} back to {revision} and lose what is stored there?", abort=True, err=True)
+    before = migrations.current(database_url, schema)
+    migrations.downgrade(database_url, schema, revision)
+    _moved(database_url, schema, before, as_json=as_json)
+
+
+@db.command()
+@_connected
+def current(database_url: str, schema: str, as_json: bool) -> None:
+    """Print the schema's revision."""
+    found, head = migrations.current(database_url, schema), migrations.head()
+    if as_json:
+        _print_json({"schema": schema, "revision": found, "head": head})
+    elif found is None:
+        click.echo(f"none: schema {schema} has no tables of pgmcp. Run `pgmcp db upgrade`.")
+    else:
+        click.echo(f"{found} (head)" if found == head else f"{found} (this build's head: {head})")
+
+
+@db.command()
+@_connected
+def history(database_url: str, schema: str, as_json: bool) -> None:
+    """List this build's migrations, the newest first, and which of them the schema has."""
+    revisions = migrations.history(database_url, schema)
+    if as_json:
+        _print_json([asdict(each) for each in revisions])
+        return
+    for each in revisions:
+        click.echo(f"{each.revision}  {'applied' if each.applied else 'missing'}  {each.message}")
+
+
+@db.command()
+@_connected
+def check(database_url: str, schema: str, as_json: bool) -> None:
+    """Compare the schema with what this build expects; exit code 4 when they differ."""
+    differences = migrations.check(database_url, schema)
+    if as_json:
+        _print_json({"schema": schema, "head": migrations.head(), "differences": differences})
+    if differences:
+        listed = "\n  ".join(differences)
+        message = f"Schema {schema} has the right revision, but somebody changed its tables:\n  {listed}"
+        raise SchemaError(message)
+    if not as_json:
+        click.echo(f"Schema {schema} is at revision {migrations.head()} and as this build expects.")
+
+
+@db.command()
+@click.argument("revision", default="head")
+@click.option("--down", is_flag=True, help="Write the way back; REVISION is then from:to, as in 0001:base.")
+@_schema
+@_json
+def sql(schema: str, revision: str, down: bool, as_json: bool) -> None:
+    """Print the migrations up to REVISION (or from:to) as SQL for psql. Needs no database."""
+    script = migrations.sql(schema, revision, down=down)
+    if as_json:
+        _print_json({"schema": schema, "revision": revision, "sql": script})
+    else:
+        click.echo(script, nl=False)
+
+
+def _moved(database_url: str, schema: str, before: str | None, *, as_json: bool) -> None:
+    """Say where the schema was and where it is now."""
+    after = migrations.current(database_url, schema)
+    if as_json:
+        _print_json({"schema": schema, "before": before, "revision": after})
+    elif before == after:
+        click.echo(f"Schema {schema} was already at {after or 'base'}.")
+    else:
+        click.echo(f"Schema {schema}: {before or 'base'} -> {after or 'base'}.")
+
+
+def _print_json(value: object) -> None:
+    click.echo(json.dumps(value, indent=2))

@@ -1,0 +1,170 @@
+"""The entry port of a local cluster: hands every request to the next live node in turn. For local use only.
+
+Invariants:
+    * Nothing is kept: request and response bodies pass chunk by chunk, and no read has a time limit (streams).
+    * A request goes to another node only if the first one refused the connection, so before anything was sent.
+    * A side that breaks off breaks the other one off: a client that leaves is noticed by the node, and a stream
+      that its node cut short has no clean end for the client either.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+from starlette.types import Message, Receive, Scope, Send
+
+HOP_BY_HOP = frozenset(
+    {
+        b"connection",
+        b"expect",  # uvicorn has answered it
+        b"keep-alive",
+        b"proxy-authenticate",
+        b"proxy-authorization",
+        b"proxy-connection",
+        b"te",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
+    }
+)
+TIMEOUTS = {"connect": 5.0, "read": None, "write": None, "pool": None}  # seconds
+
+Headers = list[tuple[bytes, bytes]]
+
+
+class Entry:
+    """An ASGI application that spreads requests over nodes.
+
+    Args:
+        nodes: the nodes' names and TCP ports on 127.0.0.1; ``drop`` takes one out for good.
+    """
+
+    def __init__(self, nodes: dict[str, int]) -> None:
+        self._nodes = dict(nodes)
+        self._turn = 0
+        # Each request has a connection of its own: one that is kept open might be closed just as it is used,
+        # and then nobody could tell whether the node had read the request.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+        self._upstream = httpx.AsyncHTTPTransport(verify=False, trust_env=False, limits=limits)
+
+    def drop(self, name: str) -> None:
+        """Send nothing to this node any more."""
+        self._nodes.pop(name, None)
+
+    async def aclose(self) -> None:
+        """Close all connections to nodes."""
+        await self._upstream.aclose()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one HTTP request."""
+        if scope["type"] != "http":
+            return
+        body = _Body(receive)
+        relay = asyncio.ensure_future(self._relay(scope, body, send))
+        watch = asyncio.ensure_future(body.wait_for_disconnect())
+        try:
+            await asyncio.wait({relay, watch}, return_when=asyncio.FIRST_COMPLETED)
+            if not watch.done():
+                relay.result()
+        finally:
+            relay.cancel()
+            watch.cancel()
+            await asyncio.gather(relay, watch, return_exceptions=True)
+
+    async def _relay(self, scope: Scope, body: _Body, send: Send) -> None:
+        try:
+            response = await self._forward(scope, body)
+        except httpx.TransportError as error:
+            reason = f"The node broke off before it answered; it may have acted ({str(error) or type(error).__name__})."
+            await _refuse(send, reason)
+            return
+        if response is None:
+            await _refuse(send, "No node takes connections.")
+            return
+        try:
+            # An error from here on leaves the response unfinished, and the server then closes the connection.
+            headers = _end_to_end(response.headers.raw)
+            await send({"type": "http.response.start", "status": response.status_code, "headers": headers})
+            async for chunk in response.aiter_raw():
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            await response.aclose()
+
+    async def _forward(self, scope: Scope, body: _Body) -> httpx.Response | None:
+        """Send the request to the next node that takes it; None if all refuse."""
+        nodes = list(self._nodes.values())
+        start = self._turn % len(nodes) if nodes else 0
+        self._turn += 1
+        for port in nodes[start:] + nodes[:start]:
+            try:
+                return await self._upstream.handle_async_request(_request(scope, body, port))
+            except (httpx.ConnectError, httpx.ConnectTimeout):
+                continue
+        return None
+
+
+class _ClientLeftError(Exception):
+    """The client left in the middle of its request: the node must not take what there is for the whole."""
+
+
+class _Body(httpx.AsyncByteStream):
+    """The request's body as it arrives; afterwards, the wait for the client to leave."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._read = asyncio.Event()
+        self._gone = asyncio.Event()
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        while not self._read.is_set():
+            message = await self._next()
+            if self._gone.is_set():
+                raise _ClientLeftError
+            if chunk := message.get("body", b""):
+                yield chunk
+
+    async def _next(self) -> Message:
+        message = await self._receive()
+        if message["type"] == "http.disconnect":
+            self._gone.set()
+        if not message.get("more_body"):
+            self._read.set()
+        return message
+
+    async def wait_for_disconnect(self) -> None:
+        """Return when the client has left; while the body arrives, only its reader may receive."""
+        await self._read.wait()
+        while not self._gone.is_set():
+            await self._next()
+
+
+def _request(scope: Scope, body: _Body, port: int) -> httpx.Request:
+    query = scope["query_string"]
+    target = scope.get("raw_path") or scope["path"].encode()
+    headers = _end_to_end(scope["headers"])
+    if not any(name == b"host" for name, _ in headers):  # HTTP/1.0
+        headers.append((b"host", b"127.0.0.1"))
+    if any(name == b"transfer-encoding" for name, _ in scope["headers"]):
+        headers.append((b"transfer-encoding", b"chunked"))
+    extensions: dict[str, Any] = {"timeout": TIMEOUTS, "target": target + (b"?" + query if query else b"")}
+    url = f"http://127.0.0.1:{port}/"
+    return httpx.Request(scope["method"], url, headers=headers, stream=body, extensions=extensions)
+
+
+def _end_to_end(headers: Headers) -> Headers:
+    """The headers that are meant for the other end; blanks around a value are not part of it."""
+    named = b",".join(value for name, value in headers if name.lower() == b"connection").lower().split(b",")
+    dropped = HOP_BY_HOP.union(word.strip() for word in named)
+    return [(name, value.strip()) for name, value in headers if name.lower() not in dropped]
+
+
+async def _refuse(send: Send, reason: str) -> None:
+    content = json.dumps({"error": "bad_gateway", "message": reason}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
+    await send({"type": "http.response.start", "status": 502, "headers": headers})
+    await send({"type": "http.response.body", "body": content, "more_body": False})

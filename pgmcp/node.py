@@ -1,0 +1,306 @@
+"""The composition root: builds one node and starts and stops its services in order.
+
+A node lives through one or more incarnations. An incarnation has an id, a line, a lease, the actors that it owns and the
+streams that it carries. When the cluster has declared it dead, all of that is muted and dropped at once, and the node
+joins again as a new incarnation, over the same pool and the same served server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+from collections.abc import AsyncIterator, Callable
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from litestar import Litestar
+from starlette.types import ASGIApp
+
+from pgmcp import __version__
+from pgmcp.clock import Clock, Ids
+from pgmcp.cluster.lease import Lease, LeaseState
+from pgmcp.cluster.wakeups import Wakeups, parse
+from pgmcp.errors import DatabaseUnavailable, NodeNotReady, PgmcpError, SettingsError
+from pgmcp.ops.health import health_routes
+from pgmcp.session.adapter import Adapter
+from pgmcp.session.adapters.target import load, target_of
+from pgmcp.session.host import TOUCH_EVERY, Host
+from pgmcp.settings import Settings
+from pgmcp.store.database import Database
+from pgmcp.store.inbox import TableInbox
+from pgmcp.store.line import Line, TableNotifier
+from pgmcp.store.log import TableLog
+from pgmcp.store.nodes import join
+from pgmcp.store.secrets import KeyRing
+from pgmcp.types import NodeId, NodeRecord, NodeState, Wake
+from pgmcp.web.application import application, host_rules
+from pgmcp.web.streamable import Streamable
+from pgmcp.web.tails import Tails
+
+logger = logging.getLogger(__name__)
+
+REJOIN = 0.5
+"""Seconds between attempts to join again."""
+
+CAPACITY = 10_000
+
+
+class Incarnation:
+    """One stay of a node in the cluster, from joining to leaving or being declared dead."""
+
+    def __init__(
+        self, settings: Settings, database: Database, box: KeyRing, adapter: Adapter, clock: Clock, ids: Ids
+    ) -> None:
+        self.node_id = NodeId(ids.uuid())
+        self._settings, self._database, self._clock, self._ids = settings, database, clock, ids
+        self.over = asyncio.Event()
+        self.line = Line(
+            settings, self.node_id, clock, ids, on_payload=self._on_payload, on_reset=lambda: self._hear(Wake(everything=True))
+        )
+        self.lease = Lease(self.line, settings, clock, self._on_fenced)
+        self.tails = Tails()
+        self.wakeups = Wakeups(self.node_id, TableNotifier(database), clock, self._hear)
+        self.inbox = TableInbox(database, self.node_id, clock, ids, self.lease.acting)
+        self.log = TableLog(database, self.node_id, clock, self.lease.acting)
+        self.host = Host(
+            adapter,
+            inbox=self.inbox,
+            log=self.log,
+            box=box,
+            clock=clock,
+            ids=ids,
+            trusted=self.lease.acting,
+            heard=self.wakeups.stream,
+            ended=self.wakeups.ended,
+        )
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def join(self, schema_revision: str) -> None:
+        """Enter the cluster: row, line, first renewal, ready.
+
+        Raises:
+            DatabaseUnavailable: PostgreSQL cannot be reached.
+        """
+        settings = self._settings
+        address = settings.address or f"{settings.host}:{settings.port}"
+        record = NodeRecord(self.node_id, settings.node_name, address, __version__, schema_revision, CAPACITY)
+        await join(self._database, record)
+        await self.line.open()
+        await self.lease.renew()
+        if not await self.line.set_state(NodeState.READY):
+            message = "This node's row vanished while it joined; it tries again."
+            raise DatabaseUnavailable(message)
+        self._tasks = [
+            asyncio.create_task(self.lease.run()),
+            asyncio.create_task(self._every(settings.poll, self.host.poll)),
+            asyncio.create_task(self._every(TOUCH_EVERY, self.host.note_activity)),
+        ]
+
+    async def leave(self) -> None:
+        """Stop everything: exchanges end with their final chunk, actors are muted, the row says that we left."""
+        for task in self._tasks:
+            task.cancel()
+        self.tails.end()
+        await self.host.close()
+        await self.wakeups.close()
+        if self.lease.state is not LeaseState.FENCED:
+            with contextlib.suppress(PgmcpError):
+                await self.line.set_state(NodeState.LEFT)
+        await self.line.close()
+
+    def _on_fenced(self) -> None:
+        logger.warning("node %s was declared dead by the cluster; it joins again", self.node_id)
+        self.tails.end()
+        self.over.set()
+
+    def _on_payload(self, payload: str) -> None:
+        self._hear(parse(payload))
+
+    def _hear(self, wake: Wake) -> None:
+        if wake.everything:
+            self.host.wake_all()
+            self.tails.wake_all()
+        for session in wake.inboxes:
+            self.host.wake(session)
+        for session in wake.ended:
+            self.host.drop(session)
+        self.tails.wake(wake.streams)
+        if wake.ended:
+            self.tails.end(wake.ended)
+
+    async def _every(self, seconds: float, work: Callable[[], Any]) -> None:
+        while True:
+            await self._clock.sleep(self._ids.jitter(seconds))
+            if self.lease.trusted:
+                with contextlib.suppress(DatabaseUnavailable):
+                    await work()
+
+
+class Node:
+    """One node: database, served server, present incarnation.
+
+    Args:
+        settings: the node's settings.
+        served: an MCP server object that an adapter knows.
+    """
+
+    def __init__(self, settings: Settings, served: object, *, clock: Clock | None = None, ids: Ids | None = None) -> None:
+        if not settings.database_url:
+            message = "No database given: use --database-url or PGMCP_DATABASE_URL (postgresql://user:password@host/db)."
+            raise SettingsError(message)
+        self.settings, self._clock, self._ids = settings, clock or Clock(), ids or Ids()
+        self._database = Database(settings, self._clock)
+        self._box = KeyRing(self._database)
+        self._target = target_of(served, settings.mcp_path)
+        self._incarnation: Incarnation | None = None
+        self._revision = ""
+
+    def application(self) -> Litestar:
+        """The node as an ASGI application; its lifespan runs the node."""
+        endpoint: ASGIApp = Streamable(
+            self.incarnation,
+            adapter=self._target.adapter,
+            box=self._box,
+            settings=self.settings,
+            security=host_rules(self.settings),
+            clock=self._clock,
+            ids=self._ids,
+        )
+        return application(
+            self._target.protect(endpoint),
+            path=self.settings.mcp_path,
+            routes=self._target.routes,
+            health=health_routes(lambda: self),
+            lifespan=lambda _: self.running(),
+        )
+
+    def incarnation(self) -> Incarnation:
+        """The present incarnation.
+
+        Raises:
+            NodeNotReady: the node is joining or leaving.
+        """
+        if self._incarnation is None:
+            message = "This node is not part of the cluster now; try again or ask another one."
+            raise NodeNotReady(message)
+        return self._incarnation
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Run the node: check the schema, join, keep a live incarnation, leave.
+
+        Raises:
+            DatabaseUnavailable: PostgreSQL cannot be reached at the start.
+            SchemaError: the schema is not the one that this build understands.
+        """
+        await self._database.open()
+        try:
+            self._revision = await self._database.revision()
+            await self._box.load()
+            async with self._target.adapter.lifespan():
+                await self._enter()
+                keeper = asyncio.create_task(self._keep())
+                try:
+                    yield
+                finally:
+                    keeper.cancel()
+                    await asyncio.wait({keeper})
+                    await self._exit()
+        finally:
+            await self._database.close()
+
+    async def _enter(self) -> None:
+        incarnation = Incarnation(
+            self.settings, self._database, self._box, self._target.adapter, self._clock, self._ids
+        )
+        try:
+            await incarnation.join(self._revision)
+        except BaseException:
+            await incarnation.leave()
+            raise
+        self._incarnation = incarnation
+        logger.info("node %s (%s) joined", self.settings.node_name, incarnation.node_id)
+
+    async def _exit(self) -> None:
+        incarnation, self._incarnation = self._incarnation, None
+        if incarnation is not None:
+            await incarnation.leave()
+
+    async def _keep(self) -> None:
+        """Replace an incarnation that was declared dead."""
+        while True:
+            if self._incarnation is not None:
+                await self._incarnation.over.wait()
+                await self._exit()
+            try:
+                await self._enter()
+            except PgmcpError as error:
+                logger.warning("joining again failed: %s", error)
+                await self._clock.sleep(REJOIN)
+
+    def stop_streams(self) -> None:
+        """End every exchange with its final chunk, so that the HTTP server can stop."""
+        if self._incarnation is not None:
+            self._incarnation.tails.end()
+
+    def stalled(self) -> float:
+        """See ``Pulse.stalled``."""
+        if self._incarnation is None:
+            return 0.0
+        return self._clock.boottime() - self._incarnation.lease.ticked_at - self.settings.renew
+
+    def unready(self) -> str | None:
+        """See ``Pulse.unready``."""
+        if self._incarnation is None:
+            return "joining"
+        lease = self._incarnation.lease
+        if lease.state is LeaseState.SUSPENDED and lease.suspended_for < self.settings.hold:
+            return None
+        return None if lease.trusted else str(lease.state)
+
+
+class _HttpServer(uvicorn.Server):
+    """uvicorn, but streams are told to end before it waits for them."""
+
+    def __init__(self, config: uvicorn.Config, before_exit: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._before_exit = before_exit
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        asyncio.get_running_loop().call_soon_threadsafe(self._before_exit)
+        super().handle_exit(sig, frame)
+
+
+def serve(settings: Settings, target: str) -> int:
+    """Run one node in this process until SIGTERM or SIGINT.
+
+    Args:
+        settings: the node's settings.
+        target: ``module:attribute`` or ``path/to/file.py:attribute``.
+
+    Returns:
+        The process's exit code: 0 after an orderly stop.
+
+    Raises:
+        PgmcpError: the node cannot start; the message says why and what to do.
+    """
+    node = Node(settings, load(target))
+    config = uvicorn.Config(
+        node.application(),
+        host=settings.host,
+        port=settings.port,
+        loop="uvloop",
+        http="httptools",
+        access_log=False,
+        log_level="warning",
+        forwarded_allow_ips=settings.forwarded_allow_ips,
+        timeout_graceful_shutdown=5,
+    )
+    server = _HttpServer(config, node.stop_streams)
+    with contextlib.suppress(KeyboardInterrupt):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        server.run()
+    return 0 if server.started else 1

@@ -1,0 +1,271 @@
+"""The actor: one live server session on its owner.
+
+Invariants:
+- Every message that the server writes is stored, under the actor's ownership, before anybody hears of it (G2).
+- A message goes to exactly one stream: an answer and what belongs to a request to the request's stream, everything
+  else to the standalone one.
+- What a handshake or a standing wish of the client establishes is in the journal before its answer is stored.
+- A muted actor says nothing more. The SDK answers a stopping session's open requests with errors of its own, so an
+  actor is muted before it is stopped.
+
+Failure handling: a refused append mutes the actor at once (its ownership is over, or its stream is gone). A server that
+crashes or ends the session by itself makes ``on_over`` end the session for its client too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pgmcp.clock import Clock, Ids
+from pgmcp.errors import Fenced, PgmcpError
+from pgmcp.ports import Inbox, Log
+from pgmcp.session.adapter import Adapter, Incoming, Kind, Outgoing
+from pgmcp.session.caller import Caller
+from pgmcp.session.journal import handshake, journal_entries
+from pgmcp.session.questions import Questions, dump
+from pgmcp.types import Claimed, Entry, NodeId, Outcome, Ownership, RequestKey, StreamId
+
+logger = logging.getLogger(__name__)
+
+REQUEST_CANCELLED = -32800
+INTERNAL_ERROR = -32603
+EARLY_CANCEL = 30.0
+"""Seconds for which a cancel that overtook its request is kept."""
+
+EARLY_CANCELS = 256
+STOP = 2.0
+"""Seconds that a stopped server session may take to unwind."""
+
+
+@dataclass(slots=True)
+class _Stream:
+    id: StreamId
+    next_seq: int
+
+
+@dataclass(slots=True)
+class _Call:
+    key: RequestKey
+    method: str
+    body: bytes
+    stream: _Stream
+    can_ask: bool
+
+
+class Actor:
+    """One session's live server session.
+
+    Args:
+        ownership: the right under which everything is stored.
+        standalone: the session's standalone stream and its next number.
+        heard: called with sink and stream after an event was stored there.
+        on_over: called once, when the server session has ended by itself or lost its ownership.
+    """
+
+    def __init__(
+        self,
+        ownership: Ownership,
+        session_id: str,
+        standalone: tuple[StreamId, int],
+        *,
+        adapter: Adapter,
+        inbox: Inbox,
+        log: Log,
+        clock: Clock,
+        ids: Ids,
+        heard: Callable[[NodeId, StreamId], None],
+        on_over: Callable[[Actor], None],
+    ) -> None:
+        self.ownership, self.session_id = ownership, session_id
+        self._adapter, self._inbox, self._log, self._clock = adapter, inbox, log, clock
+        self._heard, self._on_over = heard, on_over
+        self._standalone = _Stream(*standalone)
+        self._streams: dict[StreamId, _Stream] = {}
+        self._calls: dict[str, _Call] = {}
+        self._questions = Questions(ids)
+        self._early_cancels: dict[str, float] = {}
+        self._queue: asyncio.Queue[Incoming | None] = asyncio.Queue()
+        self._muted = False
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that have no answer yet."""
+        return len(self._calls)
+
+    def start(self) -> None:
+        """Begin the server session."""
+        self._task = asyncio.create_task(self._run(), name=f"session {self.ownership.session}")
+
+    async def _run(self) -> None:
+        try:
+            await self._adapter.converse(self.session_id, self)
+        except Exception:
+            logger.exception("server session %s crashed", self.ownership.session)
+        finally:
+            if not self._muted:
+                self.mute()
+                self._on_over(self)
+
+    def mute(self) -> None:
+        """Say nothing more from now on."""
+        self._muted = True
+
+    async def stop(self) -> None:
+        """Mute and end the server session."""
+        self.mute()
+        if self._task is None or self._task.done():
+            return
+        self._task.cancel()
+        await asyncio.wait({self._task}, timeout=STOP)
+
+    async def deliver(self, claimed: Claimed, caller: Caller) -> None:
+        """Hand one claimed message to the server; messages must come in inbox order."""
+        if self._muted:
+            return
+        if claimed.rpc_id is not None and claimed.stream is not None:
+            await self._deliver_request(claimed, claimed.rpc_id, claimed.stream, caller)
+        elif claimed.method is None:
+            self._pass_on(self._questions.answer(json.loads(claimed.body)), caller)
+        elif claimed.method == "notifications/cancelled":
+            self._deliver_cancel(claimed.body, caller)
+        elif claimed.method == "notifications/progress":
+            self._pass_on(self._questions.progress(json.loads(claimed.body)), caller)
+        else:
+            for entry in journal_entries(claimed.method, claimed.body, None):
+                await self._inbox.write_journal(self.ownership, entry)
+            self._pass_on(claimed.body, caller)
+
+    def _pass_on(self, body: bytes | None, caller: Caller) -> None:
+        if body is not None:
+            self._queue.put_nowait(Incoming(body, caller.context, close_standalone=self._close_standalone))
+
+    async def _deliver_request(self, claimed: Claimed, rpc_id: str, stream_id: StreamId, caller: Caller) -> None:
+        stream = self._register(claimed, rpc_id, stream_id, can_ask=caller.can_ask)
+        if self._clock.boottime() < self._early_cancels.pop(rpc_id, 0.0):
+            await self._cancelled(rpc_id)
+            return
+        self._queue.put_nowait(
+            Incoming(
+                claimed.body,
+                caller.context,
+                can_ask=caller.can_ask,
+                unanswered=lambda: self._cancelled(rpc_id),
+                close_stream=lambda: self._close_stream(stream.id),
+                close_standalone=self._close_standalone,
+            )
+        )
+
+    def _register(self, claimed: Claimed, rpc_id: str, stream_id: StreamId, *, can_ask: bool) -> _Stream:
+        stream = self._streams.setdefault(stream_id, _Stream(stream_id, claimed.next_seq))
+        self._calls[rpc_id] = _Call(claimed.key, claimed.method or "", claimed.body, stream, can_ask)
+        return stream
+
+    async def reject(self, claimed: Claimed, text: str) -> None:
+        """Answer a claimed request with an error, without the server; drop what is no request."""
+        if claimed.rpc_id is not None and claimed.stream is not None:
+            self._register(claimed, claimed.rpc_id, claimed.stream, can_ask=False)
+            await self._refuse(claimed.rpc_id, INTERNAL_ERROR, text, Outcome.LOST)
+
+    def _deliver_cancel(self, body: bytes, caller: Caller) -> None:
+        rpc_id = json.dumps((json.loads(body).get("params") or {}).get("requestId"))
+        if rpc_id in self._calls:
+            if self._calls[rpc_id].method != "initialize":
+                self._pass_on(body, caller)
+        elif len(self._early_cancels) < EARLY_CANCELS:
+            now = self._clock.boottime()
+            self._early_cancels = {key: until for key, until in self._early_cancels.items() if until > now}
+            self._early_cancels[rpc_id] = now + EARLY_CANCEL
+
+    async def receive(self) -> Incoming | None:
+        """See ``Conversation.receive``."""
+        return await self._queue.get()
+
+    async def emit(self, outgoing: Outgoing) -> None:
+        """See ``Conversation.emit``."""
+        if self._muted:
+            return
+        if outgoing.kind in {Kind.RESULT, Kind.ERROR}:
+            await self._answer(outgoing)
+            return
+        stream = self._standalone
+        if outgoing.related is not None:
+            call = self._calls.get(outgoing.related)
+            if call is None or not call.can_ask:
+                return  # answered already, or answered by plain JSON: there is nowhere to say it
+            stream = call.stream
+        message: bytes | None = outgoing.message
+        if outgoing.kind is Kind.REQUEST:
+            message = self._questions.ask(outgoing.message)
+        elif outgoing.method == "notifications/cancelled":
+            message = self._questions.cancel(outgoing.message)
+        if message is not None:
+            await self._store(stream, message)
+
+    async def _answer(self, outgoing: Outgoing) -> None:
+        call = self._calls.get(outgoing.rpc_id or "")
+        if call is None:
+            return
+        if outgoing.kind is Kind.RESULT:
+            await self._establish(call, outgoing.message)
+        await self._finish(outgoing.rpc_id or "", call, outgoing.message, Outcome.ANSWERED)
+
+    async def _establish(self, call: _Call, result: bytes) -> None:
+        try:
+            if call.method == "initialize":
+                await self._inbox.establish(self.ownership, handshake(call.body, result))
+            for entry in journal_entries(call.method, call.body, result):
+                await self._inbox.write_journal(self.ownership, entry)
+        except Fenced:
+            self._lose()
+
+    async def _cancelled(self, rpc_id: str) -> None:
+        await self._refuse(rpc_id, REQUEST_CANCELLED, "Request cancelled", Outcome.CANCELLED)
+
+    async def _refuse(self, rpc_id: str, code: int, text: str, outcome: Outcome) -> None:
+        call = self._calls.get(rpc_id)
+        if call is not None:
+            error = {"jsonrpc": "2.0", "id": json.loads(rpc_id), "error": {"code": code, "message": text}}
+            await self._finish(rpc_id, call, dump(error), outcome)
+
+    async def _finish(self, rpc_id: str, call: _Call, message: bytes, outcome: Outcome) -> None:
+        if self._calls.get(rpc_id) is call:
+            del self._calls[rpc_id]
+        if all(other.stream is not call.stream for other in self._calls.values()):
+            self._streams.pop(call.stream.id, None)
+        await self._store(call.stream, message, call.key, outcome)
+
+    async def _store(
+        self, stream: _Stream, message: bytes, finishes: RequestKey | None = None, outcome: Outcome | None = None
+    ) -> None:
+        if self._muted:
+            return
+        entry = Entry(self.ownership, stream.id, stream.next_seq, message, finishes, outcome)
+        stream.next_seq += 1
+        try:
+            sink = await self._log.append(entry)
+        except PgmcpError as error:
+            logger.warning("session %s: %s", self.ownership.session, error)
+            self._lose()
+            return
+        if sink is not None:
+            self._heard(sink, stream.id)
+
+    def _lose(self) -> None:
+        if not self._muted:
+            self.mute()
+            self._on_over(self)
+
+    async def _close_stream(self, stream: StreamId | None) -> None:
+        with contextlib.suppress(PgmcpError):
+            dropped = await self._log.drop_sink(self.ownership, stream)
+            if dropped is not None and dropped[1] is not None:
+                self._heard(dropped[1], dropped[0])
+
+    async def _close_standalone(self) -> None:
+        await self._close_stream(None)

@@ -1,0 +1,85 @@
+"""What an adapter to an MCP server does; ``adapters/`` holds the implementations.
+
+An adapter turns a served target into conversations: one per live session, fed with client messages as JSON text and
+giving back whatever the server writes. It knows the server's SDK; the actor knows the cluster; neither knows both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Protocol
+
+
+class Kind(StrEnum):
+    """What a server wrote."""
+
+    RESULT = "result"
+    ERROR = "error"
+    REQUEST = "request"
+    NOTIFICATION = "notification"
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """One message that the server wrote.
+
+    ``rpc_id`` is the JSON text of its id; ``related`` that of the client's request it belongs to, if any.
+    """
+
+    kind: Kind
+    message: bytes
+    rpc_id: str | None = None
+    method: str | None = None
+    related: str | None = None
+
+
+async def _nothing() -> None:
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Incoming:
+    """One client message for the server.
+
+    ``context`` is what ``Adapter.describe`` made of the HTTP exchange that brought it, on whichever node that was.
+    ``unanswered`` is awaited when the request settles without an answer; ``can_ask`` says whether the server may send
+    requests on this request's stream.
+    """
+
+    body: bytes
+    context: Mapping[str, Any] | None = None
+    can_ask: bool = True
+    unanswered: Callable[[], Awaitable[None]] = _nothing
+    close_stream: Callable[[], Awaitable[None]] | None = None
+    close_standalone: Callable[[], Awaitable[None]] | None = None
+
+
+class Conversation(Protocol):
+    """The two ends that an actor offers to an adapter."""
+
+    async def receive(self) -> Incoming | None:
+        """The next client message; None at the end of the session."""
+        ...
+
+    async def emit(self, outgoing: Outgoing) -> None:
+        """Take what the server wrote; returns when it is stored."""
+        ...
+
+
+class Adapter(Protocol):
+    """A served target."""
+
+    def lifespan(self) -> AbstractAsyncContextManager[None]:
+        """The server's own start and stop, once per process."""
+        ...
+
+    async def converse(self, session_id: str, conversation: Conversation) -> None:
+        """Run one live session until ``receive`` returns None."""
+        ...
+
+    def describe(self, scope: Mapping[str, Any]) -> dict[str, Any]:
+        """What of an HTTP exchange has to reach the server, as JSON values: request line, headers, identity."""
+        ...

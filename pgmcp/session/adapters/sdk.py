@@ -1,0 +1,177 @@
+"""The adapter for the official SDK's ``Server`` and ``MCPServer`` (mcp 2.x).
+
+It drives ``mcp.server.runner.serve_loop`` over a pair of own streams: the seam that the SDK documents for custom
+transports. Nothing in it knows the cluster.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import importlib
+import json
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any
+
+import pydantic_core
+from mcp.server import Server
+from mcp.server.auth.middleware.auth_context import auth_context_var
+from mcp.server.auth.middleware.bearer_auth import AuthenticatedUser
+from mcp.server.auth.provider import AccessToken
+from mcp.server.runner import serve_loop
+from mcp.shared.message import ServerMessageMetadata, SessionMessage
+from mcp_types import JSONRPCError, JSONRPCNotification, JSONRPCRequest, jsonrpc_message_adapter
+from starlette.authentication import AuthCredentials
+from starlette.requests import Request
+
+from pgmcp.session.adapter import Conversation, Incoming, Kind, Outgoing
+
+_TEXTS = ("method", "scheme", "http_version", "path", "root_path")
+_BYTES = ("raw_path", "query_string")
+
+
+class _Reader:
+    """The stream that the SDK reads; ``last_context`` is where its dispatcher looks for the sender's contextvars."""
+
+    def __init__(self, conversation: Conversation) -> None:
+        self._conversation = conversation
+        self.last_context: contextvars.Context | None = None
+
+    async def receive(self) -> SessionMessage | Exception:
+        incoming = await self._conversation.receive()
+        if incoming is None:
+            raise StopAsyncIteration
+        request, self.last_context = _rebuild(incoming.context)
+        return SessionMessage(
+            jsonrpc_message_adapter.validate_python(pydantic_core.from_json(incoming.body), by_name=False),
+            _metadata(incoming, request),
+        )
+
+    __anext__ = receive
+
+    def __aiter__(self) -> _Reader:
+        return self
+
+    async def aclose(self) -> None:
+        return None
+
+    async def __aenter__(self) -> _Reader:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        return None
+
+
+class _Writer:
+    """The stream that the SDK writes: each message goes out in the task that wrote it, so nothing is buffered."""
+
+    def __init__(self, conversation: Conversation) -> None:
+        self._conversation = conversation
+
+    async def send(self, item: SessionMessage, /) -> None:
+        await self._conversation.emit(_outgoing(item))
+
+    async def aclose(self) -> None:
+        return None
+
+    async def __aenter__(self) -> _Writer:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        return None
+
+
+class SdkAdapter:
+    """The ``Adapter`` for a low-level server of the SDK.
+
+    Args:
+        server: the low-level server; an ``MCPServer`` has one inside.
+    """
+
+    def __init__(self, server: Server[Any]) -> None:
+        self._server = server
+        self._state: Any = None
+
+    def lifespan(self) -> AbstractAsyncContextManager[None]:
+        """See ``Adapter.lifespan``."""
+        return self._lifespan()
+
+    @asynccontextmanager
+    async def _lifespan(self) -> AsyncIterator[None]:
+        async with self._server.lifespan(self._server) as self._state:
+            yield
+
+    async def converse(self, session_id: str, conversation: Conversation) -> None:
+        """See ``Adapter.converse``."""
+        await serve_loop(
+            self._server,
+            _Reader(conversation),
+            _Writer(conversation),
+            lifespan_state=self._state,
+            session_id=session_id,
+        )
+
+    def describe(self, scope: Mapping[str, Any]) -> dict[str, Any]:
+        """See ``Adapter.describe``."""
+        described: dict[str, Any] = {key: scope[key] for key in _TEXTS if key in scope}
+        described |= {key: scope[key].decode("latin-1") for key in _BYTES if scope.get(key) is not None}
+        described["headers"] = [[name.decode("latin-1"), value.decode("latin-1")] for name, value in scope["headers"]]
+        described |= {key: list(scope[key]) for key in ("client", "server") if scope.get(key)}
+        user = scope.get("user")
+        if isinstance(user, AuthenticatedUser):
+            token = user.access_token
+            described["token"] = token.model_dump(mode="json")
+            described["token_type"] = f"{type(token).__module__}:{type(token).__qualname__}"
+            described["scopes"] = list(scope["auth"].scopes)
+        return described
+
+
+def _metadata(incoming: Incoming, request: Request | None) -> ServerMessageMetadata:
+    return ServerMessageMetadata(
+        request_context=request,
+        close_sse_stream=incoming.close_stream,
+        close_standalone_sse_stream=incoming.close_standalone,
+        on_request_unanswered=incoming.unanswered,
+        can_send_request=incoming.can_ask,
+    )
+
+
+def _rebuild(context: Mapping[str, Any] | None) -> tuple[Request | None, contextvars.Context]:
+    """The request as the handler would see it on the node where it arrived, and the context to run the handler in."""
+    variables = contextvars.copy_context()
+    if context is None:
+        return None, variables
+    scope: dict[str, Any] = {"type": "http", "asgi": {"version": "3.0"}, "state": {}}
+    scope |= {key: context[key] for key in _TEXTS if key in context}
+    scope |= {key: context[key].encode("latin-1") for key in _BYTES if key in context}
+    scope["headers"] = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in context["headers"]]
+    scope |= {key: tuple(context[key]) for key in ("client", "server") if key in context}
+    if "token" in context:
+        user = AuthenticatedUser(_token(context["token"], context["token_type"]))
+        scope["user"], scope["auth"] = user, AuthCredentials(context["scopes"])
+        variables.run(auth_context_var.set, user)
+    return Request(scope), variables
+
+
+def _token(values: Mapping[str, Any], type_name: str) -> AccessToken:
+    """Verifiers may return a subclass with fields of its own; it is rebuilt as what it was."""
+    module, _, name = type_name.partition(":")
+    kind: Any = importlib.import_module(module)
+    for part in name.split("."):
+        kind = getattr(kind, part, AccessToken)
+    if not (isinstance(kind, type) and issubclass(kind, AccessToken)):
+        kind = AccessToken
+    return kind.model_validate(values)
+
+
+def _outgoing(item: SessionMessage) -> Outgoing:
+    message, metadata = item.message, item.metadata
+    text = message.model_dump_json(by_alias=True, exclude_unset=True).encode()
+    related = metadata.related_request_id if isinstance(metadata, ServerMessageMetadata) else None
+    belongs_to = None if related is None else json.dumps(related)
+    if isinstance(message, JSONRPCRequest):
+        return Outgoing(Kind.REQUEST, text, json.dumps(message.id), message.method, belongs_to)
+    if isinstance(message, JSONRPCNotification):
+        return Outgoing(Kind.NOTIFICATION, text, None, message.method, belongs_to)
+    kind = Kind.ERROR if isinstance(message, JSONRPCError) else Kind.RESULT
+    return Outgoing(kind, text, json.dumps(message.id), None, belongs_to)

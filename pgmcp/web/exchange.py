@@ -1,0 +1,276 @@
+"""One HTTP exchange that carries one stream to its client.
+
+Invariants:
+- Nothing is written that is not in the log, and nothing twice: the cursor only moves forward (G2, G3).
+- Trust is asked for before each write of events; without it the client gets comments only (G9).
+- A disconnect of the client ends the exchange and nothing else: the request runs on (disconnecting is not cancelling,
+  2025-11-25 "Sending Messages to the Server" 6).
+- An exchange ends with the final chunk whenever the node ends it: clients count an abrupt end as a failure.
+
+Failure handling: while the database is away reads wait, and comments keep the connection open. A stream that has a
+newer sink, or whose session is over, ends the exchange.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+from starlette.types import Receive, Send
+
+from pgmcp.cluster.lease import Lease
+from pgmcp.clock import Clock
+from pgmcp.errors import DatabaseUnavailable, Fenced, PgmcpError
+from pgmcp.ports import Log
+from pgmcp.settings import Settings
+from pgmcp.types import PAGE, Cursor, Event, Page, StreamId, StreamKind
+from pgmcp.web.tails import Tail
+from pgmcp.web.wire import INTERNAL_ERROR, Refusal
+
+SSE_HEADERS = {
+    "content-type": "text/event-stream",
+    "cache-control": "no-cache, no-transform",
+    "x-accel-buffering": "no",
+}
+AUTO_WAIT = 0.1
+"""Seconds for which an automatic answer waits for plain JSON to be enough."""
+
+DROP = 1.0
+"""Seconds that letting go of a stream may take when the exchange is over anyway."""
+
+
+def event_id(stream: StreamId, seq: int) -> str:
+    """The SSE id of an event: any node finds stream and place in it."""
+    return f"{stream.hex}.{seq}"
+
+
+class Exchange:
+    """Carries a stream over one HTTP response.
+
+    Args:
+        tail: the ear on the stream.
+        sink_epoch: this exchange's turn as the stream's sink.
+        after: the last event that the client has.
+        kind: a standalone stream may be idle for long, and what was written to it counts as delivered.
+        priming: whether the client's revision knows priming events (2025-11-25).
+        headers: further response headers.
+    """
+
+    def __init__(
+        self,
+        tail: Tail,
+        sink_epoch: int,
+        after: int,
+        kind: StreamKind,
+        *,
+        log: Log,
+        lease: Lease,
+        settings: Settings,
+        clock: Clock,
+        receive: Receive,
+        send: Send,
+        priming: bool,
+        headers: dict[str, str],
+    ) -> None:
+        self._tail, self._sink_epoch, self._after, self._kind = tail, sink_epoch, after, kind
+        self._poll = settings.poll if kind is StreamKind.REQUEST else settings.idle_poll
+        self._log, self._lease, self._settings, self._clock = log, lease, settings, clock
+        self._receive, self._send = receive, send
+        self._priming, self._headers = priming, headers
+        self._gone = False
+        self._written = clock.boottime()
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+
+    async def next_page(self, seconds: float, *, look: bool) -> Page | None:
+        """What comes next in the stream; None when nothing does within ``seconds``.
+
+        Args:
+            look: read at once, before any wake-up.
+        """
+        if not look and not await self._clock.wait(self._tail.moved, seconds):
+            return None
+        self._tail.moved.clear()
+        if self._tail.over:
+            return Page(attached=False, closed=False)
+        try:
+            page = await self._log.read(Cursor(self._tail.stream, self._sink_epoch, self._after))
+        except DatabaseUnavailable:
+            return None
+        if page.events:
+            self._after = page.events[-1].seq
+            if len(page.events) >= PAGE:
+                self._tail.moved.set()
+        return page
+
+    # -- plain JSON ------------------------------------------------------------------------------------------------
+
+    async def handshake(self) -> Page:
+        """Wait for the answer to ``initialize``.
+
+        Raises:
+            Refusal: the server refused it, or ended before it answered.
+        """
+        answers = await self._collect()
+        if not answers:
+            raise Refusal(500, "The server ended before it answered initialize; look at its log.", INTERNAL_ERROR)
+        error = json.loads(answers[0].message).get("error")
+        if error is not None:
+            raise Refusal(400, str(error.get("message")), int(error.get("code", INTERNAL_ERROR)))
+        return Page(attached=True, closed=True, events=tuple(answers))
+
+    async def answer_json(self, *, batch: bool) -> None:
+        """Wait for the stream's answers and send them as one JSON body.
+
+        Raises:
+            Refusal: the session ended before the answer was there.
+        """
+        answers = await self._collect()
+        if answers is None:
+            raise Refusal(500, "Session terminated before the request completed", INTERNAL_ERROR)
+        await self.send_json(answers, batch=batch)
+
+    async def answer_auto(self, *, batch: bool) -> None:
+        """Send plain JSON if that is soon enough and all there is, else server-sent events."""
+        first = await self.next_page(AUTO_WAIT, look=False)
+        if first is not None and first.closed and all(_is_answer(event) for event in first.events):
+            await self.send_json(first.events, batch=batch)
+        else:
+            await self.stream(first=first)
+
+    async def _collect(self) -> Sequence[Event] | None:
+        answers: list[Event] = []
+        with self._watching():
+            while not self._gone:
+                page = await self.next_page(self._poll, look=False)
+                if page is None:
+                    self._tail.moved.set()
+                    continue
+                answers += [event for event in page.events if _is_answer(event)]
+                if page.closed:
+                    return answers
+                if not page.attached:
+                    return None
+        return []
+
+    async def send_json(self, answers: Sequence[Event], *, batch: bool) -> None:
+        """Send answers as one JSON body."""
+        if self._gone or not answers:
+            return
+        body = answers[0].message if not batch else b"[" + b",".join(event.message for event in answers) + b"]"
+        await self._lease.acting()
+        await self._start(200, {"content-type": "application/json", "content-length": str(len(body))})
+        await self._send({"type": "http.response.body", "body": body})
+
+    # -- server-sent events ----------------------------------------------------------------------------------------
+
+    async def stream(self, *, first: Page | None = None, look: bool = False) -> None:
+        """Carry the stream as server-sent events until it ends, or this exchange does.
+
+        Args:
+            first: what was read already.
+            look: read at once: the stream may have events that nobody announces any more.
+        """
+        await self._start(200, SSE_HEADERS)
+        if self._priming:
+            await self._write(f"id: {event_id(self._tail.stream, self._after)}\r\n{self._retry}data: \r\n\r\n".encode())
+        with self._watching():
+            finished = await self._carry(first, look=look)
+        if not self._gone:
+            await self._send({"type": "http.response.body", "body": b"" if finished else self._farewell})
+
+    async def _carry(self, page: Page | None, *, look: bool) -> bool:
+        """Write what comes; whether the stream itself has ended."""
+        while not self._gone:
+            if page is not None:
+                try:
+                    await self._write_events(page.events)
+                except Fenced:
+                    return False
+                if page.closed or not page.attached:
+                    return page.closed
+            page = await self._next_or_comment(look=look)
+            look = False
+        return False
+
+    @property
+    def _retry(self) -> str:
+        return f"retry: {self._settings.retry_ms}\r\n"
+
+    @property
+    def _farewell(self) -> bytes:
+        """What precedes an end that is not the stream's end: come back, elsewhere."""
+        return f"{self._retry}\r\n".encode() if self._priming else b""
+
+    async def _next_or_comment(self, *, look: bool) -> Page | None:
+        silent = self._clock.boottime() - self._written
+        page = await self.next_page(min(self._poll, max(0.0, self._settings.keepalive - silent)), look=look)
+        if page is not None:
+            return page
+        if self._clock.boottime() - self._written >= self._settings.keepalive:
+            await self._write(b": \r\n\r\n")
+        self._tail.moved.set()
+        return None
+
+    async def _write_events(self, events: Sequence[Event]) -> None:
+        if not events:
+            return
+        await self._lease.acting()
+        await self._write(
+            b"".join(
+                b"event: message\r\nid: %s\r\ndata: %s\r\n\r\n"
+                % (event_id(self._tail.stream, event.seq).encode(), event.message)
+                for event in events
+            )
+        )
+
+    async def _write(self, chunk: bytes) -> None:
+        self._written = self._clock.boottime()
+        await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
+
+    async def _start(self, status: int, headers: dict[str, str]) -> None:
+        pairs = [(name.encode(), value.encode()) for name, value in (headers | self._headers).items()]
+        await self._send({"type": "http.response.start", "status": status, "headers": pairs})
+
+    # -- the client's side -----------------------------------------------------------------------------------------
+
+    def _watching(self) -> _Watch:
+        return _Watch(self._receive, self._on_gone)
+
+    def _on_gone(self) -> None:
+        self._gone = True
+        self._tail.moved.set()
+
+    async def release(self) -> None:
+        """Let go of the stream: note how far it was carried."""
+        carried = 0 if self._gone and self._kind is StreamKind.REQUEST else self._after
+        with suppress(PgmcpError, TimeoutError):
+            async with asyncio.timeout(DROP):
+                await self._log.release(Cursor(self._tail.stream, self._sink_epoch, carried))
+
+
+class _Watch:
+    """Notices a client's disconnect while the response is being written."""
+
+    def __init__(self, receive: Callable[[], Awaitable[Any]], on_gone: Callable[[], None]) -> None:
+        self._receive, self._on_gone = receive, on_gone
+        self._task: asyncio.Task[None] | None = None
+
+    def __enter__(self) -> None:
+        self._task = asyncio.create_task(self._watch())
+
+    def __exit__(self, *_: object) -> None:
+        if self._task is not None:
+            self._task.cancel()
+
+    async def _watch(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            continue
+        self._on_gone()
+
+
+def _is_answer(event: Event) -> bool:
+    return "method" not in json.loads(event.message)

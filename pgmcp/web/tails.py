@@ -1,0 +1,67 @@
+"""Tails: the streams that this edge carries, and the ears of the exchanges that carry them.
+
+An exchange subscribes before its stream can have events (a wake-up can beat the reply of the accept that opened the
+stream), reads after each wake-up, and looks by itself now and then, so that a lost wake-up only delays.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from pgmcp.types import SessionKey, StreamId
+
+
+class Tail:
+    """One exchange's ear on one stream."""
+
+    def __init__(self, stream: StreamId) -> None:
+        self.stream = stream
+        self.session: SessionKey | None = None
+        self.moved = asyncio.Event()
+        self.over = False
+
+
+class Tails:
+    """All tails of one incarnation of a node."""
+
+    def __init__(self) -> None:
+        self._by_stream: dict[StreamId, set[Tail]] = {}
+
+    def __len__(self) -> int:
+        return sum(len(tails) for tails in self._by_stream.values())
+
+    def __iter__(self) -> Iterator[Tail]:
+        return (tail for tails in list(self._by_stream.values()) for tail in list(tails))
+
+    @contextmanager
+    def subscribe(self, stream: StreamId) -> Iterator[Tail]:
+        """Hear of a stream for as long as the context lasts."""
+        tail = Tail(stream)
+        self._by_stream.setdefault(stream, set()).add(tail)
+        try:
+            yield tail
+        finally:
+            tails = self._by_stream[stream]
+            tails.discard(tail)
+            if not tails:
+                del self._by_stream[stream]
+
+    def wake(self, streams: Iterable[StreamId]) -> None:
+        """These streams have moved."""
+        for stream in streams:
+            for tail in self._by_stream.get(stream, ()):
+                tail.moved.set()
+
+    def wake_all(self) -> None:
+        """Wake-ups may have been lost: every exchange looks."""
+        for tail in self:
+            tail.moved.set()
+
+    def end(self, sessions: frozenset[SessionKey] | None = None) -> None:
+        """End the exchanges of these sessions; without an argument all of them."""
+        for tail in self:
+            if sessions is None or tail.session in sessions:
+                tail.over = True
+                tail.moved.set()

@@ -1,0 +1,115 @@
+"""A real nginx that spreads requests over nodes in turn, with no stickiness of any kind."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from tests.harness.processes import ServerProcess, free_ports, wait_until
+
+# ``proxy_next_upstream`` without ``non_idempotent``: another node is tried when the first refuses the connection,
+# but a POST that was sent once is never repeated. ``max_fails=0``: a node is never skipped for past failures.
+_CONFIGURATION = """
+master_process off;
+daemon off;
+pid nginx.pid;
+error_log error.log warn;
+events {{ worker_connections 4096; }}
+http {{
+  log_format exchange '$request_method $status $upstream_addr $uri';
+  access_log access.log exchange;
+  client_body_temp_path body;
+  proxy_temp_path proxy;
+  fastcgi_temp_path fastcgi;
+  uwsgi_temp_path uwsgi;
+  scgi_temp_path scgi;
+  client_max_body_size 16m;
+  upstream nodes {{
+{servers}
+    keepalive 64;
+  }}
+  server {{
+    listen 127.0.0.1:{port};
+    location / {{
+      proxy_pass http://nodes;
+      proxy_http_version 1.1;
+      proxy_set_header Connection "";
+      proxy_set_header Host $http_host;
+      proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;
+      proxy_set_header X-Forwarded-Proto $scheme;
+      proxy_buffering off;
+      proxy_request_buffering off;
+      proxy_cache off;
+      proxy_connect_timeout 2s;
+      proxy_read_timeout 1h;
+      proxy_send_timeout 1h;
+      proxy_next_upstream error timeout;
+    }}
+  }}
+}}
+"""
+
+
+class Exchange(NamedTuple):
+    """One request that nginx has finished; ``ports`` has every node that was tried, the last one answered."""
+
+    method: str
+    status: int
+    ports: tuple[int, ...]
+    path: str
+
+
+def nginx_binary() -> str | None:
+    """Find nginx; None if it is not installed."""
+    return shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
+
+
+class Nginx(ServerProcess):
+    """nginx in front of ports of 127.0.0.1, on a port and in a folder of its own."""
+
+    def __init__(self, ports: Sequence[int], *, port: int | None = None, directory: Path | None = None) -> None:
+        binary = nginx_binary()
+        assert binary is not None, "nginx is not installed: apt-get install nginx-light"
+        self.ports = tuple(ports)
+        self._temporary = None if directory else tempfile.TemporaryDirectory(prefix="pgmcp-nginx-")
+        self.directory = directory or Path(self._temporary.name)  # type: ignore[union-attr]
+        self.directory.mkdir(parents=True, exist_ok=True)
+        chosen = port or free_ports(1)[0]
+        servers = "\n".join(f"    server 127.0.0.1:{one} max_fails=0;" for one in self.ports)
+        configuration = self.directory / "nginx.conf"
+        configuration.write_text(_CONFIGURATION.format(servers=servers, port=chosen))
+        super().__init__(
+            [binary, "-p", f"{self.directory}/", "-c", str(configuration), "-e", "error.log"],
+            port=chosen,
+            log_path=self.directory / "output.log",
+        )
+
+    @property
+    def exchanges(self) -> list[Exchange]:
+        """The finished exchanges, oldest first; one that still streams is not among them."""
+        path = self.directory / "access.log"
+        return [_exchange(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def wait_for_exchanges(self, count: int, timeout: float = 5) -> list[Exchange]:
+        """Wait until so many exchanges are finished (nginx logs after the client has its answer)."""
+        wait_until(
+            lambda: len(self.exchanges) >= count,
+            timeout,
+            lambda: f"{len(self.exchanges)} of {count} exchanges finished after {timeout} s",
+        )
+        return self.exchanges
+
+    def stop(self) -> None:
+        super().stop()
+        if self._temporary is not None:
+            self._temporary.cleanup()
+
+
+def _exchange(line: str) -> Exchange:
+    method, status, rest = line.split(" ", 2)
+    upstreams, path = rest.rsplit(" ", 1)
+    ports = tuple(int(one.rpartition(":")[2]) for one in upstreams.replace(" ", "").split(",") if ":" in one)
+    return Exchange(method, int(status), ports, path)

@@ -1,0 +1,96 @@
+"""Migrations tell a transaction pooler from a session pooler, with a real pgbouncer (skipped where there is none)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+from pgmcp.errors import DatabaseUnavailable, SchemaError
+from pgmcp.store import migrations, views
+
+PGBOUNCER = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+
+pytestmark = pytest.mark.skipif(PGBOUNCER is None, reason="pgbouncer is not installed")
+
+CONFIG = """
+[databases]
+* = host={host} port={port} user={user} password={password}
+[pgbouncer]
+listen_addr = 127.0.0.1
+listen_port = {listen}
+unix_socket_dir =
+auth_type = any
+pool_mode = {mode}
+"""
+
+
+@pytest.fixture
+def pooled(empty_database: str, tmp_path: Path) -> Iterator[Callable[[str], str]]:
+    """Puts a pooler of the given mode before the database and returns the DSN through it."""
+    running: list[subprocess.Popen[bytes]] = []
+
+    def start(mode: str) -> str:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            listen = probe.getsockname()[1]
+        parts = urlsplit(empty_database)
+        text = CONFIG.format(
+            host=parts.hostname, port=parts.port, user=parts.username, password=parts.password or "-",
+            listen=listen, mode=mode,
+        )  # fmt: skip
+        config = tmp_path / "pgbouncer.ini"
+        config.write_text(text)
+        # pgbouncer refuses to run as root, and another user cannot look into pytest's folder.
+        reader, other = os.pipe()
+        os.write(other, text.encode())
+        os.close(other)
+        as_other = {"user": "nobody", "group": "nogroup", "extra_groups": []} if os.geteuid() == 0 else {}
+        running.append(
+            subprocess.Popen([str(PGBOUNCER), "-q", f"/dev/fd/{reader}"], pass_fds=[reader], cwd="/", **as_other)  # type: ignore[call-overload]
+        )
+        os.close(reader)
+        dsn = f"postgresql://{parts.username}@127.0.0.1:{listen}{parts.path}"
+        _until_open(listen)
+        return dsn
+
+    yield start
+    for process in running:
+        process.terminate()
+        process.wait(10)
+
+
+def _until_open(port: int) -> None:
+    end = time.monotonic() + 10
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        except OSError:
+            assert time.monotonic() < end, "pgbouncer does not listen"
+        else:
+            return
+
+
+def test_a_transaction_pooler_is_refused_for_migrations_but_not_for_reading(
+    empty_database: str, pooled: Callable[[str], str]
+) -> None:
+    dsn = pooled("transaction")
+    with pytest.raises(SchemaError, match="is a transaction pooler. Migrations need a direct connection"):
+        migrations.upgrade(dsn, "pgmcp")
+    assert migrations.current(dsn, "pgmcp") is None
+    migrations.upgrade(empty_database, "pgmcp")
+    assert views.fetch(dsn, "pgmcp", "live_nodes") == []
+    assert migrations.current(dsn, "pgmcp") == migrations.head()
+
+
+def test_a_session_pooler_will_do(pooled: Callable[[str], str]) -> None:
+    dsn = pooled("session")
+    migrations.upgrade(dsn, "pgmcp")
+    assert migrations.check(dsn, "pgmcp") == []
