@@ -1,8 +1,8 @@
 """The composition root: builds one node and starts and stops its services in order.
 
-A node lives through one or more incarnations. An incarnation has an id, a line, a lease, the actors that it owns and the
-streams that it carries. When the cluster has declared it dead, all of that is muted and dropped at once, and the node
-joins again as a new incarnation, over the same pool and the same served server.
+A node lives through one or more incarnations. An incarnation has an id, a line, a lease, the actors that it owns and
+the streams that it carries. When the cluster has declared it dead, all of that is muted and dropped at once, and the
+node joins again as a new incarnation, over the same pool and the same served server.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from pgmcp.store.nodes import join
 from pgmcp.store.secrets import KeyRing
 from pgmcp.types import NodeId, NodeRecord, NodeState, Wake
 from pgmcp.web.application import application, host_rules
-from pgmcp.web.streamable import Streamable
+from pgmcp.web.streamable import Edge, Streamable
 from pgmcp.web.tails import Tails
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,12 @@ class Incarnation:
         self._settings, self._database, self._clock, self._ids = settings, database, clock, ids
         self.over = asyncio.Event()
         self.line = Line(
-            settings, self.node_id, clock, ids, on_payload=self._on_payload, on_reset=lambda: self._hear(Wake(everything=True))
+            settings,
+            self.node_id,
+            clock,
+            ids,
+            on_payload=lambda payload: self._hear(parse(payload)),
+            on_reset=lambda: self._hear(Wake(everything=True)),
         )
         self.lease = Lease(self.line, settings, clock, self._on_fenced)
         self.tails = Tails()
@@ -76,6 +81,7 @@ class Incarnation:
             heard=self.wakeups.stream,
             ended=self.wakeups.ended,
         )
+        self.edge = Edge(self.inbox, self.log, self.lease, self.wakeups, self.tails, self.host)
         self._tasks: list[asyncio.Task[None]] = []
 
     async def join(self, schema_revision: str) -> None:
@@ -116,9 +122,6 @@ class Incarnation:
         self.tails.end()
         self.over.set()
 
-    def _on_payload(self, payload: str) -> None:
-        self._hear(parse(payload))
-
     def _hear(self, wake: Wake) -> None:
         if wake.everything:
             self.host.wake_all()
@@ -147,9 +150,11 @@ class Node:
         served: an MCP server object that an adapter knows.
     """
 
-    def __init__(self, settings: Settings, served: object, *, clock: Clock | None = None, ids: Ids | None = None) -> None:
+    def __init__(
+        self, settings: Settings, served: object, *, clock: Clock | None = None, ids: Ids | None = None
+    ) -> None:
         if not settings.database_url:
-            message = "No database given: use --database-url or PGMCP_DATABASE_URL (postgresql://user:password@host/db)."
+            message = "No database given: use --database-url or PGMCP_DATABASE_URL (postgresql://user:password@host/db)"
             raise SettingsError(message)
         self.settings, self._clock, self._ids = settings, clock or Clock(), ids or Ids()
         self._database = Database(settings, self._clock)
@@ -161,7 +166,7 @@ class Node:
     def application(self) -> Litestar:
         """The node as an ASGI application; its lifespan runs the node."""
         endpoint: ASGIApp = Streamable(
-            self.incarnation,
+            lambda: self.incarnation().edge,
             adapter=self._target.adapter,
             box=self._box,
             settings=self.settings,

@@ -30,15 +30,22 @@ class Settings(BaseSettings):
         "", description="Direct connection for LISTEN and leases, when --database-url goes through a pooler."
     )
     schema_name: str = Field(
-        "pgmcp", validation_alias="PGMCP_SCHEMA", pattern=r"^[a-z_][a-z0-9_]{0,40}$", description="Schema of pgmcp's tables."
+        "pgmcp",
+        validation_alias="PGMCP_SCHEMA",
+        pattern=r"^[a-z_][a-z0-9_]{0,40}$",
+        description="Schema of pgmcp's tables.",
     )
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
-    node_name: str = Field("node", min_length=1, max_length=63, pattern=r"^[\x21-\x7e]+$", description="Label of the node.")
+    node_name: str = Field("node", pattern=r"^[\w.-]{1,63}$", description="Label of the node, also in session ids.")
     address: str = Field("", description="host:port under which peers and operators know this node.")
     mcp_path: str = Field("/mcp", pattern=r"^/[\w./-]*[\w-]$", description="Path of the Streamable HTTP endpoint.")
-    allowed_hosts: tuple[str, ...] = Field((), description="Host headers to accept, as host or host:*; default: loopback only.")
-    allowed_origins: tuple[str, ...] = Field((), description="Origin headers to accept; default: loopback only.")
+    allowed_hosts: tuple[str, ...] = Field(
+        (), description="Host headers to accept, as host or host:*; default on a loopback address: loopback names."
+    )
+    allowed_origins: tuple[str, ...] = Field(
+        (), description="Origin headers to accept; default on a loopback address: loopback names."
+    )
     forwarded_allow_ips: str = Field("127.0.0.1", description="Proxies whose X-Forwarded headers are believed.")
     response: Literal["sse", "json", "auto"] = Field("sse", description="How a POST is answered.")
     log_format: Literal["text", "json"] = Field("text", description="How log lines look.")
@@ -50,7 +57,7 @@ class Settings(BaseSettings):
     keepalive: float = Field(15.0, gt=0, description="Seconds between comments on a silent stream.")
     retry_ms: int = Field(1000, gt=0, description="Milliseconds after which a client should reconnect a stream.")
     poll: float = Field(2.0, gt=0, description="Seconds after which unfinished work is looked at without a wake-up.")
-    idle_poll: float = Field(30.0, gt=0, description="Seconds after which idle streams are looked at without a wake-up.")
+    idle_poll: float = Field(30.0, gt=0, description="Seconds after which idle streams are looked at anyway.")
     renew: float = Field(1.0, gt=0, description="Seconds between renewals of the lease.")
     deadline: float = Field(1.5, gt=0, description="Seconds after which one renewal counts as failed.")
     trust: float = Field(7.0, gt=0, description="Seconds for which a node may act on its last renewal.")

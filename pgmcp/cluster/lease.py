@@ -1,4 +1,4 @@
-"""The lease: may this node act now?
+r"""The lease: may this node act now?
 
 Invariants (G9):
 - Trust runs from the *start* of the last good renewal, by a clock that counts through a suspended machine, and ends

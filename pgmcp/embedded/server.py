@@ -340,19 +340,22 @@ def _await_predecessor(data: Path, deadline: float) -> None:
 
 
 def _server_of(data: Path) -> int | None:
-    """The pid of a live server on this data; removes a stale pid file whose number went to another program.
+    """The pid of a live server on this data; None after making a stale pid file harmless.
 
-    PostgreSQL copes with a pid file whose process is gone, but takes any live process for its server.
+    PostgreSQL takes whatever has the pid of its last run for a live server: another program, or the unburied rest
+    of itself. But it ignores its own parent, which we are going to be, and the rest of the file still tells it
+    whether old processes hold on to the shared memory.
     """
     lines = _pid_file(data)
-    if not lines or not lines[0].isdigit():
+    if not lines or not Path("/proc/self").exists():
         return None
     try:
-        if Path(f"/proc/{lines[0]}/cwd").resolve(strict=True) == data.resolve():
+        if lines[0].isdigit() and Path(f"/proc/{lines[0]}/cwd").resolve(strict=True) == data.resolve():
             return int(lines[0])
     except OSError:
-        return None  # gone, or of a user who cannot own this data
-    (data / "postmaster.pid").unlink(missing_ok=True)
+        pass  # gone, unburied, or of a user who cannot own this data
+    with os.fdopen(os.open(data / "postmaster.pid", os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW), "w") as file:
+        file.write("\n".join([str(os.getpid()), *lines[1:]]) + "\n")
     return None
 
 

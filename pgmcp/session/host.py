@@ -171,7 +171,7 @@ class Host:
         try:
             packed = await self._box.open(claimed.context, place(actor.session_id, claimed.key))
         except PgmcpError as error:
-            logger.error("session %s: %s", claimed.ownership.session, error)  # noqa: TRY400
+            logger.error("session %s: %s", claimed.ownership.session, error)
             await actor.reject(claimed, str(error))
             return
         await actor.deliver(claimed, Caller.unpack(packed))

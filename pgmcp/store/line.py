@@ -196,7 +196,7 @@ class Line:
 
 
 def _keep_alive(connection: asyncpg.Connection) -> None:
-    """asyncpg sets no keepalive on its side of the socket, and a half-open connection gives no other sign."""
+    """Probe the peer: asyncpg sets no keepalive, and a half-open connection gives no other sign."""
     transport: Any = getattr(connection, "_transport", None)
     sock = transport.get_extra_info("socket") if transport is not None else None
     if sock is None or sock.family not in {socket.AF_INET, socket.AF_INET6}:

@@ -55,7 +55,7 @@ class TableLog:
         """See ``Log.append``."""
         return await self._appends.put(entry, patience=self._resume_hold, size=len(entry.message))
 
-    async def _send_appends(self, entries: Sequence[Entry]) -> list[NodeId | None | PgmcpError]:
+    async def _send_appends(self, entries: Sequence[Entry]) -> list[NodeId | PgmcpError | None]:
         rows = await self._database.fetch(
             "append",
             [entry.ownership.session for entry in entries],
@@ -122,7 +122,7 @@ class TableLog:
         """See ``Log.release``."""
         await self._releases.put(cursor, patience=self._hold)
 
-    async def _send_releases(self, cursors: Sequence[Cursor]) -> list[None | PgmcpError]:
+    async def _send_releases(self, cursors: Sequence[Cursor]) -> list[PgmcpError | None]:
         await self._database.fetch(
             "release",
             [cursor.stream for cursor in cursors],
@@ -137,9 +137,7 @@ class TableLog:
 
         async def once() -> list[asyncpg.Record]:
             await self._gate()
-            return await self._database.fetch(
-                "drop_sink", ownership.session, self._node, ownership.epoch, stream
-            )
+            return await self._database.fetch("drop_sink", ownership.session, self._node, ownership.epoch, stream)
 
         rows = await self._database.retry(once, patience=self._hold)
         if not rows:
@@ -155,7 +153,7 @@ class TableLog:
         return StreamId(rows[0]["id"]), rows[0]["next_seq"]
 
 
-def _stored(row: asyncpg.Record, entry: Entry) -> NodeId | None | PgmcpError:
+def _stored(row: asyncpg.Record, entry: Entry) -> NodeId | PgmcpError | None:
     if row["fenced"]:
         return Fenced(f"Session {entry.ownership.session} has another owner or is over; nothing was stored.")
     if not row["stored"]:

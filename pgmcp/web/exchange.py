@@ -21,8 +21,8 @@ from typing import Any
 
 from starlette.types import Receive, Send
 
-from pgmcp.cluster.lease import Lease
 from pgmcp.clock import Clock
+from pgmcp.cluster.lease import Lease
 from pgmcp.errors import DatabaseUnavailable, Fenced, PgmcpError
 from pgmcp.ports import Log
 from pgmcp.settings import Settings
@@ -89,6 +89,7 @@ class Exchange:
         """What comes next in the stream; None when nothing does within ``seconds``.
 
         Args:
+            seconds: how long to wait for a wake-up.
             look: read at once, before any wake-up.
         """
         if not look and not await self._clock.wait(self._tail.moved, seconds):

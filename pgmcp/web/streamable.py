@@ -1,7 +1,7 @@
 """The Streamable HTTP endpoint for the handshake revisions (2025-03-26, 2025-06-18, 2025-11-25).
 
-Any node answers any exchange: it authenticates and checks where the exchange arrives, stores what the client said, wakes
-the owner, and carries the streams from the log.
+Any node answers any exchange: it authenticates and checks where the exchange arrives, stores what the client said,
+wakes the owner, and carries the streams from the log.
 
 Invariants:
 - 202, a session id, a priming event and an event are sent after what they promise is committed (G2).
@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Protocol
+from dataclasses import dataclass
 from uuid import UUID
 
 from mcp.server.auth.middleware.bearer_auth import AuthenticatedUser, authorization_context
@@ -66,7 +66,8 @@ _STATUS: tuple[tuple[type[PgmcpError], int, int], ...] = (
 )
 
 
-class Edge(Protocol):
+@dataclass(frozen=True, slots=True)
+class Edge:
     """What the endpoint needs of the node's present incarnation."""
 
     inbox: Inbox
@@ -125,7 +126,8 @@ class Streamable:
         version = request.headers.get(VERSION, "").strip()
         if version and version not in HANDSHAKE_PROTOCOL_VERSIONS:
             served = ", ".join(HANDSHAKE_PROTOCOL_VERSIONS)
-            raise Refusal(400, f"Bad Request: protocol version {version[:40]!r} is not served here; use one of {served}")
+            text = f"Bad Request: protocol version {version[:40]!r} is not served here; use one of {served}"
+            raise Refusal(400, text)
         match request.method:
             case "POST":
                 await _Posting(self, request, receive, send).answer(body)

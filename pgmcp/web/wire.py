@@ -19,7 +19,7 @@ PARSE_ERROR, INVALID_REQUEST, INVALID_PARAMS, INTERNAL_ERROR = -32700, -32600, -
 NAMED = {"tools/call": "name", "prompts/get": "name", "resources/read": "uri"}
 
 
-class Refusal(Exception):  # noqa: N818
+class Refusal(Exception):
     """The exchange ends here with this answer.
 
     Args:

@@ -55,7 +55,8 @@ $$ begin perform pg_advisory_xact_lock_shared(4711); end $$;
 create event trigger hold on ddl_command_start when tag in ('CREATE VIEW') execute function public.hold();
 """
 UNHOLD = "drop event trigger hold; drop function public.hold()"
-IN_THE_MIDDLE = "select pid from pg_stat_activity where wait_event = 'advisory' and query ilike 'create view%'"
+IN_THE_MIDDLE = """select pid from pg_stat_activity
+ where datname = current_database() and wait_event = 'advisory' and query like '%create view%'"""
 ONE_UPGRADE = "import sys; from pgmcp.store.migrations import upgrade; upgrade(sys.argv[1], 'pgmcp')"
 
 
@@ -289,11 +290,11 @@ def test_a_table_that_stays_locked_is_tried_again_and_then_named(
     empty_database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(alembic_run, "TABLE_LOCK", 0.1)
-    with held(empty_database), pytest.raises(SchemaError, match="end it .* and run again"):
+    with held(empty_database), pytest.raises(SchemaError, match=r"end it .* and run again"):
         migrations.upgrade(empty_database, "pgmcp")
     monkeypatch.setattr(alembic_run, "TRIES", 1000)
     with held(empty_database):
-        thread = threading.Thread(target=migrations.upgrade, args=(empty_database, "pgmcp"))
+        thread = threading.Thread(target=migrations.upgrade, args=(empty_database, "pgmcp"), daemon=True)
         thread.start()
         until(empty_database, IN_THE_MIDDLE)
         ask(empty_database, "select pg_terminate_backend(pid) from pg_locks where objid = 4711 and granted")

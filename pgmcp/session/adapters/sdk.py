@@ -161,7 +161,8 @@ def _token(values: Mapping[str, Any], type_name: str) -> AccessToken:
         kind = getattr(kind, part, AccessToken)
     if not (isinstance(kind, type) and issubclass(kind, AccessToken)):
         kind = AccessToken
-    return kind.model_validate(values)
+    token: AccessToken = kind.model_validate(values)
+    return token
 
 
 def _outgoing(item: SessionMessage) -> Outgoing:

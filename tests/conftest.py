@@ -1,0 +1,96 @@
+"""One PostgreSQL for the whole run, and a database of its own for each test that asks for one.
+
+``PGMCP_PG_BIN`` chooses the server's version, ``PGMCP_TEST_PG`` a server that runs already (a superuser's URL).
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from urllib.parse import urlsplit
+
+import asyncpg
+import pytest
+from pytest_postgresql.executors import NoopExecutor
+from pytest_postgresql.factories import postgresql_noproc
+
+from pgmcp.embedded import EmbeddedPostgres
+from pgmcp.store import migrations
+
+ADDRESS = "PGMCP_TEST_PG"
+SETTINGS = {"max_connections": "200", "shared_buffers": "128MB", "max_wal_size": "2GB"}
+ROOMY = 2 << 30  # bytes
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Start the server, in the run's first process only, and in its main thread (the server ends with that)."""
+    if hasattr(config, "workerinput") or os.environ.get(ADDRESS):
+        return
+    memory = Path("/dev/shm")  # making a database takes 10 ms there and up to 500 ms on a slow disk
+    roomy = os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > ROOMY
+    folder = (memory if roomy else Path(tempfile.gettempdir())) / f"pgmcp-test-{secrets.token_hex(8)}"
+    server = EmbeddedPostgres(folder, settings=SETTINGS, durable=False)
+    os.environ[ADDRESS] = server.start()
+
+    def stop() -> None:
+        os.environ.pop(ADDRESS, None)
+        server.stop()
+        shutil.rmtree(server.home, ignore_errors=True)
+
+    config.add_cleanup(stop)
+
+
+def migrate(*, host: str, port: int, user: str, password: str, dbname: str, **_: Any) -> None:
+    """Bring pytest-postgresql's template to the schema of this build."""
+    migrations.upgrade(f"postgresql://{user}:{password}@{host}:{port}/{dbname}", "pgmcp")
+
+
+@pytest.fixture(scope="session")
+def postgres() -> SimpleNamespace:
+    """The run's server, in the shape that pytest-postgresql asks for."""
+    at = urlsplit(os.environ[ADDRESS])
+    return SimpleNamespace(
+        host=at.hostname,
+        port=at.port,
+        user=at.username,
+        password=at.password,
+        options="",
+        maintenance_dbname="postgres",
+        template_dbname=None,
+    )
+
+
+template = postgresql_noproc(depends_on="postgres", dbname="pgmcp", load=[migrate])
+
+
+async def _temporary(origin: str) -> AsyncIterator[str]:
+    """A copy of the database ``origin`` for as long as a test runs; file_copy takes a third of the default's time."""
+    server = os.environ[ADDRESS]
+    name = f"test_{secrets.token_hex(8)}"
+    admin = await asyncpg.connect(server)
+    try:
+        await admin.execute(f'create database {name} template "{origin}" strategy file_copy')
+        yield urlsplit(server)._replace(path=f"/{name}").geturl()
+        await admin.execute(f"drop database {name} with (force)")
+    finally:
+        await admin.close()
+
+
+@pytest.fixture
+async def database(template: NoopExecutor) -> AsyncIterator[str]:
+    """The address of a migrated database of the test's own."""
+    async for address in _temporary(template.template_dbname):
+        yield address
+
+
+@pytest.fixture
+async def empty_database() -> AsyncIterator[str]:
+    """The address of a database of the test's own in which nothing is."""
+    async for address in _temporary("template1"):
+        yield address
