@@ -86,10 +86,8 @@ def history(database_url: str, schema: str) -> list[Revision]:
         DatabaseUnavailable: no answer within ``LOOK`` seconds.
     """
     found = current(database_url, schema)
-    known = list(alembic_run.scripts().walk_revisions())
-    applied = False
-    listed = []
-    for each in known:  # one line of revisions: what is below the database's own is applied
+    applied, listed = False, []
+    for each in alembic_run.scripts().walk_revisions():  # one line: what is below the database's own is applied
         applied = applied or each.revision == found
         listed.append(Revision(each.revision, applied, each.doc))
     return listed
@@ -118,9 +116,7 @@ def check(database_url: str, schema: str) -> list[str]:
 
 
 def sql(schema: str, revision: str = "head", *, down: bool = False) -> str:
-    """The run as an SQL script for psql; connects to nothing.
-
-    The revision is the target, or ``from:to``; a script that goes ``down`` needs both.
+    """The run to ``revision`` (or ``from:to``, which the way ``down`` needs) as an SQL script; connects to nothing.
 
     Raises:
         SchemaError: there is no such revision.

@@ -6,16 +6,24 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import uvicorn
 
 from pgmcp.clock import Clock
 from pgmcp.node import Incarnation, Node
+from pgmcp.session.adapters.target import load
 from pgmcp.settings import Settings
 from pgmcp.types import SessionKey
 
 START = 20.0
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def everything() -> object:
+    """A fresh everything server: the memory of one more process."""
+    return load(f"{EXAMPLES / 'everything.py'}:mcp")
 
 
 @dataclass(slots=True)

