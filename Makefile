@@ -17,6 +17,7 @@ SUITE := .cache/conformance/$(CONFORMANCE)
 # Without this, where Python may not write (PYTHONDONTWRITEBYTECODE), each start of a node compiles everything anew.
 export UV_COMPILE_BYTECODE := 1
 export UV_NO_PROGRESS := 1
+export UV_SYSTEM_CERTS := 1
 
 .PHONY: help
 help: ## list the targets

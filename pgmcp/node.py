@@ -25,6 +25,7 @@ from pgmcp.cluster.lease import Lease, LeaseState
 from pgmcp.cluster.wakeups import Wakeups, parse
 from pgmcp.errors import DatabaseUnavailable, NodeNotReady, PgmcpError, SettingsError
 from pgmcp.ops.health import health_routes
+from pgmcp.ops.logs import configure
 from pgmcp.session.adapter import Adapter
 from pgmcp.session.adapters.target import load, target_of
 from pgmcp.session.host import TOUCH_EVERY, Host
@@ -37,7 +38,8 @@ from pgmcp.store.nodes import join
 from pgmcp.store.secrets import KeyRing
 from pgmcp.types import NodeId, NodeRecord, NodeState, Wake
 from pgmcp.web.application import application, host_rules
-from pgmcp.web.streamable import Edge, Streamable
+from pgmcp.web.edge import Edge
+from pgmcp.web.streamable import Streamable
 from pgmcp.web.tails import Tails
 
 logger = logging.getLogger(__name__)
@@ -81,7 +83,19 @@ class Incarnation:
             heard=self.wakeups.stream,
             ended=self.wakeups.ended,
         )
-        self.edge = Edge(self.inbox, self.log, self.lease, self.wakeups, self.tails, self.host)
+        self.edge = Edge(
+            inbox=self.inbox,
+            log=self.log,
+            lease=self.lease,
+            wakeups=self.wakeups,
+            tails=self.tails,
+            host=self.host,
+            adapter=adapter,
+            box=box,
+            settings=settings,
+            clock=clock,
+            ids=ids,
+        )
         self._tasks: list[asyncio.Task[None]] = []
 
     async def join(self, schema_revision: str) -> None:
@@ -102,6 +116,7 @@ class Incarnation:
         self._tasks = [
             asyncio.create_task(self.lease.run()),
             asyncio.create_task(self._every(settings.poll, self.host.poll)),
+            asyncio.create_task(self._every(settings.idle_poll, self.host.survey)),
             asyncio.create_task(self._every(TOUCH_EVERY, self.host.note_activity)),
         ]
 
@@ -109,7 +124,7 @@ class Incarnation:
         """Stop everything: exchanges end with their final chunk, actors are muted, the row says that we left."""
         for task in self._tasks:
             task.cancel()
-        self.tails.end()
+        self.tails.leave()
         await self.host.close()
         await self.wakeups.close()
         if self.lease.state is not LeaseState.FENCED:
@@ -119,7 +134,7 @@ class Incarnation:
 
     def _on_fenced(self) -> None:
         logger.warning("node %s was declared dead by the cluster; it joins again", self.node_id)
-        self.tails.end()
+        self.tails.leave()
         self.over.set()
 
     def _hear(self, wake: Wake) -> None:
@@ -166,13 +181,7 @@ class Node:
     def application(self) -> Litestar:
         """The node as an ASGI application; its lifespan runs the node."""
         endpoint: ASGIApp = Streamable(
-            lambda: self.incarnation().edge,
-            adapter=self._target.adapter,
-            box=self._box,
-            settings=self.settings,
-            security=host_rules(self.settings),
-            clock=self._clock,
-            ids=self._ids,
+            lambda: self.incarnation().edge, security=host_rules(self.settings), settings=self.settings
         )
         return application(
             self._target.protect(endpoint),
@@ -249,7 +258,7 @@ class Node:
     def stop_streams(self) -> None:
         """End every exchange with its final chunk, so that the HTTP server can stop."""
         if self._incarnation is not None:
-            self._incarnation.tails.end()
+            self._incarnation.tails.leave()
 
     def stalled(self) -> float:
         """See ``Pulse.stalled``."""
@@ -292,7 +301,9 @@ def serve(settings: Settings, target: str) -> int:
     Raises:
         PgmcpError: the node cannot start; the message says why and what to do.
     """
-    node = Node(settings, load(target))
+    served = load(target)
+    configure(settings.log_format)  # after the target, which may have had ideas of its own
+    node = Node(settings, served)
     config = uvicorn.Config(
         node.application(),
         host=settings.host,
@@ -300,7 +311,7 @@ def serve(settings: Settings, target: str) -> int:
         loop="uvloop",
         http="httptools",
         access_log=False,
-        log_level="warning",
+        log_config=None,
         forwarded_allow_ips=settings.forwarded_allow_ips,
         timeout_graceful_shutdown=5,
     )

@@ -66,6 +66,10 @@ class Inbox(Protocol):
         """The sessions of this node in which messages wait for a claim."""
         ...
 
+    async def owned(self) -> set[Ownership]:
+        """Every live session of this node."""
+        ...
+
     async def establish(self, ownership: Ownership, facts: Established) -> None:
         """Record what the handshake settled.
 

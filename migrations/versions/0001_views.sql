@@ -30,7 +30,7 @@ select s.session_id,
        s.last_active_at,
        (select count(*) from "{schema}".requests r
          where r.session = s.id and r.rpc_id is not null and r.finished_at is null) as in_flight,
-       (select count(*) from "{schema}".streams t where t.session = s.id and not t.closed) as open_streams
+       (select count(*) from "{schema}".streams t where t.session = s.id and not t.closed and t.sink is not null) as open_streams
   from "{schema}".sessions s
   left join "{schema}".nodes n on n.node_id = s.owner
  where s.state = 'live';

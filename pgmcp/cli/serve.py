@@ -6,8 +6,8 @@ from typing import Any
 
 import click
 
-from pgmcp import node
 from pgmcp.cli.options import load, settings_options
+from pgmcp.node import serve as run_node
 
 
 @click.command()
@@ -19,4 +19,4 @@ def serve(ctx: click.Context, target: str, given: dict[str, Any]) -> None:
 
     TARGET is the MCP server: module:attribute or path/to/file.py:attribute. Each option is also a variable.
     """
-    ctx.exit(node.serve(load(given), target))
+    ctx.exit(run_node(load(given), target))

@@ -18,6 +18,7 @@ a node starts and stores nothing but keeps its sockets; ``acting`` holds its wri
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
 from enum import StrEnum
 
@@ -68,7 +69,9 @@ class Lease:
 
     @property
     def suspended_for(self) -> float:
-        """Seconds since trust was over; 0 while it is not."""
+        """Seconds since trust was over: 0 while it is not, infinite when it never comes back."""
+        if self._fenced:
+            return math.inf
         if self._trusted_until is None:
             return 0.0
         return max(0.0, self._clock.boottime() - self._trusted_until)
@@ -106,6 +109,12 @@ class Lease:
                 message = "This node was declared dead; it joins again under a new id."
                 raise Fenced(message)
             await self._clock.wait(self._changed, self._settings.renew)
+
+    async def trusted_within(self, seconds: float) -> bool:
+        """Wait at most ``seconds`` for trust; whether the node has it, or False at once when it is fenced."""
+        if not self.trusted and not self._fenced:
+            await self._clock.wait(self._changed, seconds)
+        return self.trusted
 
     async def run(self) -> None:
         """Renew for ever; ends when the node is fenced."""

@@ -4,7 +4,7 @@ Invariants:
 - Messages reach an actor only through the claim statement, in inbox order, one claim of a session at a time (a message
   that took a short cut in memory overtook an earlier, acknowledged one in 199 of 300 tries).
 - Trust is asked for right before messages are handed over (G9).
-- What a wake-up missed is found by ``poll``.
+- What a wake-up missed is found by ``poll`` (messages) and ``survey`` (ends).
 
 Failure handling: a claim that is refused means that the ownership is over: the actor is muted, then stopped. A server
 session that ends by itself is ended for its client too, on every node.
@@ -129,6 +129,18 @@ class Host:
                 self.wake(ownership.session)
             else:
                 await self._end(ownership)
+
+    async def survey(self) -> None:
+        """Drop the actors whose session ended, or went elsewhere, without our hearing of it.
+
+        Raises:
+            DatabaseUnavailable: not now.
+        """
+        before = [resident.actor.ownership for resident in self._residents.values()]
+        owned = await self._inbox.owned()
+        for ownership in before:
+            if ownership not in owned:
+                self.drop(ownership.session)
 
     async def note_activity(self) -> None:
         """Write down which sessions were active since the last time.

@@ -17,6 +17,7 @@ import asyncpg
 from pgmcp.clock import Clock
 from pgmcp.errors import DatabaseUnavailable, PgmcpError
 from pgmcp.settings import Settings
+from pgmcp.store.direct import place
 from pgmcp.store.migrations import understood
 from pgmcp.store.statements import statement
 
@@ -42,7 +43,7 @@ CONTENTION = (asyncpg.LockNotAvailableError, asyncpg.DeadlockDetectedError, asyn
 BACKOFF = (0.02, 0.05, 0.1, 0.2, 0.5)
 
 
-class _Connection(asyncpg.Connection):  # type: ignore[misc]
+class _Connection(asyncpg.Connection):
     """A pool connection without a reset query: nothing here leaves anything to reset."""
 
     def get_reset_query(self) -> str:
@@ -102,8 +103,11 @@ class Database:
         """
         if self._pool is None:
             raise unavailable(self.settings.database_url, ConnectionError("not connected"))
-        async with asyncio.timeout(self.settings.statement_timeout), self._pool.acquire() as connection:
-            return await understood(connection, self.settings.schema_name)
+        try:
+            async with asyncio.timeout(self.settings.statement_timeout), self._pool.acquire() as connection:
+                return await understood(connection, self.settings.schema_name)
+        except TROUBLE as error:
+            raise unavailable(self.settings.database_url, error) from error
 
     async def fetch(self, name: str, *args: object) -> list[asyncpg.Record]:
         """Run a named statement once.
@@ -157,8 +161,7 @@ class Database:
 
 def unavailable(url: str, error: BaseException) -> PgmcpError:
     """The error for a database that cannot be used now; it names the place, never the password."""
-    place = url.rpartition("@")[2].partition("?")[0].removeprefix("postgresql://") or "the database"
     return DatabaseUnavailable(
-        f"PostgreSQL at {place} does not answer ({type(error).__name__}: {error}). "
+        f"{place(url)} does not answer ({type(error).__name__}: {error}). "
         "Check that it runs and that --database-url is right."
     )

@@ -187,6 +187,11 @@ class TableInbox:
         if not await self._database.retry(once, patience=self._hold):
             raise _over(ownership)
 
+    async def owned(self) -> set[Ownership]:
+        """See ``Inbox.owned``."""
+        rows = await self._database.fetch("owned", self._node)
+        return {Ownership(SessionKey(row["id"]), row["epoch"]) for row in rows}
+
     async def touch(self, ownerships: Sequence[Ownership]) -> None:
         """See ``Inbox.touch``."""
         sessions, epochs = [item.session for item in ownerships], [item.epoch for item in ownerships]
@@ -194,12 +199,9 @@ class TableInbox:
 
     async def end(self, session_id: str, principal: Principal) -> SessionKey:
         """See ``Inbox.end``."""
-        rows = await self._database.persist(
-            "end_session", session_id, principal.client_id, principal.issuer, principal.subject, patience=self._hold
-        )
-        if not rows:
-            raise _unknown()
-        return SessionKey(rows[0]["id"])
+        facts = await self.find(session_id, principal)  # first, so that a repeat after a lost reply is no "unknown"
+        await self._database.persist("end_session", facts.session, patience=self._hold)
+        return facts.session
 
     async def end_owned(self, ownership: Ownership) -> None:
         """See ``Inbox.end_owned``."""

@@ -47,6 +47,7 @@ class TableLog:
     def __init__(self, database: Database, node: NodeId, clock: Clock, gate: Callable[[], Awaitable[None]]) -> None:
         self._database, self._node, self._gate = database, node, gate
         self._hold, self._resume_hold = database.settings.hold, database.settings.resume_hold
+        self._look = database.settings.poll  # short: between two looks the exchange writes its comments
         self._appends: Group[Entry, NodeId | None] = Group(self._send_appends, clock, gate)
         self._reads: Group[Cursor, Page] = Group(self._send_reads, clock)
         self._releases: Group[Cursor, None] = Group(self._send_releases, clock)
@@ -71,7 +72,7 @@ class TableLog:
 
     async def read(self, cursor: Cursor) -> Page:
         """See ``Log.read``."""
-        return await self._reads.put(cursor, patience=self._resume_hold)
+        return await self._reads.put(cursor, patience=self._look)
 
     async def _send_reads(self, cursors: Sequence[Cursor]) -> list[Page | PgmcpError]:
         rows = await self._database.fetch(

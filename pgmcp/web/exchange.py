@@ -23,7 +23,7 @@ from starlette.types import Receive, Send
 
 from pgmcp.clock import Clock
 from pgmcp.cluster.lease import Lease
-from pgmcp.errors import DatabaseUnavailable, Fenced, PgmcpError
+from pgmcp.errors import DatabaseUnavailable, NodeNotReady, PgmcpError, SessionUnknown
 from pgmcp.ports import Log
 from pgmcp.settings import Settings
 from pgmcp.types import PAGE, Cursor, Event, Page, StreamId, StreamKind
@@ -37,6 +37,9 @@ SSE_HEADERS = {
 }
 AUTO_WAIT = 0.1
 """Seconds for which an automatic answer waits for plain JSON to be enough."""
+
+SUSPENDED = 120.0
+"""Seconds without trust after which streams end, for clients to try elsewhere."""
 
 DROP = 1.0
 """Seconds that letting go of a stream may take when the exchange is over anyway."""
@@ -117,7 +120,7 @@ class Exchange:
         """
         answers = await self._collect()
         if not answers:
-            raise Refusal(500, "The server ended before it answered initialize; look at its log.", INTERNAL_ERROR)
+            raise Refusal(503, "The server ended before it answered initialize; look at its log.", INTERNAL_ERROR)
         error = json.loads(answers[0].message).get("error")
         if error is not None:
             raise Refusal(400, str(error.get("message")), int(error.get("code", INTERNAL_ERROR)))
@@ -127,12 +130,11 @@ class Exchange:
         """Wait for the stream's answers and send them as one JSON body.
 
         Raises:
-            Refusal: the session ended before the answer was there.
+            SessionUnknown: the session ended before the answer was there.
+            NodeNotReady: this node leaves; the same request, sent again, gets the answer on another one.
+            Refusal: another exchange carries the stream now.
         """
-        answers = await self._collect()
-        if answers is None:
-            raise Refusal(500, "Session terminated before the request completed", INTERNAL_ERROR)
-        await self.send_json(answers, batch=batch)
+        await self.send_json(await self._collect(), batch=batch)
 
     async def answer_auto(self, *, batch: bool) -> None:
         """Send plain JSON if that is soon enough and all there is, else server-sent events."""
@@ -142,7 +144,7 @@ class Exchange:
         else:
             await self.stream(first=first)
 
-    async def _collect(self) -> Sequence[Event] | None:
+    async def _collect(self) -> Sequence[Event]:
         answers: list[Event] = []
         with self._watching():
             while not self._gone:
@@ -154,15 +156,22 @@ class Exchange:
                 if page.closed:
                     return answers
                 if not page.attached:
-                    return None
+                    raise self._why_over()
         return []
+
+    def _why_over(self) -> PgmcpError | Refusal:
+        if self._tail.ended:
+            return SessionUnknown("Session not found")
+        if self._tail.leaving:
+            return NodeNotReady("This node is leaving; send the same request again.")
+        return Refusal(409, "The same request was sent again; its answer goes to the newer exchange")
 
     async def send_json(self, answers: Sequence[Event], *, batch: bool) -> None:
         """Send answers as one JSON body."""
         if self._gone or not answers:
             return
-        body = answers[0].message if not batch else b"[" + b",".join(event.message for event in answers) + b"]"
         await self._lease.acting()
+        body = answers[0].message if not batch else b"[" + b",".join(event.message for event in answers) + b"]"
         await self._start(200, {"content-type": "application/json", "content-length": str(len(body))})
         await self._send({"type": "http.response.body", "body": body})
 
@@ -185,12 +194,12 @@ class Exchange:
 
     async def _carry(self, page: Page | None, *, look: bool) -> bool:
         """Write what comes; whether the stream itself has ended."""
-        while not self._gone:
+        while not self._gone and self._lease.suspended_for < SUSPENDED:
+            if page is not None and page.events and not self._lease.trusted:
+                await self._comment(await self._lease.trusted_within(self._settings.keepalive))
+                continue
             if page is not None:
-                try:
-                    await self._write_events(page.events)
-                except Fenced:
-                    return False
+                await self._write_events(page.events)
                 if page.closed or not page.attached:
                     return page.closed
             page = await self._next_or_comment(look=look)
@@ -211,15 +220,17 @@ class Exchange:
         page = await self.next_page(min(self._poll, max(0.0, self._settings.keepalive - silent)), look=look)
         if page is not None:
             return page
-        if self._clock.boottime() - self._written >= self._settings.keepalive:
-            await self._write(b": \r\n\r\n")
+        await self._comment(self._clock.boottime() - self._written < self._settings.keepalive)
         self._tail.moved.set()
         return None
+
+    async def _comment(self, needless: bool) -> None:
+        if not needless:
+            await self._write(b": \r\n\r\n")
 
     async def _write_events(self, events: Sequence[Event]) -> None:
         if not events:
             return
-        await self._lease.acting()
         await self._write(
             b"".join(
                 b"event: message\r\nid: %s\r\ndata: %s\r\n\r\n"

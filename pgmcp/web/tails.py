@@ -20,7 +20,12 @@ class Tail:
         self.stream = stream
         self.session: SessionKey | None = None
         self.moved = asyncio.Event()
-        self.over = False
+        self.ended = self.leaving = False
+
+    @property
+    def over(self) -> bool:
+        """Whether the exchange has to end: its session is over, or its node leaves."""
+        return self.ended or self.leaving
 
 
 class Tails:
@@ -59,9 +64,15 @@ class Tails:
         for tail in self:
             tail.moved.set()
 
-    def end(self, sessions: frozenset[SessionKey] | None = None) -> None:
-        """End the exchanges of these sessions; without an argument all of them."""
+    def end(self, sessions: frozenset[SessionKey]) -> None:
+        """End the exchanges of sessions that are over."""
         for tail in self:
-            if sessions is None or tail.session in sessions:
-                tail.over = True
+            if tail.session in sessions:
+                tail.ended = True
                 tail.moved.set()
+
+    def leave(self) -> None:
+        """End every exchange: the node leaves, and clients go on elsewhere."""
+        for tail in self:
+            tail.leaving = True
+            tail.moved.set()

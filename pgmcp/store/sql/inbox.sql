@@ -169,12 +169,12 @@ from (
 ) held
 where s.id = held.id;
 
+-- name: owned
+select id, epoch from {schema}.sessions where owner = $1 and state = 'live';
+
 -- name: end_session
 -- fence: DELETE locks the row FOR UPDATE; the cascade then reads what is in flight with a snapshot of its own.
-delete from {schema}.sessions
-where session_id = $1
-  and (principal_client, principal_issuer, principal_subject) is not distinct from ($2::text, $3::text, $4::text)
-returning id, owner;
+delete from {schema}.sessions where id = $1;
 
 -- name: end_owned_session
 -- fence: owner and epoch.

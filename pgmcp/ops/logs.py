@@ -1,0 +1,32 @@
+"""Log lines, as text for people or as JSON for machines. Neither carries message contents, tokens or session ids."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from typing import Literal
+
+TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+class _Json(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        """One object a line."""
+        line = {
+            "time": self.formatTime(record),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
+def configure(style: Literal["text", "json"]) -> None:
+    """Send every log line of the process to standard error, in one style, whoever had set it up before."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Json() if style == "json" else logging.Formatter(TEXT))
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    logging.captureWarnings(capture=True)

@@ -1,0 +1,83 @@
+"""One HTTP exchange as it arrives: the request, and the two ends of its connection."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mcp.server.auth.middleware.bearer_auth import AuthenticatedUser, authorization_context
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Send
+
+from pgmcp.types import ANONYMOUS, Principal
+from pgmcp.web.wire import Refusal
+
+SESSION_ID, LAST_EVENT_ID, VERSION = "mcp-session-id", "last-event-id", "mcp-protocol-version"
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One exchange; identity, if any, was put into the request's scope before it came here."""
+
+    request: Request
+    receive: Receive
+    send: Send
+
+    def header(self, name: str) -> str:
+        """A header's value without blanks around it (not every HTTP parser strips them); empty when it is missing."""
+        return self.request.headers.get(name, "").strip()
+
+    @property
+    def session_id(self) -> str:
+        """The session that the exchange belongs to.
+
+        Raises:
+            Refusal: 400 without one; 404 for what can be nobody's id.
+        """
+        session_id = self.header(SESSION_ID)
+        if not session_id:
+            raise Refusal(400, "Bad Request: Missing session ID")
+        if not all("!" <= char <= "~" for char in session_id):
+            raise Refusal(404, "Session not found")
+        return session_id
+
+    @property
+    def principal(self) -> Principal:
+        """Who is asking, as the SDK's authentication found out."""
+        user = self.request.scope.get("user")
+        if not isinstance(user, AuthenticatedUser):
+            return ANONYMOUS
+        found = authorization_context(user)
+        return Principal(found["client_id"], found["issuer"], found["subject"])
+
+    async def body(self, limit: int) -> bytes:
+        """Read the body.
+
+        Args:
+            limit: bytes that it may have.
+
+        Raises:
+            Refusal: 413, as soon as it is known to be larger.
+        """
+        text = f"The body has more than {limit} bytes"
+        declared = self.header("content-length")
+        if declared.isdigit() and int(declared) > limit:
+            raise Refusal(413, text)
+        body = bytearray()
+        async for chunk in self.request.stream():
+            body += chunk
+            if len(body) > limit:
+                raise Refusal(413, text)
+        return bytes(body)
+
+    async def respond(self, status: int) -> None:
+        """Answer without a body and without a content type."""
+        await self.send_response(Response(status_code=status))
+
+    async def refuse(self, refusal: Refusal) -> None:
+        """Answer with a refusal."""
+        await self.send_response(Response(refusal.body, refusal.status, refusal.headers, "application/json"))
+
+    async def send_response(self, response: Response) -> None:
+        """Answer with a whole response."""
+        await response(self.request.scope, self.receive, self.send)

@@ -1,0 +1,133 @@
+"""The edge: what any endpoint needs of the node's present incarnation to take messages and to carry streams."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mcp_types.version import is_version_at_least
+
+from pgmcp.clock import Clock, Ids
+from pgmcp.cluster.lease import Lease
+from pgmcp.cluster.wakeups import Wakeups
+from pgmcp.ports import Inbox, Log, SecretBox
+from pgmcp.session.adapter import Adapter
+from pgmcp.session.caller import Caller, place
+from pgmcp.session.host import Host
+from pgmcp.settings import Settings
+from pgmcp.types import (
+    Accepted,
+    Attachment,
+    Message,
+    NewSession,
+    RequestKey,
+    SessionFacts,
+    SessionKey,
+    StreamId,
+    StreamKind,
+)
+from pgmcp.web.call import SESSION_ID, Call
+from pgmcp.web.exchange import Exchange
+from pgmcp.web.tails import Tail, Tails
+from pgmcp.web.wire import Post
+
+PRIMES = "2025-11-25"
+"""The first revision whose clients know priming events and streams that end before their answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Edge:
+    """One incarnation, as endpoints see it."""
+
+    inbox: Inbox
+    log: Log
+    lease: Lease
+    wakeups: Wakeups
+    tails: Tails
+    host: Host
+    adapter: Adapter
+    box: SecretBox
+    settings: Settings
+    clock: Clock
+    ids: Ids
+
+    def new_session(self, call: Call, transport: str) -> NewSession:
+        """A session that this node is about to own; its id hints at the node and is unguessable."""
+        return NewSession(
+            session_id=f"{self.settings.node_name}-{self.ids.token()}",
+            principal=call.principal,
+            transport=transport,
+            standalone=self.new_stream(),
+        )
+
+    def new_stream(self) -> StreamId:
+        """An id for a stream; whoever waits for it subscribes before the stream exists."""
+        return StreamId(self.ids.uuid())
+
+    async def accept(self, post: Post, call: Call, session_id: str, stream: StreamId | None) -> Accepted:
+        """Store a POST's messages and wake the owner.
+
+        Args:
+            stream: carries the answers, if the POST has requests.
+
+        Raises:
+            SessionUnknown: no such session for this caller.
+            DuplicateRequest: an unfinished request has the same id and another body.
+            DatabaseUnavailable: it could not be committed within the hold.
+        """
+        caller = Caller(self.adapter.describe(call.request.scope), can_ask=self.settings.response != "json").pack()
+        principal, messages = call.principal, []
+        for message in post.messages:
+            key = RequestKey(self.ids.uuid())
+            messages.append(
+                Message(
+                    key=key,
+                    session_id=session_id,
+                    principal=principal,
+                    rpc_id=message.rpc_id,
+                    method=message.method,
+                    name=message.name,
+                    body=message.body,
+                    context=self.box.seal(caller, place(session_id, key)),
+                    stream=stream if message.rpc_id is not None else None,
+                )
+            )
+        accepted = await self.inbox.accept(messages)
+        if not accepted.joined:
+            self.wakeups.inbox(accepted.facts.owner, accepted.facts.session)
+        return accepted
+
+    async def attach(self, call: Call, session_id: str, stream: StreamId | None) -> Attachment | SessionFacts:
+        """Become a stream's sink (None: the standalone one); whoever was it before ends its exchange."""
+        attached = await self.log.attach(session_id, call.principal, stream)
+        if isinstance(attached, Attachment) and attached.replaced is not None:
+            self.wakeups.stream(attached.replaced, attached.stream)
+        return attached
+
+    def exchange(
+        self,
+        call: Call,
+        tail: Tail,
+        session: SessionKey,
+        session_id: str,
+        version: str | None,
+        *,
+        sink_epoch: int = 1,
+        after: int = 0,
+        kind: StreamKind = StreamKind.REQUEST,
+    ) -> Exchange:
+        """An exchange that carries a stream to the caller."""
+        tail.session = session
+        return Exchange(
+            tail,
+            sink_epoch,
+            after,
+            kind,
+            log=self.log,
+            lease=self.lease,
+            settings=self.settings,
+            clock=self.clock,
+            receive=call.receive,
+            send=call.send,
+            priming=version is not None and is_version_at_least(version, PRIMES),
+            headers={SESSION_ID: session_id},
+        )

@@ -1,0 +1,117 @@
+"""One POST on its way through the Streamable HTTP endpoint."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+from pgmcp.errors import PgmcpError
+from pgmcp.types import Accepted, Attachment
+from pgmcp.web.call import SESSION_ID, Call
+from pgmcp.web.edge import Edge
+from pgmcp.web.exchange import Exchange
+from pgmcp.web.wire import Parsed, Post, Refusal, accepts, parse_post
+
+BATCHES = "2025-03-26"
+"""The only revision that has batches."""
+
+
+class Posting:
+    """Takes the messages of one POST and carries their answers."""
+
+    def __init__(self, edge: Edge, call: Call) -> None:
+        self._edge, self._call = edge, call
+        self._response = edge.settings.response
+
+    async def answer(self, body: bytes) -> None:
+        """Answer the POST.
+
+        Raises:
+            Refusal: something is wrong with it; nothing was stored.
+            PgmcpError: as in ``Edge.accept``.
+        """
+        json_ok, sse_ok = accepts(self._call.request)
+        if not json_ok or not (sse_ok or self._response == "json"):
+            wanted = "application/json" + ("" if self._response == "json" else " and text/event-stream")
+            raise Refusal(406, f"Not Acceptable: Client must accept {wanted}")
+        post = parse_post(body, self._edge.settings.max_batch)
+        if post.initialize is not None:
+            await self._initialize(post, post.initialize)
+            return
+        session_id = self._call.session_id
+        if post.batch:
+            await self._check_batch(session_id)
+        if post.requests:
+            await self._requests(post, session_id)
+        else:
+            await self._edge.accept(post, self._call, session_id, None)
+            await self._call.respond(202)
+
+    async def _check_batch(self, session_id: str) -> None:
+        facts = await self._edge.inbox.find(session_id, self._call.principal)
+        if facts.protocol_version != BATCHES:
+            raise Refusal(400, f"Batches belong to {BATCHES}, this session speaks {facts.protocol_version}")
+
+    async def _requests(self, post: Post, session_id: str) -> None:
+        stream = self._edge.new_stream()
+        with self._edge.tails.subscribe(stream) as tail:
+            accepted = await self._edge.accept(post, self._call, session_id, stream)
+            if not accepted.joined:
+                facts = accepted.facts
+                exchange = self._edge.exchange(self._call, tail, facts.session, session_id, facts.protocol_version)
+                await self._carry(exchange, batch=post.batch)
+                return
+        await self._join(accepted, session_id)
+
+    async def _join(self, accepted: Accepted, session_id: str) -> None:
+        """The same request is there already: carry its stream from the start, instead of whoever carried it."""
+        attached = await self._edge.attach(self._call, session_id, accepted.stream)
+        if not isinstance(attached, Attachment):
+            raise Refusal(409, "The request that has this id was just answered elsewhere; use another id")
+        with self._edge.tails.subscribe(attached.stream) as tail:
+            facts = attached.facts
+            exchange = self._edge.exchange(
+                self._call, tail, facts.session, session_id, facts.protocol_version, sink_epoch=attached.sink_epoch
+            )
+            tail.moved.set()  # what the stream holds already, nobody announces again
+            await self._carry(exchange, batch=False)
+
+    async def _carry(self, exchange: Exchange, *, batch: bool) -> None:
+        try:
+            match self._response:
+                case "json":
+                    await exchange.answer_json(batch=batch)
+                case "auto":
+                    await exchange.answer_auto(batch=batch)
+                case _:
+                    await exchange.stream()
+        finally:
+            await exchange.release()
+
+    async def _initialize(self, post: Post, message: Parsed) -> None:
+        """Open a session here; its client hears of it when the handshake has succeeded and is stored."""
+        edge, call = self._edge, self._call
+        if call.header(SESSION_ID):
+            await edge.inbox.find(call.session_id, call.principal)
+            raise Refusal(400, "This session is initialized already; send initialize without a session id for another")
+        asked = (message.params or {}).get("protocolVersion")
+        new, stream = edge.new_session(call, "streamable"), edge.new_stream()
+        ownership = await edge.host.open(new)
+        established = False
+        try:
+            with edge.tails.subscribe(stream) as tail:
+                version = asked if isinstance(asked, str) else None
+                exchange = edge.exchange(call, tail, ownership.session, new.session_id, version)
+                await edge.accept(post, call, new.session_id, stream)
+                try:
+                    page = await exchange.handshake()
+                    established = True
+                    if self._response == "sse":
+                        await exchange.stream(first=page)
+                    else:
+                        await exchange.send_json(page.events, batch=False)
+                finally:
+                    await exchange.release()
+        finally:
+            if not established:
+                with suppress(PgmcpError):
+                    edge.wakeups.ended(await edge.inbox.end(new.session_id, new.principal))
