@@ -1,3 +1,21 @@
 """Run an unchanged MCP server on many nodes, with PostgreSQL as the only coordinator."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pgmcp.node import Cluster
+
 __version__ = "0.1.0"
+__all__ = ["Cluster", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import ``Cluster`` when it is asked for: a command that only prints its version must not load a web server."""
+    if name == "Cluster":
+        from pgmcp.node import Cluster  # noqa: PLC0415 - see above
+
+        return Cluster
+    message = f"module {__name__!r} has no attribute {name!r}"
+    raise AttributeError(message)

@@ -276,6 +276,33 @@ class Node:
         return None if lease.trusted else str(lease.state)
 
 
+class Cluster:
+    """A cluster that this process takes part in, for programs that bring their own ASGI server.
+
+    Args:
+        database_url: PostgreSQL to coordinate through.
+        options: further settings, by the names of ``Settings``.
+
+    Raises:
+        SettingsError: a setting cannot work.
+    """
+
+    def __init__(self, database_url: str = "", **options: Any) -> None:
+        self.settings = Settings(**({"database_url": database_url} if database_url else {}), **options)
+
+    def app(self, served: object) -> Litestar:
+        """An ASGI application that serves an MCP server on one node; its lifespan joins and leaves the cluster.
+
+        Args:
+            served: an ``MCPServer`` or a low-level ``Server``.
+
+        Raises:
+            TargetError: it is neither.
+            SettingsError: no database is given.
+        """
+        return Node(self.settings, served).application()
+
+
 class _HttpServer(uvicorn.Server):
     """uvicorn, but streams are told to end before it waits for them."""
 

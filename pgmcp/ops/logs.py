@@ -30,3 +30,4 @@ def configure(style: Literal["text", "json"]) -> None:
     handler.setFormatter(_Json() if style == "json" else logging.Formatter(TEXT))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.captureWarnings(capture=True)
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # that a node runs, it says itself

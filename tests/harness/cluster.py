@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import uvicorn
 
 from pgmcp.clock import Clock
@@ -82,3 +84,67 @@ async def running_node(
 def owner_of(nodes: Sequence[RunningNode], session: SessionKey) -> RunningNode:
     """The node that runs a session's actor."""
     return next(node for node in nodes if session in node.incarnation.host._residents)
+
+
+async def eventually(condition: Callable[[], Any], what: str, seconds: float = 10.0) -> Any:
+    """Return the first true value of ``condition`` (which may be a coroutine function), or fail with the last one."""
+    end = asyncio.get_running_loop().time() + seconds
+    while True:
+        value = condition()
+        if inspect.isawaitable(value):
+            value = await value
+        if value:
+            return value
+        if asyncio.get_running_loop().time() > end:
+            raise AssertionError(f"not within {seconds} s: {what} (last: {value!r})")
+        await asyncio.sleep(0.01)
+
+
+class Tables:
+    """The database as the truth: what lies in it, without asking any node."""
+
+    def __init__(self, connection: asyncpg.Connection) -> None:
+        self._connection = connection
+
+    async def value(self, query: str, *args: object) -> Any:
+        """Return the one value of a query."""
+        return await self._connection.fetchval(query, *args)
+
+    async def rows(self, query: str, *args: object) -> list[asyncpg.Record]:
+        """Return all rows of a query."""
+        return list(await self._connection.fetch(query, *args))
+
+    async def execute(self, query: str, *args: object) -> str:
+        """Run a statement."""
+        return str(await self._connection.execute(query, *args))
+
+    async def counts(self) -> dict[str, int]:
+        """How many rows each table of pgmcp has."""
+        names = await self.rows("select tablename from pg_tables where schemaname = 'pgmcp' order by tablename")
+        return {row["tablename"]: await self.value(f"select count(*) from pgmcp.{row['tablename']}") for row in names}
+
+    async def dump(self) -> dict[str, list[bytes]]:
+        """Every text and bytea of every table, as bytes."""
+        columns = await self.rows(
+            "select table_name, column_name, data_type from information_schema.columns "
+            "where table_schema = 'pgmcp' and data_type in ('text', 'bytea', 'character varying') "
+            "and table_name in (select tablename from pg_tables where schemaname = 'pgmcp')"
+        )
+        found: dict[str, list[bytes]] = {}
+        for column in columns:
+            table, name = column["table_name"], column["column_name"]
+            values = await self.rows(f'select "{name}" as value from pgmcp.{table} where "{name}" is not null')
+            found[f"{table}.{name}"] = [
+                row["value"] if isinstance(row["value"], bytes) else row["value"].encode() for row in values
+            ]
+        return found
+
+
+@contextlib.asynccontextmanager
+async def tables_of(database: str) -> AsyncIterator[Tables]:
+    """Look into a cluster's database."""
+    connection = await asyncpg.connect(database)
+    try:
+        yield Tables(connection)
+    finally:
+        await connection.close()

@@ -1,0 +1,149 @@
+"""A proxy before PostgreSQL in the test's own event loop, which breaks connections where a test wants it.
+
+It knows as much of the wire protocol as it takes to see which named statement a client executes (each text begins with
+``/* name */``) and when the server's whole reply is there: after that the statement is committed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from enum import StrEnum
+from urllib.parse import urlsplit
+
+PIECE = 1 << 16
+_SSL_REQUEST, _GSS_REQUEST, _CANCEL_REQUEST = 80877103, 80877104, 80877102
+_NAME = re.compile(rb"/\* (\w+) \*/")
+
+
+class Cut(StrEnum):
+    """Where a connection is cut."""
+
+    BEFORE = "before the query reaches PostgreSQL"
+    AFTER = "after the commit, before the reply reaches the client"
+
+
+class Proxy:
+    """What a test can do to connections."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self._host, self._port = host, port
+        self._links: set[_Link] = set()
+        self._cuts: list[tuple[str, Cut]] = []
+        self.black_hole = False
+        """Swallow every byte in both directions; nobody hears of it."""
+        self.stalling = False
+        """Let new connections be made, and say nothing on them."""
+        self.connected = 0
+        """Connections that were made so far."""
+
+    def cut(self, statement: str, where: Cut) -> None:
+        """Cut the connection that next executes this statement."""
+        self._cuts.append((statement, where))
+
+    @property
+    def pending(self) -> list[tuple[str, Cut]]:
+        """Cuts that did not happen yet."""
+        return self._cuts
+
+    def cut_all(self) -> None:
+        """Cut every connection now."""
+        for link in list(self._links):
+            link.abort()
+
+    def take(self, statement: str) -> Cut | None:
+        """The cut that is due for a statement."""
+        for due in self._cuts:
+            if due[0] == statement:
+                self._cuts.remove(due)
+                return due[1]
+        return None
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Carry one connection until either side ends it."""
+        self.connected += 1
+        link = _Link(self, reader, writer)
+        self._links.add(link)
+        try:
+            if self.stalling:
+                await reader.read(-1)
+            else:
+                await link.run(self._host, self._port)
+        except (OSError, asyncio.IncompleteReadError):
+            pass
+        finally:
+            self._links.discard(link)
+            link.abort()
+
+
+class _Link:
+    """One client's connection and the server's."""
+
+    def __init__(self, proxy: Proxy, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._proxy, self._client, self._to_client = proxy, reader, writer
+        self._to_server: asyncio.StreamWriter | None = None
+        self._statements: dict[bytes, str] = {}
+        self._awaits_ready = False
+
+    def abort(self) -> None:
+        for writer in (self._to_client, self._to_server):
+            if writer is not None:
+                writer.transport.abort()
+
+    async def run(self, host: str, port: int) -> None:
+        server, self._to_server = await asyncio.open_connection(host, port)
+        tasks = [asyncio.create_task(self._up()), asyncio.create_task(self._down(server))]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _forward(self, writer: asyncio.StreamWriter | None, piece: bytes) -> None:
+        if writer is not None and not self._proxy.black_hole:
+            writer.write(piece)
+
+    async def _up(self) -> None:
+        started = False
+        while True:
+            kind = await self._client.readexactly(1) if started else b""
+            size = await self._client.readexactly(4)
+            body = await self._client.readexactly(int.from_bytes(size, "big") - 4)
+            if not started:
+                started = int.from_bytes(body[:4], "big") not in {_SSL_REQUEST, _GSS_REQUEST, _CANCEL_REQUEST}
+            elif kind == b"P":
+                name, _, rest = body.partition(b"\0")
+                found = _NAME.match(rest)
+                self._statements[name] = found[1].decode() if found else ""
+            elif kind == b"B":
+                cut = self._proxy.take(self._statements.get(body.split(b"\0")[1], ""))
+                if cut is Cut.BEFORE:
+                    return
+                self._awaits_ready |= cut is Cut.AFTER
+            self._forward(self._to_server, kind + size + body)
+
+    async def _down(self, server: asyncio.StreamReader) -> None:
+        while piece := await server.read(PIECE):
+            if not self._awaits_ready:
+                self._forward(self._to_client, piece)
+            elif piece[-6:-1] == b"Z\0\0\0\5":
+                return
+
+
+@asynccontextmanager
+async def proxied(database: str) -> AsyncIterator[tuple[Proxy, str]]:
+    """A proxy before a database, and the database's address through it."""
+    at = urlsplit(database)
+    proxy = Proxy(at.hostname or "127.0.0.1", at.port or 5432)
+    listener = await asyncio.start_server(proxy.serve, "127.0.0.1", 0)
+    port = listener.sockets[0].getsockname()[1]
+    login = at.netloc.rpartition("@")[0]
+    try:
+        yield proxy, at._replace(netloc=f"{login}@127.0.0.1:{port}").geturl()
+    finally:
+        listener.close()
+        proxy.cut_all()
+        await listener.wait_closed()

@@ -1,0 +1,196 @@
+"""The stores of several nodes on one database, and a look at what PostgreSQL holds."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+import asyncpg
+
+from pgmcp.clock import Clock, Ids
+from pgmcp.settings import Settings
+from pgmcp.store.database import Database
+from pgmcp.store.inbox import TableInbox
+from pgmcp.store.log import TableLog
+from pgmcp.types import (
+    ANONYMOUS,
+    Claimed,
+    Entry,
+    Message,
+    NewSession,
+    NodeId,
+    Outcome,
+    Ownership,
+    Principal,
+    RequestKey,
+    SessionKey,
+    StreamId,
+)
+
+BOUND = 10.0
+LOOK = 0.002
+IDS = Ids()
+HELD = ("sessions", "journal", "streams", "events", "requests")
+
+
+async def _open_gate() -> None:
+    return None
+
+
+@dataclass(slots=True)
+class Store:
+    """What one node has of the store."""
+
+    node: NodeId
+    database: Database
+    inbox: TableInbox
+    log: TableLog
+
+
+@asynccontextmanager
+async def store(
+    address: str, node: NodeId | None = None, *, ids: Ids = IDS, gate: Callable[[], Awaitable[None]] = _open_gate,
+    **settings: Any,
+) -> AsyncIterator[Store]:  # fmt: skip
+    """One node's store."""
+    node, clock = node or NodeId(IDS.uuid()), Clock()
+    database = Database(Settings(database_url=address, **settings), clock)
+    await database.open()
+    try:
+        yield Store(node, database, TableInbox(database, node, clock, ids, gate), TableLog(database, node, clock, gate))
+    finally:
+        await database.close()
+
+
+@dataclass(slots=True)
+class Session:
+    """A session as its first owner knows it."""
+
+    session_id: str
+    ownership: Ownership
+    standalone: StreamId
+
+    @property
+    def key(self) -> SessionKey:
+        return self.ownership.session
+
+
+async def opened(owner: Store, principal: Principal = ANONYMOUS) -> Session:
+    """A session that ``owner`` has just created."""
+    new = NewSession(IDS.token(), principal, "streamable", StreamId(IDS.uuid()))
+    return Session(new.session_id, await owner.inbox.open_session(new), new.standalone)
+
+
+def request(session: Session | str, rpc_id: str | None = "1", body: bytes = b"{}", **changes: Any) -> Message:
+    """A client's message; without ``rpc_id`` a notification, which has no stream."""
+    values: dict[str, Any] = {
+        "key": RequestKey(IDS.uuid()),
+        "session_id": session if isinstance(session, str) else session.session_id,
+        "principal": ANONYMOUS,
+        "rpc_id": rpc_id,
+        "method": "tools/call" if rpc_id else "notifications/initialized",
+        "name": "add" if rpc_id else None,
+        "body": body,
+        "context": b"sealed",
+        "stream": StreamId(IDS.uuid()) if rpc_id else None,
+    }
+    return Message(**values | changes)
+
+
+def answer(claimed: Claimed, seq: int | None = None, message: bytes = b"answer") -> Entry:
+    """The entry that answers a claimed request."""
+    assert claimed.stream is not None
+    return Entry(
+        claimed.ownership, claimed.stream, seq or claimed.next_seq, message, finishes=claimed.key,
+        outcome=Outcome.ANSWERED,
+    )  # fmt: skip
+
+
+async def take_over(connection: asyncpg.Connection, session: SessionKey, node: NodeId) -> None:
+    """Change the owner inside the caller's transaction: lock the row first, then write."""
+    await connection.fetchrow("select epoch from pgmcp.sessions where id = $1 for update", session)
+    await connection.execute("update pgmcp.sessions set owner = $2, epoch = epoch + 1 where id = $1", session, node)
+
+
+async def rows_of(connection: asyncpg.Connection, session: SessionKey) -> dict[str, list[tuple[Any, ...]]]:
+    """Every row of a session in every table, in one snapshot."""
+    async with connection.transaction(isolation="repeatable_read", readonly=True):
+        found = {
+            "sessions": await connection.fetch("select * from pgmcp.sessions where id = $1", session),
+            "events": await connection.fetch(
+                "select e.* from pgmcp.events e join pgmcp.streams s on s.id = e.stream where s.session = $1 "
+                "order by e.stream, e.seq",
+                session,
+            ),
+        }
+        for table, order in (("journal", "kind, detail"), ("streams", "id"), ("requests", "position")):
+            text = f"select * from pgmcp.{table} where session = $1 order by {order}"
+            found[table] = await connection.fetch(text, session)
+    return {table: [tuple(row) for row in rows] for table, rows in found.items()}
+
+
+async def row_counts(connection: asyncpg.Connection) -> dict[str, int]:
+    """How many rows the tables hold that hang off sessions."""
+    return {table: await connection.fetchval(f"select count(*) from pgmcp.{table}") for table in HELD}
+
+
+async def check_streams(connection: asyncpg.Connection) -> None:
+    """Numbers have no gap, and every stream stands right after its last event."""
+    wrong = await connection.fetch(
+        "select s.id, s.next_seq, array_agg(e.seq order by e.seq) from pgmcp.streams s "
+        "left join pgmcp.events e on e.stream = s.id group by s.id, s.next_seq "
+        "having count(e.seq) <> s.next_seq - 1 or coalesce(max(e.seq), 0) <> s.next_seq - 1"
+    )
+    assert wrong == []
+
+
+async def until(condition: Callable[[], Awaitable[bool]], what: str) -> None:
+    """Look again and again until the condition holds."""
+    async with asyncio.timeout(BOUND):
+        while not await condition():
+            await asyncio.sleep(LOOK)
+    assert what
+
+
+class Watcher:
+    """Sees who waits for a lock in the test's database."""
+
+    def __init__(self, connection: asyncpg.Connection) -> None:
+        self._connection = connection
+
+    async def waiting(self, word: str = "") -> int:
+        """How many backends wait for a lock with a statement that contains the word."""
+        count: int = await self._connection.fetchval(
+            "select count(*) from pg_stat_activity where datname = current_database() "
+            "and wait_event_type = 'Lock' and query like '%' || $1 || '%'",
+            word,
+        )
+        return count
+
+    async def until_waiting(self, word: str, task: asyncio.Task[Any], count: int = 1) -> bool:
+        """Until that many backends wait (True), or the task has ended before (False)."""
+
+        async def seen() -> bool:
+            return task.done() or await self.waiting(word) >= count
+
+        await until(seen, f"nobody waits in {word}")
+        return not task.done()
+
+
+async def outcome(task: Awaitable[Any]) -> Any:
+    """What a call returned or raised, within the bound."""
+    try:
+        async with asyncio.timeout(BOUND):
+            return await task
+    except TimeoutError:
+        raise
+    except Exception as error:
+        return error
+
+
+def uuid() -> UUID:
+    return IDS.uuid()
