@@ -39,6 +39,7 @@ from pgmcp.store.secrets import KeyRing
 from pgmcp.types import NodeId, NodeRecord, NodeState, Wake
 from pgmcp.web.application import application, host_rules
 from pgmcp.web.edge import Edge
+from pgmcp.web.legacy import SseMessages, SseStream
 from pgmcp.web.streamable import Streamable
 from pgmcp.web.tails import Tails
 
@@ -180,12 +181,19 @@ class Node:
 
     def application(self) -> Litestar:
         """The node as an ASGI application; its lifespan runs the node."""
-        endpoint: ASGIApp = Streamable(
-            lambda: self.incarnation().edge, security=host_rules(self.settings), settings=self.settings
-        )
+        settings, security = self.settings, host_rules(self.settings)
+
+        def edge() -> Edge:
+            return self.incarnation().edge
+
+        messages = settings.messages_path
+        endpoints: dict[str, ASGIApp] = {
+            settings.mcp_path: Streamable(edge, security=security, settings=settings),
+            settings.sse_path: SseStream(edge, security=security, settings=settings, messages=messages),
+            messages.rstrip("/"): SseMessages(edge, security=security, settings=settings),
+        }
         return application(
-            self._target.protect(endpoint),
-            path=self.settings.mcp_path,
+            {path: self._target.protect(endpoint) for path, endpoint in endpoints.items()},
             routes=self._target.routes,
             health=health_routes(lambda: self),
             lifespan=lambda _: self.running(),

@@ -122,8 +122,14 @@ class Log(Protocol):
         """What follows the cursor, while this node is still the stream's sink (G3)."""
         ...
 
-    async def attach(self, session_id: str, principal: Principal, stream: StreamId | None) -> Attachment | SessionFacts:
-        """Become the sink of a stream (None: the standalone one); only the facts when there is no such stream.
+    async def attach(
+        self, session_id: str | None, principal: Principal, stream: StreamId | None
+    ) -> Attachment | SessionFacts:
+        """Become the sink of a stream; only the facts when there is no such stream.
+
+        Args:
+            session_id: None for the session of the stream, whichever it is.
+            stream: None for the session's standalone one.
 
         Raises:
             SessionUnknown: as in ``Inbox.find``.

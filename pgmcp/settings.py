@@ -40,6 +40,10 @@ class Settings(BaseSettings):
     node_name: str = Field("node", pattern=r"^[\w.-]{1,63}$", description="Label of the node, also in session ids.")
     address: str = Field("", description="host:port under which peers and operators know this node.")
     mcp_path: str = Field("/mcp", pattern=r"^/[\w./-]*[\w-]$", description="Path of the Streamable HTTP endpoint.")
+    sse_path: str = Field("/sse", pattern=r"^/[\w./-]*[\w-]$", description="Path of the HTTP+SSE stream (2024-11-05).")
+    messages_path: str = Field(
+        "/messages/", pattern=r"^/[\w./-]*[\w-]/?$", description="Path to which HTTP+SSE clients POST their messages."
+    )
     allowed_hosts: tuple[str, ...] = Field(
         (), description="Host headers to accept, as host or host:*; default on a loopback address: loopback names."
     )

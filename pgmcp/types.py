@@ -179,6 +179,7 @@ class Attachment:
     """A stream that this edge has taken over as its sink."""
 
     facts: SessionFacts
+    session_id: str
     stream: StreamId
     kind: StreamKind
     sink_epoch: int

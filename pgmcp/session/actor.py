@@ -162,7 +162,10 @@ class Actor:
         )
 
     def _register(self, claimed: Claimed, rpc_id: str, stream_id: StreamId, *, can_ask: bool) -> _Stream:
-        stream = self._streams.setdefault(stream_id, _Stream(stream_id, claimed.next_seq))
+        if stream_id == self._standalone.id:
+            stream = self._standalone
+        else:
+            stream = self._streams.setdefault(stream_id, _Stream(stream_id, claimed.next_seq))
         self._calls[rpc_id] = _Call(claimed.key, claimed.method or "", claimed.body, stream, can_ask)
         return stream
 

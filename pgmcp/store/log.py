@@ -88,7 +88,9 @@ class TableLog:
             found.setdefault(row["n"] - 1, []).append(row)
         return [_page(cursor, found.get(place, [])) for place, cursor in enumerate(cursors)]
 
-    async def attach(self, session_id: str, principal: Principal, stream: StreamId | None) -> Attachment | SessionFacts:
+    async def attach(
+        self, session_id: str | None, principal: Principal, stream: StreamId | None
+    ) -> Attachment | SessionFacts:
         """See ``Log.attach``."""
         rows = await self._database.persist(
             "attach",
@@ -109,6 +111,7 @@ class TableLog:
             return facts
         return Attachment(
             facts=facts,
+            session_id=row["session_id"],
             stream=StreamId(row["stream"]),
             kind=StreamKind(row["kind"]),
             sink_epoch=row["sink_epoch"],

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 
 from litestar import Litestar, asgi
-from litestar.handlers import HTTPRouteHandler
+from litestar.handlers import ASGIRouteHandler, HTTPRouteHandler
 from litestar.types import Receive, Scope, Send
 from mcp.server.transport_security import TransportSecurityMiddleware, TransportSecuritySettings
 from starlette.applications import Starlette
@@ -17,9 +17,8 @@ from pgmcp.settings import LOOPBACK, Settings
 
 
 def application(
-    endpoint: ASGIApp,
+    endpoints: Mapping[str, ASGIApp],
     *,
-    path: str,
     routes: Sequence[BaseRoute],
     health: Sequence[HTTPRouteHandler],
     lifespan: Callable[[Litestar], AbstractAsyncContextManager[None]],
@@ -27,24 +26,24 @@ def application(
     """Put a node's application together.
 
     Args:
-        endpoint: the protected MCP endpoint.
-        path: where it is.
+        endpoints: the protected endpoints by their paths.
         routes: the served server's other routes; they get whatever nobody else wants.
         health: the health routes.
         lifespan: starts and stops the node.
     """
-    rest = Starlette(routes=list(routes))
-
-    @asgi(path, is_mount=True, copy_scope=True)
-    async def mcp(scope: Scope, receive: Receive, send: Send) -> None:
-        await endpoint(scope, receive, send)  # type: ignore[arg-type]
-
-    @asgi("/", is_mount=True, copy_scope=True)
-    async def others(scope: Scope, receive: Receive, send: Send) -> None:
-        await rest(scope, receive, send)  # type: ignore[arg-type]
-
-    handlers = [mcp, *health] + ([others] if routes else [])
+    mounts = [_mount(path, endpoint) for path, endpoint in endpoints.items()]
+    if routes:
+        mounts.append(_mount("/", Starlette(routes=list(routes))))
+    handlers = [*mounts, *health]
     return Litestar(route_handlers=handlers, lifespan=[lifespan], openapi_config=None, logging_config=None)
+
+
+def _mount(path: str, app: ASGIApp) -> ASGIRouteHandler:
+    @asgi(path, is_mount=True, copy_scope=True)
+    async def mounted(scope: Scope, receive: Receive, send: Send) -> None:
+        await app(scope, receive, send)  # type: ignore[arg-type]
+
+    return mounted
 
 
 def host_rules(settings: Settings) -> TransportSecurityMiddleware:

@@ -96,7 +96,7 @@ class Edge:
             self.wakeups.inbox(accepted.facts.owner, accepted.facts.session)
         return accepted
 
-    async def attach(self, call: Call, session_id: str, stream: StreamId | None) -> Attachment | SessionFacts:
+    async def attach(self, call: Call, session_id: str | None, stream: StreamId | None) -> Attachment | SessionFacts:
         """Become a stream's sink (None: the standalone one); whoever was it before ends its exchange."""
         attached = await self.log.attach(session_id, call.principal, stream)
         if isinstance(attached, Attachment) and attached.replaced is not None:

@@ -177,14 +177,17 @@ class Exchange:
 
     # -- server-sent events ----------------------------------------------------------------------------------------
 
-    async def stream(self, *, first: Page | None = None, look: bool = False) -> None:
+    async def stream(self, *, first: Page | None = None, look: bool = False, preface: bytes = b"") -> None:
         """Carry the stream as server-sent events until it ends, or this exchange does.
 
         Args:
+            preface: what stands before the first event.
             first: what was read already.
             look: read at once: the stream may have events that nobody announces any more.
         """
         await self._start(200, SSE_HEADERS)
+        if preface:
+            await self._write(preface)
         if self._priming:
             await self._write(f"id: {event_id(self._tail.stream, self._after)}\r\n{self._retry}data: \r\n\r\n".encode())
         with self._watching():

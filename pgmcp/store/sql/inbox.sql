@@ -23,7 +23,8 @@ where session_id = $1
 
 -- name: accept
 -- fence: sessions rows FOR KEY SHARE, so that accepting is ordered with takeover, hand-over and DELETE, and the
--- owner that comes back is the one that holds after it.
+-- owner that comes back is the one that holds after it. A request without a stream (HTTP+SSE has but one) is answered on
+-- the standalone stream.
 with guard as materialized (
     select set_config('lock_timeout', '250ms', true)
 ), asked as materialized (
@@ -40,12 +41,14 @@ with guard as materialized (
     order by s.id
     for key share of s
 ), mine as materialized (
-    select a.*, h.id as session, h.owner, h.epoch, h.protocol_version
+    select a.*, h.id as session, h.owner, h.epoch, h.protocol_version, own.id as standalone
     from asked a
     join held h
         on h.session_id = a.session_id
         and (h.principal_client, h.principal_issuer, h.principal_subject)
             is not distinct from (a.client, a.issuer, a.subject)
+    left join {schema}.streams own
+        on own.session = h.id and own.kind = 'standalone' and a.rpc_id is not null and a.stream is null
 ), known as materialized (
     select m.n, m.stream as asked_stream, r.id, r.stream, r.body = m.body as same,
         r.finished_at is not null as finished, st.sink is not null as attached
@@ -66,7 +69,7 @@ with guard as materialized (
     on conflict (id) do nothing
 ), stored as (
     insert into {schema}.requests (id, session, rpc_id, method, name, body, context, stream, open)
-    select id, session, rpc_id, method, name, body, context, stream, rpc_id is not null
+    select id, session, rpc_id, method, name, body, context, coalesce(stream, standalone), rpc_id is not null
     from fresh
     order by session, rpc_id nulls first, n
     on conflict do nothing

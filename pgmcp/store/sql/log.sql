@@ -17,32 +17,32 @@ with guard as materialized (
 ), fit as materialized (
     select a.* from asked a join held h on h.id = a.session and h.epoch = a.epoch
 ), locked as materialized (
-    select st.id, st.session, st.next_seq, st.sink, st.sink_epoch, st.closed
+    select st.id, st.session, st.kind, st.next_seq, st.sink, st.sink_epoch, st.closed
     from {schema}.streams st
     where st.id in (select stream from fit)
     order by st.id
     for no key update of st
 ), moving as materialized (
-    select f.stream, max(f.seq) + 1 as beyond
+    select f.stream, l.kind, max(f.seq) + 1 as beyond
     from fit f
     join locked l on l.id = f.stream and l.session = f.session and not l.closed
     left join {schema}.requests q
         on q.id = f.finishes and q.claimed_epoch = f.epoch and q.finished_at is null
-    group by f.stream, l.next_seq
+    group by f.stream, l.kind, l.next_seq
     having min(f.seq) = l.next_seq
        and max(f.seq) - min(f.seq) + 1 = count(*)
        and count(q.id) = count(f.finishes)
 ), done as (
     update {schema}.requests q
-    set finished_at = clock_timestamp(), outcome = f.outcome
+    set finished_at = clock_timestamp(), outcome = f.outcome, open = m.kind = 'request'
     from fit f join moving m on m.stream = f.stream
     where q.id = f.finishes and q.claimed_epoch = f.epoch and q.finished_at is null
     returning q.stream
 ), moved as (
     update {schema}.streams st
     set next_seq = m.beyond,
-        unfinished = st.unfinished - d.finished,
-        closed = st.kind = 'request' and st.unfinished = d.finished
+        unfinished = greatest(st.unfinished - d.finished, 0),
+        closed = m.kind = 'request' and st.unfinished = d.finished
     from moving m
     cross join lateral (select count(*) as finished from done where done.stream = m.stream) d
     where st.id = m.stream
@@ -77,13 +77,13 @@ left join lateral (
 order by a.n, e.seq;
 
 -- name: attach
--- Newest sink wins. $5 null means the session's standalone stream.
+-- Newest sink wins. $5 null means the session's standalone stream; $1 null, the session of the stream $5.
 with guard as materialized (
     select set_config('lock_timeout', '250ms', true)
 ), held as materialized (
-    select s.id, s.owner, s.epoch, s.protocol_version
+    select s.id, s.session_id, s.owner, s.epoch, s.protocol_version
     from guard, {schema}.sessions s
-    where s.session_id = $1
+    where (s.session_id = $1 or ($1 is null and s.id = (select session from {schema}.streams where id = $5)))
       and s.state = 'live'
       and (s.principal_client, s.principal_issuer, s.principal_subject)
           is not distinct from ($2::text, $3::text, $4::text)
@@ -101,7 +101,7 @@ with guard as materialized (
     returning st.id, st.kind, st.sink_epoch, st.next_seq, st.delivered_seq, st.floor_seq, st.closed
 )
 select
-    held.id as session, held.owner, held.epoch, held.protocol_version,
+    held.id as session, held.session_id, held.owner, held.epoch, held.protocol_version,
     taken.id as stream, taken.kind, taken.sink_epoch, taken.next_seq, taken.delivered_seq, taken.floor_seq,
     taken.closed, target.sink as replaced
 from held left join taken on true left join target on true;

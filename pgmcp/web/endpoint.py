@@ -1,0 +1,112 @@
+"""What every endpoint does before it answers: body limit, Host and Origin, trust; and how errors are said.
+
+Failure handling: a database that is away holds the exchange (``hold``, ``resume_hold``), then it is 503 with
+``Retry-After``; so it is on a node that has no trust yet or lost its incarnation.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from uuid import UUID
+
+from mcp.server.transport_security import TransportSecurityMiddleware
+from starlette.requests import Request
+from starlette.types import Message, Receive, Scope, Send
+
+from pgmcp.errors import DatabaseUnavailable, DuplicateRequest, Fenced, NodeNotReady, PgmcpError, SessionUnknown
+from pgmcp.settings import Settings
+from pgmcp.types import StreamId
+from pgmcp.web.call import Call
+from pgmcp.web.edge import Edge
+from pgmcp.web.wire import INTERNAL_ERROR, INVALID_REQUEST, Refusal
+
+logger = logging.getLogger(__name__)
+
+_STATUS: tuple[tuple[type[PgmcpError], int, int], ...] = (
+    (SessionUnknown, 404, INVALID_REQUEST),
+    (DuplicateRequest, 400, INVALID_REQUEST),
+    (DatabaseUnavailable, 503, INTERNAL_ERROR),
+    (NodeNotReady, 503, INTERNAL_ERROR),
+    (Fenced, 503, INTERNAL_ERROR),
+)
+
+
+class Endpoint(ABC):
+    """An ASGI application for one path.
+
+    Args:
+        edge: the node's present incarnation; raises ``NodeNotReady`` while there is none.
+        security: Host and Origin rules.
+        settings: the node's settings.
+    """
+
+    def __init__(self, edge: Callable[[], Edge], *, security: TransportSecurityMiddleware, settings: Settings) -> None:
+        self._edge, self._security, self._settings = edge, security, settings
+
+    @abstractmethod
+    async def answer(self, edge: Edge, call: Call, body: bytes) -> None:
+        """Answer an exchange that passed the checks.
+
+        Raises:
+            Refusal: something is wrong with it.
+            PgmcpError: it cannot be answered, or not now.
+        """
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one exchange."""
+        started = False
+
+        async def noting(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        call = Call(Request(scope, receive), receive, noting)
+        try:
+            await self._checked(call)
+        except (Refusal, PgmcpError) as error:
+            if started:
+                raise
+            await call.refuse(_refusal(error))
+
+    async def _checked(self, call: Call) -> None:
+        request = call.request
+        if request.scope["path"].strip("/"):
+            raise Refusal(404, "There is nothing here; the endpoint is one level up")
+        body = await call.body(self._settings.max_body) if request.method == "POST" else b""
+        problem = await self._security.validate_request(request, is_post=request.method == "POST")
+        if problem is not None:
+            await call.send_response(problem)
+            return
+        edge = self._edge()
+        if not await edge.lease.trusted_within(self._settings.hold):
+            message = "This node has lost touch with the cluster; try again or ask another one."
+            raise NodeNotReady(message)
+        await self.answer(edge, call, body)
+
+
+def cursor(last_event_id: str) -> tuple[StreamId, int]:
+    """Stream and place that a ``Last-Event-ID`` names.
+
+    Raises:
+        Refusal: 400, it is not one of ours.
+    """
+    stream, dot, seq = last_event_id.partition(".")
+    try:
+        if dot and seq.isascii() and seq.isdigit() and len(seq) < 19:
+            return StreamId(UUID(hex=stream)), int(seq)
+    except ValueError:
+        pass
+    raise Refusal(400, "Last-Event-ID is not an event id of this server")
+
+
+def _refusal(error: Refusal | PgmcpError) -> Refusal:
+    if isinstance(error, Refusal):
+        return error
+    for kind, status, code in _STATUS:
+        if isinstance(error, kind):
+            return Refusal(status, str(error), code, {"retry-after": "1"} if status == 503 else None)
+    logger.error("an exchange failed: %s", error)
+    return Refusal(500, "Internal error; look at the node's log.", INTERNAL_ERROR)

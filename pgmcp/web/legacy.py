@@ -1,0 +1,108 @@
+"""HTTP+SSE (2024-11-05) across nodes.
+
+``GET /sse`` carries the session's one stream, ``POST /messages/`` takes its messages.
+
+The same inbox and the same log as for Streamable HTTP; every answer goes on the standalone stream, since there is no
+other.
+
+Failure handling: a broken connection does not end the session at once. A client that comes back with the
+``Last-Event-ID`` of a live session (a browser's EventSource does) goes on with it, on any node; others get a new
+session, and the old one expires.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from urllib.parse import quote
+
+from mcp.server.transport_security import TransportSecurityMiddleware
+from starlette.responses import PlainTextResponse
+
+from pgmcp.errors import SessionUnknown
+from pgmcp.settings import Settings
+from pgmcp.types import Attachment, StreamKind
+from pgmcp.web.call import LAST_EVENT_ID, Call
+from pgmcp.web.edge import Edge
+from pgmcp.web.endpoint import Endpoint, cursor
+from pgmcp.web.wire import Refusal, parse_post
+
+
+class SseStream(Endpoint):
+    """``GET /sse``: opens a session, or goes on with one.
+
+    Args:
+        messages: the path of the other endpoint.
+    """
+
+    def __init__(
+        self,
+        edge: Callable[[], Edge],
+        *,
+        security: TransportSecurityMiddleware,
+        settings: Settings,
+        messages: str,
+    ) -> None:
+        super().__init__(edge, security=security, settings=settings)
+        self._messages = messages
+
+    async def answer(self, edge: Edge, call: Call, body: bytes) -> None:
+        """See ``Endpoint.answer``."""
+        if call.request.method != "GET":
+            raise Refusal(405, "Method Not Allowed", headers={"allow": "GET"})
+        last = call.header(LAST_EVENT_ID)
+        attached, after = await self._resumed(edge, call, last) if last else (None, 0)
+        if attached is None:
+            await edge.lease.acting()
+            new = edge.new_session(call, "sse")
+            await edge.host.open(new)
+            opened = await edge.attach(call, new.session_id, None)
+            if not isinstance(opened, Attachment):
+                raise SessionUnknown("Session not found")
+            attached = opened
+        await self._carry(edge, call, attached, after)
+
+    async def _resumed(self, edge: Edge, call: Call, last: str) -> tuple[Attachment | None, int]:
+        stream, after = cursor(last)
+        try:
+            attached = await edge.attach(call, None, stream)
+        except SessionUnknown:
+            return None, 0
+        return (attached, after) if isinstance(attached, Attachment) else (None, 0)
+
+    async def _carry(self, edge: Edge, call: Call, attached: Attachment, after: int) -> None:
+        root = call.request.scope.get("app_root_path", call.request.scope.get("root_path", "")).rstrip("/")
+        where = f"{quote(root + self._messages)}?session_id={attached.session_id}"
+        with edge.tails.subscribe(attached.stream) as tail:
+            exchange = edge.exchange(
+                call,
+                tail,
+                attached.facts.session,
+                attached.session_id,
+                None,
+                sink_epoch=attached.sink_epoch,
+                after=after,
+                kind=StreamKind.STANDALONE,
+            )
+            try:
+                await exchange.stream(look=True, preface=f"event: endpoint\r\ndata: {where}\r\n\r\n".encode())
+            finally:
+                await exchange.release()
+
+
+class SseMessages(Endpoint):
+    """``POST /messages/?session_id=...``: takes one message; its answer comes on the stream."""
+
+    async def answer(self, edge: Edge, call: Call, body: bytes) -> None:
+        """See ``Endpoint.answer``."""
+        if call.request.method != "POST":
+            raise Refusal(405, "Method Not Allowed", headers={"allow": "POST"})
+        session_id = call.request.query_params.get("session_id", "")
+        if not session_id:
+            raise Refusal(400, "Bad Request: session_id is missing; POST to the URI of the endpoint event")
+        if not all("!" <= char <= "~" for char in session_id):
+            raise Refusal(404, "Session not found")
+        post = parse_post(body, edge.settings.max_batch)
+        if post.batch:
+            raise Refusal(400, "HTTP+SSE has no batches; POST one message")
+        await edge.accept(post, call, session_id, None)
+        await call.send_response(PlainTextResponse("Accepted", 202))
