@@ -37,5 +37,17 @@ class DuplicateRequest(PgmcpError):
     """The session has an unfinished request with this id and another body."""
 
 
+class ClusterFull(PgmcpError):
+    """The cluster has as many sessions as it may have."""
+
+
+class TooManySessions(PgmcpError):
+    """One caller has as many sessions as it may have."""
+
+
+class SessionBusy(PgmcpError):
+    """A session has as many requests in flight, or streams open, as it may have."""
+
+
 class Fenced(PgmcpError):
     """A write came from an ownership that is over; nothing was stored."""

@@ -36,6 +36,7 @@ from pgmcp.store.line import Line, TableNotifier
 from pgmcp.store.log import TableLog
 from pgmcp.store.nodes import join
 from pgmcp.store.secrets import KeyRing
+from pgmcp.store.upkeep import EVERY, Upkeep
 from pgmcp.types import NodeId, NodeRecord, NodeState, Wake
 from pgmcp.web.application import application, host_rules
 from pgmcp.web.edge import Edge
@@ -70,6 +71,7 @@ class Incarnation:
         )
         self.lease = Lease(self.line, settings, clock, self._on_fenced)
         self.tails = Tails()
+        self._upkeep = Upkeep(database)
         self.wakeups = Wakeups(self.node_id, TableNotifier(database), clock, self._hear)
         self.inbox = TableInbox(database, self.node_id, clock, ids, self.lease.acting)
         self.log = TableLog(database, self.node_id, clock, self.lease.acting)
@@ -118,6 +120,7 @@ class Incarnation:
             asyncio.create_task(self.lease.run()),
             asyncio.create_task(self._every(settings.poll, self.host.poll)),
             asyncio.create_task(self._every(settings.idle_poll, self.host.survey)),
+            asyncio.create_task(self._every(EVERY, self._sweep)),
             asyncio.create_task(self._every(TOUCH_EVERY, self.host.note_activity)),
         ]
 
@@ -150,12 +153,19 @@ class Incarnation:
         if wake.ended:
             self.tails.end(wake.ended)
 
+    async def _sweep(self) -> None:
+        for session in await self._upkeep.expire():
+            self.wakeups.ended(session)
+        await self._upkeep.prune()
+
     async def _every(self, seconds: float, work: Callable[[], Any]) -> None:
         while True:
             await self._clock.sleep(self._ids.jitter(seconds))
             if self.lease.trusted:
-                with contextlib.suppress(DatabaseUnavailable):
+                try:
                     await work()
+                except PgmcpError as error:
+                    logger.info("%s is tried again later: %s", work.__name__, error)
 
 
 class Node:

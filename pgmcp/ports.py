@@ -34,7 +34,12 @@ class Inbox(Protocol):
     """Client messages on their way to the owner."""
 
     async def open_session(self, new: NewSession) -> Ownership:
-        """Create the session with this node as its first owner; committed when it returns (G2)."""
+        """Create the session with this node as its first owner; committed when it returns (G2).
+
+        Raises:
+            ClusterFull: too many sessions in all.
+            TooManySessions: too many of this caller.
+        """
         ...
 
     async def find(self, session_id: str, principal: Principal) -> SessionFacts:
@@ -51,6 +56,7 @@ class Inbox(Protocol):
         Raises:
             SessionUnknown: as in ``find``.
             DuplicateRequest: an unfinished request has the same id and another body.
+            SessionBusy: the session has too much in flight.
         """
         ...
 
@@ -88,6 +94,10 @@ class Inbox(Protocol):
 
     async def touch(self, ownerships: Sequence[Ownership]) -> None:
         """Note that these sessions were active."""
+        ...
+
+    async def used(self, session: SessionKey) -> None:
+        """Note that the session was in use until now, whoever owns it."""
         ...
 
     async def end(self, session_id: str, principal: Principal) -> SessionKey:
@@ -136,8 +146,8 @@ class Log(Protocol):
         """
         ...
 
-    async def release(self, cursor: Cursor) -> None:
-        """Note how far the stream was carried and stop being its sink."""
+    async def release(self, cursor: Cursor, *, keep: bool = False) -> None:
+        """Note how far the stream was carried and, unless it is kept, stop being its sink."""
         ...
 
     async def drop_sink(self, ownership: Ownership, stream: StreamId | None) -> tuple[StreamId, NodeId | None] | None:

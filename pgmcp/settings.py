@@ -6,12 +6,19 @@ generated reference. Settings that cannot keep the lease rules are refused here,
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from pgmcp.errors import SettingsError
+
+Names = Annotated[
+    tuple[str, ...],
+    NoDecode,
+    BeforeValidator(lambda given: tuple(filter(None, given.split(","))) if isinstance(given, str) else given),
+]
+"""Several names; one text with commas in a variable."""
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
@@ -44,10 +51,10 @@ class Settings(BaseSettings):
     messages_path: str = Field(
         "/messages/", pattern=r"^/[\w./-]*[\w-]/?$", description="Path to which HTTP+SSE clients POST their messages."
     )
-    allowed_hosts: tuple[str, ...] = Field(
+    allowed_hosts: Names = Field(
         (), description="Host headers to accept, as host or host:*; default on a loopback address: loopback names."
     )
-    allowed_origins: tuple[str, ...] = Field(
+    allowed_origins: Names = Field(
         (), description="Origin headers to accept; default on a loopback address: loopback names."
     )
     forwarded_allow_ips: str = Field("127.0.0.1", description="Proxies whose X-Forwarded headers are believed.")
@@ -57,6 +64,16 @@ class Settings(BaseSettings):
     resume_hold: float = Field(55.0, gt=0, description="Seconds for which a GET is held while the database is away.")
     max_body: int = Field(4 * 1024 * 1024, gt=0, description="Bytes that a request body may have.")
     max_batch: int = Field(100, gt=0, description="Messages that a 2025-03-26 batch may have.")
+    max_depth: int = Field(100, gt=0, le=200, description="Levels of nesting that a message may have.")
+    max_sessions: int = Field(10_000, gt=0, description="Sessions that the cluster may have.")
+    max_sessions_per_caller: int = Field(1_000, gt=0, description="Sessions that one authenticated caller may have.")
+    max_in_flight: int = Field(100, gt=0, description="Requests of one session that may be unfinished.")
+    max_streams: int = Field(100, gt=0, description="Streams of one session that may be open at once.")
+    max_waiting_events: int = Field(256, gt=0, description="Standalone notifications that wait for a listener.")
+    write_timeout: float = Field(30.0, gt=0, description="Seconds for which a client may not read from its stream.")
+    idle_timeout: float = Field(1800.0, gt=0, description="Seconds after which an unused session ends.")
+    max_age: float = Field(7 * 86400.0, gt=0, description="Seconds after which any session ends.")
+    retention: float = Field(300.0, gt=0, description="Seconds for which finished streams can be fetched again.")
     pool_size: int = Field(6, ge=3, le=64, description="Database connections besides the line.")
     keepalive: float = Field(15.0, gt=0, description="Seconds between comments on a silent stream.")
     retry_ms: int = Field(1000, gt=0, description="Milliseconds after which a client should reconnect a stream.")

@@ -134,7 +134,10 @@ class Claimed:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One event that an owner appends to a stream; with ``finishes`` it is that request's answer."""
+    """One event that an owner appends to a stream.
+
+    With ``finishes`` it is that request's answer; with ``topic`` it may give way to a newer one while it waits.
+    """
 
     ownership: Ownership
     stream: StreamId
@@ -142,6 +145,7 @@ class Entry:
     message: bytes
     finishes: RequestKey | None = None
     outcome: Outcome | None = None
+    topic: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

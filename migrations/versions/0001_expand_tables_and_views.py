@@ -126,6 +126,7 @@ def _streams(schema: str) -> None:
         sa.Column("delivered_seq", sa.BigInteger(), nullable=False, server_default=sa.text("0")),
         sa.Column("floor_seq", sa.BigInteger(), nullable=False, server_default=sa.text("0")),
         sa.Column("closed", sa.Boolean(), nullable=False, server_default=sa.text("false")),
+        _time("closed_at", filled=False),
         _time("created_at"),
         sa.PrimaryKeyConstraint("id", name=op.f("streams_pkey")),
         sa.CheckConstraint("kind in ('request', 'standalone')", name=op.f("streams_kind_check")),
@@ -134,6 +135,10 @@ def _streams(schema: str) -> None:
         postgresql_with={"fillfactor": "70"},
     )
     op.create_index("streams_session_idx", "streams", ["session"], schema=schema)
+    op.create_index(
+        "streams_closed_at_idx", "streams", ["closed_at"], schema=schema,
+        postgresql_where=sa.text("closed_at is not null"),
+    )  # fmt: skip
     op.create_index(
         "streams_standalone_key", "streams", ["session"], unique=True, schema=schema,
         postgresql_where=sa.text("kind = 'standalone'"),
@@ -146,6 +151,7 @@ def _events(schema: str) -> None:
         sa.Column("stream", sa.Uuid(), nullable=False),
         sa.Column("seq", sa.BigInteger(), nullable=False),
         sa.Column("message", sa.LargeBinary(), nullable=False),
+        sa.Column("topic", sa.Text()),
         _time("stored_at"),
         sa.PrimaryKeyConstraint("stream", "seq", name=op.f("events_pkey")),
         _of_stream("events", schema),
@@ -185,8 +191,12 @@ def _requests(schema: str) -> None:
     op.create_index("requests_session_position_idx", "requests", ["session", "position"], schema=schema)
     op.create_index("requests_stream_idx", "requests", ["stream"], schema=schema)
     op.create_index(
-        "requests_unclaimed_idx", "requests", ["session"], schema=schema,
-        postgresql_where=sa.text("claimed_epoch is null and finished_at is null"),
+        "requests_unfinished_idx", "requests", ["session"], schema=schema,
+        postgresql_where=sa.text("finished_at is null"),
+    )  # fmt: skip
+    op.create_index(
+        "requests_finished_at_idx", "requests", ["finished_at"], schema=schema,
+        postgresql_where=sa.text("stream is null and finished_at is not null"),
     )  # fmt: skip
     op.create_index(
         "requests_open_rpc_id", "requests", ["session", "rpc_id"], unique=True, schema=schema,

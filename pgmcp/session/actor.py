@@ -28,6 +28,7 @@ from pgmcp.session.adapter import Adapter, Incoming, Kind, Outgoing
 from pgmcp.session.caller import Caller
 from pgmcp.session.journal import handshake, journal_entries
 from pgmcp.session.questions import Questions, dump
+from pgmcp.session.topics import topic_of
 from pgmcp.types import Claimed, Entry, NodeId, Outcome, Ownership, RequestKey, StreamId
 
 logger = logging.getLogger(__name__)
@@ -128,8 +129,8 @@ class Actor:
         """Hand one claimed message to the server; messages must come in inbox order."""
         if self._muted:
             return
-        if claimed.rpc_id is not None and claimed.stream is not None:
-            await self._deliver_request(claimed, claimed.rpc_id, claimed.stream, caller)
+        if claimed.rpc_id is not None:
+            await self._deliver_request(claimed, claimed.rpc_id, caller)
         elif claimed.method is None:
             self._pass_on(self._questions.answer(json.loads(claimed.body)), caller)
         elif claimed.method == "notifications/cancelled":
@@ -145,8 +146,8 @@ class Actor:
         if body is not None:
             self._queue.put_nowait(Incoming(body, caller.context, close_standalone=self._close_standalone))
 
-    async def _deliver_request(self, claimed: Claimed, rpc_id: str, stream_id: StreamId, caller: Caller) -> None:
-        stream = self._register(claimed, rpc_id, stream_id, can_ask=caller.can_ask)
+    async def _deliver_request(self, claimed: Claimed, rpc_id: str, caller: Caller) -> None:
+        stream = self._register(claimed, rpc_id, claimed.stream, can_ask=caller.can_ask)
         if self._clock.boottime() < self._early_cancels.pop(rpc_id, 0.0):
             await self._cancelled(rpc_id)
             return
@@ -156,22 +157,21 @@ class Actor:
                 caller.context,
                 can_ask=caller.can_ask,
                 unanswered=lambda: self._cancelled(rpc_id),
-                close_stream=lambda: self._close_stream(stream.id),
+                close_stream=None if claimed.stream is None else lambda: self._close_stream(stream.id),
                 close_standalone=self._close_standalone,
             )
         )
 
-    def _register(self, claimed: Claimed, rpc_id: str, stream_id: StreamId, *, can_ask: bool) -> _Stream:
-        if stream_id == self._standalone.id:
-            stream = self._standalone
-        else:
+    def _register(self, claimed: Claimed, rpc_id: str, stream_id: StreamId | None, *, can_ask: bool) -> _Stream:
+        stream = self._standalone  # HTTP+SSE has no other
+        if stream_id is not None:
             stream = self._streams.setdefault(stream_id, _Stream(stream_id, claimed.next_seq))
         self._calls[rpc_id] = _Call(claimed.key, claimed.method or "", claimed.body, stream, can_ask)
         return stream
 
     async def reject(self, claimed: Claimed, text: str) -> None:
         """Answer a claimed request with an error, without the server; drop what is no request."""
-        if claimed.rpc_id is not None and claimed.stream is not None:
+        if claimed.rpc_id is not None:
             self._register(claimed, claimed.rpc_id, claimed.stream, can_ask=False)
             await self._refuse(claimed.rpc_id, INTERNAL_ERROR, text, Outcome.LOST)
 
@@ -208,7 +208,8 @@ class Actor:
         elif outgoing.method == "notifications/cancelled":
             message = self._questions.cancel(outgoing.message)
         if message is not None:
-            await self._store(stream, message)
+            topic = topic_of(outgoing, stream.next_seq) if stream is self._standalone else None
+            await self._store(stream, message, topic=topic)
 
     async def _answer(self, outgoing: Outgoing) -> None:
         call = self._calls.get(outgoing.rpc_id or "")
@@ -244,11 +245,16 @@ class Actor:
         await self._store(call.stream, message, call.key, outcome)
 
     async def _store(
-        self, stream: _Stream, message: bytes, finishes: RequestKey | None = None, outcome: Outcome | None = None
+        self,
+        stream: _Stream,
+        message: bytes,
+        finishes: RequestKey | None = None,
+        outcome: Outcome | None = None,
+        topic: str | None = None,
     ) -> None:
         if self._muted:
             return
-        entry = Entry(self.ownership, stream.id, stream.next_seq, message, finishes, outcome)
+        entry = Entry(self.ownership, stream.id, stream.next_seq, message, finishes, outcome, topic)
         stream.next_seq += 1
         try:
             sink = await self._log.append(entry)

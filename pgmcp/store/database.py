@@ -134,6 +134,17 @@ class Database:
             await pool.release(connection)
         return rows
 
+    async def ask(self, name: str, *args: object) -> list[asyncpg.Record]:
+        """Run a named statement once, for those who come back later anyway.
+
+        Raises:
+            DatabaseUnavailable: it did not get through this time.
+        """
+        try:
+            return await self.fetch(name, *args)
+        except (*TROUBLE, *CONTENTION) as error:
+            raise unavailable(self.settings.database_url, error) from error
+
     async def persist(self, name: str, *args: object, patience: float) -> list[asyncpg.Record]:
         """Run a repeatable statement until it gets through or ``patience`` seconds are over.
 

@@ -18,7 +18,16 @@ from itertools import groupby
 import asyncpg
 
 from pgmcp.clock import Clock, Ids
-from pgmcp.errors import DuplicateRequest, Fenced, PgmcpError, SessionUnknown
+from pgmcp.errors import (
+    ClusterFull,
+    DuplicateRequest,
+    Fenced,
+    PgmcpError,
+    SessionBusy,
+    SessionUnknown,
+    TooManySessions,
+)
+from pgmcp.settings import Settings
 from pgmcp.store.database import Database
 from pgmcp.store.group import Group
 from pgmcp.types import (
@@ -41,6 +50,10 @@ WRITTEN_WAIT = 1.0
 """Seconds for which a reused request id waits until the edge that carries its last answer has noted the end."""
 
 
+WAITING_SHARE = 10
+"""Messages of any kind that may wait in a session, as a multiple of its requests in flight."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Claim:
     ownership: Ownership
@@ -60,6 +73,7 @@ class TableInbox:
         self, database: Database, node: NodeId, clock: Clock, ids: Ids, gate: Callable[[], Awaitable[None]]
     ) -> None:
         self._database, self._node, self._clock, self._ids, self._gate = database, node, clock, ids, gate
+        self._settings = database.settings
         self._hold = database.settings.hold
         self._accepts: Group[Sequence[Message], list[asyncpg.Record]] = Group(self._send_accepts, clock)
         self._claims: Group[_Claim, list[Claimed]] = Group(self._send_claims, clock, gate)
@@ -76,8 +90,12 @@ class TableInbox:
             who.issuer,
             who.subject,
             new.standalone,
+            self._settings.max_sessions,
+            self._settings.max_sessions_per_caller,
             patience=self._hold,
         )
+        if rows[0]["id"] is None:
+            raise _too_many_sessions(rows[0], self._settings)
         return Ownership(SessionKey(rows[0]["id"]), rows[0]["epoch"])
 
     async def find(self, session_id: str, principal: Principal) -> SessionFacts:
@@ -100,6 +118,10 @@ class TableInbox:
             if all(row["accepted"] for row in rows):
                 return Accepted(_facts(rows[0], rows[0]["session"]), messages[0].stream, joined=False)
             known = next((row for row in rows if row["known_id"] is not None), None)
+            if known is None and any(row["full"] for row in rows):
+                limit = self._settings.max_in_flight
+                message = f"This session has {limit} requests in flight; wait for answers before you send more."
+                raise SessionBusy(message)
             if known is None:
                 continue  # another edge is accepting the same request: the next look sees its row
             if known["finished"] and known["attached"] and self._clock.boottime() < end:
@@ -128,6 +150,8 @@ class TableInbox:
             [message.context for message in flat],
             [message.stream for message in flat],
             self._node,
+            self._settings.max_in_flight,
+            self._settings.max_in_flight * WAITING_SHARE,
         )
         results: list[list[asyncpg.Record] | PgmcpError] = []
         for messages in posts:
@@ -161,7 +185,7 @@ class TableInbox:
 
     async def unclaimed(self) -> list[Ownership]:
         """See ``Inbox.unclaimed``."""
-        rows = await self._database.fetch("unclaimed", self._node)
+        rows = await self._database.ask("unclaimed", self._node)
         return [Ownership(SessionKey(row["id"]), row["epoch"]) for row in rows]
 
     async def establish(self, ownership: Ownership, facts: Established) -> None:
@@ -189,13 +213,17 @@ class TableInbox:
 
     async def owned(self) -> set[Ownership]:
         """See ``Inbox.owned``."""
-        rows = await self._database.fetch("owned", self._node)
+        rows = await self._database.ask("owned", self._node)
         return {Ownership(SessionKey(row["id"]), row["epoch"]) for row in rows}
 
     async def touch(self, ownerships: Sequence[Ownership]) -> None:
         """See ``Inbox.touch``."""
         sessions, epochs = [item.session for item in ownerships], [item.epoch for item in ownerships]
-        await self._database.fetch("touch_sessions", sessions, epochs, self._node)
+        await self._database.ask("touch_sessions", sessions, epochs, self._node)
+
+    async def used(self, session: SessionKey) -> None:
+        """See ``Inbox.used``."""
+        await self._database.ask("use_session", session)
 
     async def end(self, session_id: str, principal: Principal) -> SessionKey:
         """See ``Inbox.end``."""
@@ -227,6 +255,12 @@ def _claimed(row: asyncpg.Record) -> Claimed:
         stream=None if row["stream"] is None else StreamId(row["stream"]),
         next_seq=row["next_seq"] or 1,
     )
+
+
+def _too_many_sessions(row: asyncpg.Record, settings: Settings) -> PgmcpError:
+    if row["everybody"] >= settings.max_sessions:
+        return ClusterFull(f"All {settings.max_sessions} sessions of this cluster are in use; try again later.")
+    return TooManySessions(f"You have {row['own']} sessions open; end one before you open another.")
 
 
 def _unknown() -> SessionUnknown:

@@ -25,7 +25,7 @@ import asyncpg
 from pgmcp.clock import Clock, Ids
 from pgmcp.errors import DatabaseUnavailable
 from pgmcp.settings import Settings
-from pgmcp.store.database import CONTENTION, TROUBLE, Database, unavailable
+from pgmcp.store.database import TROUBLE, Database
 from pgmcp.store.statements import statement
 from pgmcp.types import NodeId, NodeState
 
@@ -216,7 +216,4 @@ class TableNotifier:
     async def notify(self, payloads: Sequence[tuple[NodeId | None, str]]) -> None:
         """See ``Notifier.notify``."""
         channels = [channel(self._schema, node) for node, _ in payloads]
-        try:
-            await self._database.fetch("notify", channels, [payload for _, payload in payloads])
-        except (*TROUBLE, *CONTENTION) as error:
-            raise unavailable(self._database.settings.database_url, error) from error
+        await self._database.ask("notify", channels, [payload for _, payload in payloads])

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Sequence
 import asyncpg
 
 from pgmcp.clock import Clock
-from pgmcp.errors import Fenced, PgmcpError, SessionUnknown
+from pgmcp.errors import Fenced, PgmcpError, SessionBusy, SessionUnknown
 from pgmcp.store.database import Database
 from pgmcp.store.group import Group
 from pgmcp.types import (
@@ -46,11 +46,12 @@ class TableLog:
 
     def __init__(self, database: Database, node: NodeId, clock: Clock, gate: Callable[[], Awaitable[None]]) -> None:
         self._database, self._node, self._gate = database, node, gate
+        self._settings = database.settings
         self._hold, self._resume_hold = database.settings.hold, database.settings.resume_hold
         self._look = database.settings.poll  # short: between two looks the exchange writes its comments
         self._appends: Group[Entry, NodeId | None] = Group(self._send_appends, clock, gate)
         self._reads: Group[Cursor, Page] = Group(self._send_reads, clock)
-        self._releases: Group[Cursor, None] = Group(self._send_releases, clock)
+        self._releases: Group[tuple[Cursor, bool], None] = Group(self._send_releases, clock)
 
     async def append(self, entry: Entry) -> NodeId | None:
         """See ``Log.append``."""
@@ -67,6 +68,8 @@ class TableLog:
             [entry.finishes for entry in entries],
             [entry.outcome for entry in entries],
             self._node,
+            [entry.topic for entry in entries],
+            self._settings.max_waiting_events,
         )
         return [_stored(row, entry) for row, entry in zip(rows, entries, strict=True)]
 
@@ -100,8 +103,12 @@ class TableLog:
             principal.subject,
             stream,
             self._node,
+            self._settings.max_streams,
             patience=self._resume_hold,
         )
+        if rows and rows[0]["full"] and rows[0]["stream"] is None:
+            message = f"This session has {self._settings.max_streams} streams open; close one before you open another."
+            raise SessionBusy(message)
         if not rows:
             message = "Session not found"
             raise SessionUnknown(message)
@@ -122,19 +129,20 @@ class TableLog:
             replaced=None if row["replaced"] is None else NodeId(row["replaced"]),
         )
 
-    async def release(self, cursor: Cursor) -> None:
+    async def release(self, cursor: Cursor, *, keep: bool = False) -> None:
         """See ``Log.release``."""
-        await self._releases.put(cursor, patience=self._hold)
+        await self._releases.put((cursor, keep), patience=self._hold)
 
-    async def _send_releases(self, cursors: Sequence[Cursor]) -> list[PgmcpError | None]:
+    async def _send_releases(self, notes: Sequence[tuple[Cursor, bool]]) -> list[PgmcpError | None]:
         await self._database.fetch(
             "release",
-            [cursor.stream for cursor in cursors],
-            [cursor.sink_epoch for cursor in cursors],
-            [cursor.after for cursor in cursors],
+            [cursor.stream for cursor, _ in notes],
+            [cursor.sink_epoch for cursor, _ in notes],
+            [cursor.after for cursor, _ in notes],
             self._node,
+            [keep for _, keep in notes],
         )
-        return [None] * len(cursors)
+        return [None] * len(notes)
 
     async def drop_sink(self, ownership: Ownership, stream: StreamId | None) -> tuple[StreamId, NodeId | None] | None:
         """See ``Log.drop_sink``."""

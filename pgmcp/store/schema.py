@@ -6,6 +6,7 @@ Invariants:
 - ``nodes`` has no index on its times, and room in its pages: renewals stay heap-only.
 - ``requests.position`` comes from one sequence; a message whose 202 was sent before another was accepted
   has the smaller position, which is the order in which an owner takes messages.
+- An event with a topic may give way while it waits: to a newer one of the same topic, or when too many wait.
 - At most one request of a session with a given JSON-RPC id is open (``requests_open_rpc_id``).
 """
 
@@ -124,9 +125,11 @@ streams = Table(
     Column("delivered_seq", BigInteger, nullable=False, server_default=text("0")),
     Column("floor_seq", BigInteger, nullable=False, server_default=text("0")),
     Column("closed", Boolean, nullable=False, server_default=text("false")),
+    Column("closed_at", TIME),
     Column("created_at", TIME, nullable=False, server_default=NOW),
     CheckConstraint("kind in ('request', 'standalone')", name="kind"),
     Index("streams_session_idx", "session"),
+    Index("streams_closed_at_idx", "closed_at", postgresql_where=text("closed_at is not null")),
     Index("streams_standalone_key", "session", unique=True, postgresql_where=text("kind = 'standalone'")),
     postgresql_with={"fillfactor": "70"},
 )
@@ -137,6 +140,7 @@ events = Table(
     Column("stream", Uuid, ForeignKey("streams.id", ondelete="CASCADE"), nullable=False),
     Column("seq", BigInteger, nullable=False),
     Column("message", LargeBinary, nullable=False),
+    Column("topic", Text),
     Column("stored_at", TIME, nullable=False, server_default=NOW),
     PrimaryKeyConstraint("stream", "seq"),
 )
@@ -164,7 +168,10 @@ requests = Table(
     CheckConstraint("outcome in ('answered', 'cancelled', 'delivered', 'lost')", name="outcome"),
     Index("requests_session_position_idx", "session", "position"),
     Index("requests_stream_idx", "stream"),
-    Index("requests_unclaimed_idx", "session", postgresql_where=text("claimed_epoch is null and finished_at is null")),
+    Index("requests_unfinished_idx", "session", postgresql_where=text("finished_at is null")),
+    Index(
+        "requests_finished_at_idx", "finished_at", postgresql_where=text("stream is null and finished_at is not null")
+    ),
     Index("requests_open_rpc_id", "session", "rpc_id", unique=True, postgresql_where=text("open")),
     postgresql_with={"fillfactor": "70"},
 )

@@ -15,7 +15,17 @@ from mcp.server.transport_security import TransportSecurityMiddleware
 from starlette.requests import Request
 from starlette.types import Message, Receive, Scope, Send
 
-from pgmcp.errors import DatabaseUnavailable, DuplicateRequest, Fenced, NodeNotReady, PgmcpError, SessionUnknown
+from pgmcp.errors import (
+    ClusterFull,
+    DatabaseUnavailable,
+    DuplicateRequest,
+    Fenced,
+    NodeNotReady,
+    PgmcpError,
+    SessionBusy,
+    SessionUnknown,
+    TooManySessions,
+)
 from pgmcp.settings import Settings
 from pgmcp.types import StreamId
 from pgmcp.web.call import Call
@@ -27,6 +37,9 @@ logger = logging.getLogger(__name__)
 _STATUS: tuple[tuple[type[PgmcpError], int, int], ...] = (
     (SessionUnknown, 404, INVALID_REQUEST),
     (DuplicateRequest, 400, INVALID_REQUEST),
+    (SessionBusy, 429, INVALID_REQUEST),
+    (TooManySessions, 429, INVALID_REQUEST),
+    (ClusterFull, 503, INTERNAL_ERROR),
     (DatabaseUnavailable, 503, INTERNAL_ERROR),
     (NodeNotReady, 503, INTERNAL_ERROR),
     (Fenced, 503, INTERNAL_ERROR),
@@ -107,6 +120,6 @@ def _refusal(error: Refusal | PgmcpError) -> Refusal:
         return error
     for kind, status, code in _STATUS:
         if isinstance(error, kind):
-            return Refusal(status, str(error), code, {"retry-after": "1"} if status == 503 else None)
+            return Refusal(status, str(error), code, {"retry-after": "1"} if status in {429, 503} else None)
     logger.error("an exchange failed: %s", error)
     return Refusal(500, "Internal error; look at the node's log.", INTERNAL_ERROR)

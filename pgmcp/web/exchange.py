@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Any
@@ -30,6 +31,8 @@ from pgmcp.types import PAGE, Cursor, Event, Page, StreamId, StreamKind
 from pgmcp.web.tails import Tail
 from pgmcp.web.wire import INTERNAL_ERROR, Refusal
 
+logger = logging.getLogger(__name__)
+
 SSE_HEADERS = {
     "content-type": "text/event-stream",
     "cache-control": "no-cache, no-transform",
@@ -40,6 +43,9 @@ AUTO_WAIT = 0.1
 
 SUSPENDED = 120.0
 """Seconds without trust after which streams end, for clients to try elsewhere."""
+
+NOTE_EVERY = 10.0
+"""Seconds between notes of how far a standalone stream was carried."""
 
 DROP = 1.0
 """Seconds that letting go of a stream may take when the exchange is over anyway."""
@@ -84,7 +90,7 @@ class Exchange:
         self._receive, self._send = receive, send
         self._priming, self._headers = priming, headers
         self._gone = False
-        self._written = clock.boottime()
+        self._written = self._noted = clock.boottime()
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
@@ -203,6 +209,7 @@ class Exchange:
                 continue
             if page is not None:
                 await self._write_events(page.events)
+                await self._note()
                 if page.closed or not page.attached:
                     return page.closed
             page = await self._next_or_comment(look=look)
@@ -217,6 +224,12 @@ class Exchange:
     def _farewell(self) -> bytes:
         """What precedes an end that is not the stream's end: come back, elsewhere."""
         return f"{self._retry}\r\n".encode() if self._priming else b""
+
+    async def _note(self) -> None:
+        """Note now and then how far a standalone stream was carried, so that what was delivered can be pruned."""
+        if self._kind is StreamKind.STANDALONE and self._clock.boottime() - self._noted > NOTE_EVERY:
+            self._noted = self._clock.boottime()
+            await self._release(keep=True)
 
     async def _next_or_comment(self, *, look: bool) -> Page | None:
         silent = self._clock.boottime() - self._written
@@ -244,7 +257,12 @@ class Exchange:
 
     async def _write(self, chunk: bytes) -> None:
         self._written = self._clock.boottime()
-        await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
+        try:
+            async with asyncio.timeout(self._settings.write_timeout):
+                await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
+        except TimeoutError:
+            logger.info("a client has not read from its stream for %s s", self._settings.write_timeout)
+            self._on_gone()  # it can resume; what it did not read is in the log
 
     async def _start(self, status: int, headers: dict[str, str]) -> None:
         pairs = [(name.encode(), value.encode()) for name, value in (headers | self._headers).items()]
@@ -261,10 +279,13 @@ class Exchange:
 
     async def release(self) -> None:
         """Let go of the stream: note how far it was carried."""
+        await self._release(keep=False)
+
+    async def _release(self, *, keep: bool) -> None:
         carried = 0 if self._gone and self._kind is StreamKind.REQUEST else self._after
         with suppress(PgmcpError, TimeoutError):
             async with asyncio.timeout(DROP):
-                await self._log.release(Cursor(self._tail.stream, self._sink_epoch, carried))
+                await self._log.release(Cursor(self._tail.stream, self._sink_epoch, carried), keep=keep)
 
 
 class _Watch:

@@ -13,12 +13,13 @@ session, and the old one expires.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from urllib.parse import quote
 
 from mcp.server.transport_security import TransportSecurityMiddleware
 from starlette.responses import PlainTextResponse
 
-from pgmcp.errors import SessionUnknown
+from pgmcp.errors import PgmcpError, SessionUnknown
 from pgmcp.settings import Settings
 from pgmcp.types import Attachment, StreamKind
 from pgmcp.web.call import LAST_EVENT_ID, Call
@@ -87,6 +88,8 @@ class SseStream(Endpoint):
                 await exchange.stream(look=True, preface=f"event: endpoint\r\ndata: {where}\r\n\r\n".encode())
             finally:
                 await exchange.release()
+                with suppress(PgmcpError):
+                    await edge.inbox.used(attached.facts.session)
 
 
 class SseMessages(Endpoint):
@@ -101,7 +104,7 @@ class SseMessages(Endpoint):
             raise Refusal(400, "Bad Request: session_id is missing; POST to the URI of the endpoint event")
         if not all("!" <= char <= "~" for char in session_id):
             raise Refusal(404, "Session not found")
-        post = parse_post(body, edge.settings.max_batch)
+        post = parse_post(body, edge.settings.max_batch, edge.settings.max_depth)
         if post.batch:
             raise Refusal(400, "HTTP+SSE has no batches; POST one message")
         await edge.accept(post, call, session_id, None)

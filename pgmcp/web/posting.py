@@ -33,7 +33,7 @@ class Posting:
         if not json_ok or not (sse_ok or self._response == "json"):
             wanted = "application/json" + ("" if self._response == "json" else " and text/event-stream")
             raise Refusal(406, f"Not Acceptable: Client must accept {wanted}")
-        post = parse_post(body, self._edge.settings.max_batch)
+        post = parse_post(body, self._edge.settings.max_batch, self._edge.settings.max_depth)
         if post.initialize is not None:
             await self._initialize(post, post.initialize)
             return

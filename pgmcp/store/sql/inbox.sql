@@ -1,18 +1,28 @@
 -- name: open_session
--- The first owner creates a session with its standalone stream; a repeat finds its own row.
-with made as (
+-- The first owner creates a session with its standalone stream; a repeat finds its own row. $8 and $9 bound the sessions
+-- in all and those of one caller that has a name.
+with counted as materialized (
+    select count(*) as everybody,
+        count(*) filter (
+            where principal_client = $4
+              and (principal_issuer, principal_subject) is not distinct from ($5::text, $6::text)
+        ) as own
+    from {schema}.sessions
+), made as (
     insert into {schema}.sessions
         (session_id, owner, transport, principal_client, principal_issuer, principal_subject)
-    values ($1, $2, $3, $4, $5, $6)
+    select $1, $2, $3, $4, $5, $6 from counted where everybody < $8 and own < $9
     on conflict (session_id) do nothing
     returning id, epoch
 ), standalone as (
     insert into {schema}.streams (id, session, kind)
     select $7::uuid, id, 'standalone' from made
+), found as (
+    select id, epoch from made
+    union all
+    select id, epoch from {schema}.sessions where session_id = $1 and owner = $2
 )
-select id, epoch from made
-union all
-select id, epoch from {schema}.sessions where session_id = $1 and owner = $2;
+select found.id, found.epoch, counted.everybody, counted.own from counted left join found on true;
 
 -- name: find_session
 select id, owner, epoch, protocol_version
@@ -23,8 +33,8 @@ where session_id = $1
 
 -- name: accept
 -- fence: sessions rows FOR KEY SHARE, so that accepting is ordered with takeover, hand-over and DELETE, and the
--- owner that comes back is the one that holds after it. A request without a stream (HTTP+SSE has but one) is answered on
--- the standalone stream.
+-- owner that comes back is the one that holds after it. A request without a stream is answered on the standalone one.
+-- $13 and $14 bound what a session may have unfinished: requests, and messages of any kind.
 with guard as materialized (
     select set_config('lock_timeout', '250ms', true)
 ), asked as materialized (
@@ -40,15 +50,16 @@ with guard as materialized (
     where s.session_id in (select session_id from asked) and s.state = 'live'
     order by s.id
     for key share of s
+), counted as materialized (
+    select h.*, (select count(*) from {schema}.requests r where r.session = h.id and r.finished_at is null) as unfinished
+    from held h
 ), mine as materialized (
-    select a.*, h.id as session, h.owner, h.epoch, h.protocol_version, own.id as standalone
+    select a.*, h.id as session, h.owner, h.epoch, h.protocol_version, h.unfinished
     from asked a
-    join held h
+    join counted h
         on h.session_id = a.session_id
         and (h.principal_client, h.principal_issuer, h.principal_subject)
             is not distinct from (a.client, a.issuer, a.subject)
-    left join {schema}.streams own
-        on own.session = h.id and own.kind = 'standalone' and a.rpc_id is not null and a.stream is null
 ), known as materialized (
     select m.n, m.stream as asked_stream, r.id, r.stream, r.body = m.body as same,
         r.finished_at is not null as finished, st.sink is not null as attached
@@ -59,6 +70,7 @@ with guard as materialized (
     select m.*
     from mine m
     where not exists (select from known k where k.n = m.n or k.asked_stream = m.stream)
+      and m.unfinished < case when m.rpc_id is null then $14::bigint else $13::bigint end
 ), opened as (
     insert into {schema}.streams (id, session, kind, sink, unfinished)
     select stream, session, 'request', $12::uuid, count(*)
@@ -69,7 +81,7 @@ with guard as materialized (
     on conflict (id) do nothing
 ), stored as (
     insert into {schema}.requests (id, session, rpc_id, method, name, body, context, stream, open)
-    select id, session, rpc_id, method, name, body, context, coalesce(stream, standalone), rpc_id is not null
+    select id, session, rpc_id, method, name, body, context, stream, rpc_id is not null
     from fresh
     order by session, rpc_id nulls first, n
     on conflict do nothing
@@ -79,6 +91,7 @@ select
     m.session, m.owner, m.epoch, m.protocol_version,
     stored.id is not null or k.id = a.id
         or exists (select from {schema}.requests r where r.id = a.id) as accepted,
+    m.unfinished >= case when m.rpc_id is null then $14::bigint else $13::bigint end as full,
     k.id as known_id, k.stream as known_stream, k.same, k.finished, k.attached
 from asked a
 left join mine m on m.n = a.n
@@ -171,6 +184,9 @@ from (
     for no key update of s skip locked
 ) held
 where s.id = held.id;
+
+-- name: use_session
+update {schema}.sessions set last_active_at = clock_timestamp() where id = $1;
 
 -- name: owned
 select id, epoch from {schema}.sessions where owner = $1 and state = 'live';

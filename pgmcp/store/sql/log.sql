@@ -1,13 +1,14 @@
 -- name: append
 -- fence: owner and epoch on the sessions row, FOR KEY SHARE, in id order; then the streams' rows in id order.
 -- An entry is stored only where its stream stands at the expected number; an answer only together with the
--- compare-and-set that finishes its request. A repeat finds its own events and reports them as stored.
+-- compare-and-set that finishes its request. A repeat finds its own events and reports them as stored. An event with a
+-- topic replaces a waiting one of the same topic; $10 of them may wait.
 with guard as materialized (
     select set_config('lock_timeout', '250ms', true)
 ), asked as materialized (
     select *
-    from unnest($1::bigint[], $2::bigint[], $3::uuid[], $4::bigint[], $5::bytea[], $6::uuid[], $7::text[])
-        with ordinality as a (session, epoch, stream, seq, message, finishes, outcome, n)
+    from unnest($1::bigint[], $2::bigint[], $3::uuid[], $4::bigint[], $5::bytea[], $6::uuid[], $7::text[], $9::text[])
+        with ordinality as a (session, epoch, stream, seq, message, finishes, outcome, topic, n)
 ), held as materialized (
     select s.id, s.epoch
     from guard, {schema}.sessions s
@@ -17,18 +18,18 @@ with guard as materialized (
 ), fit as materialized (
     select a.* from asked a join held h on h.id = a.session and h.epoch = a.epoch
 ), locked as materialized (
-    select st.id, st.session, st.kind, st.next_seq, st.sink, st.sink_epoch, st.closed
+    select st.id, st.session, st.kind, st.next_seq, st.delivered_seq, st.sink, st.sink_epoch, st.closed
     from {schema}.streams st
     where st.id in (select stream from fit)
     order by st.id
     for no key update of st
 ), moving as materialized (
-    select f.stream, l.kind, max(f.seq) + 1 as beyond
+    select f.stream, l.kind, l.delivered_seq, max(f.seq) + 1 as beyond
     from fit f
     join locked l on l.id = f.stream and l.session = f.session and not l.closed
     left join {schema}.requests q
         on q.id = f.finishes and q.claimed_epoch = f.epoch and q.finished_at is null
-    group by f.stream, l.kind, l.next_seq
+    group by f.stream, l.kind, l.delivered_seq, l.next_seq
     having min(f.seq) = l.next_seq
        and max(f.seq) - min(f.seq) + 1 = count(*)
        and count(q.id) = count(f.finishes)
@@ -42,14 +43,22 @@ with guard as materialized (
     update {schema}.streams st
     set next_seq = m.beyond,
         unfinished = greatest(st.unfinished - d.finished, 0),
-        closed = m.kind = 'request' and st.unfinished = d.finished
+        closed = m.kind = 'request' and st.unfinished = d.finished,
+        closed_at = case when m.kind = 'request' and st.unfinished = d.finished then clock_timestamp() end
     from moving m
     cross join lateral (select count(*) as finished from done where done.stream = m.stream) d
     where st.id = m.stream
 ), stored as (
-    insert into {schema}.events (stream, seq, message)
-    select f.stream, f.seq, f.message from fit f join moving m on m.stream = f.stream
+    insert into {schema}.events (stream, seq, message, topic)
+    select f.stream, f.seq, f.message, f.topic from fit f join moving m on m.stream = f.stream
     order by f.stream, f.seq
+), outdated as (
+    delete from {schema}.events e
+    using moving m
+    where m.kind = 'standalone' and e.stream = m.stream and e.topic is not null
+      and (e.seq < m.beyond - $10::bigint
+           or (e.seq > m.delivered_seq
+               and e.topic in (select f.topic from fit f where f.stream = m.stream)))
 )
 select
     f.n is null as fenced,
@@ -91,7 +100,8 @@ with guard as materialized (
 ), target as materialized (
     select st.id, st.sink
     from held join {schema}.streams st on st.session = held.id
-    where ($5::uuid is null and st.kind = 'standalone') or st.id = $5
+    where (($5::uuid is null and st.kind = 'standalone') or st.id = $5)
+      and (select count(*) from {schema}.streams o where o.session = held.id and o.sink is not null) < $7
     for no key update of st
 ), taken as (
     update {schema}.streams st
@@ -101,19 +111,22 @@ with guard as materialized (
     returning st.id, st.kind, st.sink_epoch, st.next_seq, st.delivered_seq, st.floor_seq, st.closed
 )
 select
+    (select count(*) from {schema}.streams o where o.session = held.id and o.sink is not null) >= $7 as full,
     held.id as session, held.session_id, held.owner, held.epoch, held.protocol_version,
     taken.id as stream, taken.kind, taken.sink_epoch, taken.next_seq, taken.delivered_seq, taken.floor_seq,
     taken.closed, target.sink as replaced
 from held left join taken on true left join target on true;
 
 -- name: release
--- An edge notes how far it carried streams and lets go of them; an answer written to its end frees its request's id.
+-- An edge notes how far it carried streams and, unless it keeps them ($5), lets go of them; an answer written to its end
+-- frees its request's id.
 with guard as materialized (
     select set_config('lock_timeout', '250ms', true), set_config('synchronous_commit', 'off', true)
 ), locked as materialized (
-    select st.id, st.next_seq, a.delivered
+    select st.id, st.next_seq, a.delivered, a.keeps
     from guard, {schema}.streams st
-    join unnest($1::uuid[], $2::bigint[], $3::bigint[]) as a (stream, sink_epoch, delivered) on a.stream = st.id
+    join unnest($1::uuid[], $2::bigint[], $3::bigint[], $5::boolean[]) as a (stream, sink_epoch, delivered, keeps)
+        on a.stream = st.id
     where st.sink = $4 and st.sink_epoch = a.sink_epoch
     order by st.id
     for no key update of st
@@ -123,7 +136,7 @@ with guard as materialized (
     where r.stream = l.id and r.open and r.finished_at is not null and l.delivered >= l.next_seq - 1
 )
 update {schema}.streams st
-set delivered_seq = greatest(st.delivered_seq, l.delivered), sink = null
+set delivered_seq = greatest(st.delivered_seq, l.delivered), sink = case when l.keeps then st.sink end
 from locked l
 where st.id = l.id;
 

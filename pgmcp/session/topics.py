@@ -1,0 +1,25 @@
+"""Topics: which notifications of the standalone stream may give way while nobody fetches them.
+
+A list that changed twice changed; of two updates of one resource the newer one is enough. Log messages and whatever else
+a server says on its own have a topic each: they keep their place until too many wait. Questions and answers have none.
+"""
+
+from __future__ import annotations
+
+import json
+
+from pgmcp.session.adapter import Kind, Outgoing
+
+_LONGEST = 500
+
+
+def topic_of(outgoing: Outgoing, seq: int) -> str | None:
+    """The topic of a standalone message that will be stored as number ``seq``."""
+    if outgoing.kind is not Kind.NOTIFICATION or outgoing.method == "notifications/cancelled":
+        return None
+    if outgoing.method == "notifications/resources/updated":
+        uri = json.dumps((json.loads(outgoing.message).get("params") or {}).get("uri"))
+        return f"{outgoing.method} {uri}"[:_LONGEST]
+    if outgoing.method is not None and outgoing.method.endswith("/list_changed"):
+        return outgoing.method
+    return f"{outgoing.method} #{seq}"
