@@ -1,20 +1,24 @@
 """Group commit: what arrives while a statement is in flight goes into the next one.
 
 Invariants:
-- One statement of a group is in flight at a time, so rows are committed in the order in which they came.
+- One statement of a group is in flight at a time, apart from those of parked keys; rows of one key are committed in the
+  order in which they came.
 - A row that was put in is sent, also when its caller has gone: numbers that were given out leave no gap.
-- A statement that failed for want of the database is repeated whole; one that failed for a row's sake is repeated
-  row by row, so that only the guilty row fails.
+- A statement that failed for want of the database is repeated whole. One that failed for a row's sake is repeated row
+  by row, so that only the guilty row fails; one that met another transaction's lock parks the key of the row that did,
+  and strangers go on without it.
 
-Failure handling: a row waits at most its ``patience``; then its caller gets ``DatabaseUnavailable`` and the row, if it
-still waits, is dropped.
+Failure handling: a row waits at most its ``patience``, for trust as for the database; then its caller gets
+``DatabaseUnavailable`` and the row, if it still waits, is dropped. Whatever else goes wrong settles the rows that it
+concerns, and the queue goes on.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -24,17 +28,22 @@ from pgmcp.clock import Clock
 from pgmcp.errors import DatabaseUnavailable, PgmcpError
 from pgmcp.store.database import BACKOFF, CONTENTION, TROUBLE
 
+logger = logging.getLogger(__name__)
+
 Row = TypeVar("Row")
 Result = TypeVar("Result")
 
 ROWS = 256
 BYTES = 4 * 1024 * 1024
 BOUND = 4096
+PARKED = 2
+"""Statements for parked keys that may be in flight: each may hold a connection for as long as it waits for a lock."""
 
 
 @dataclass(slots=True)
 class _Waiting(Generic[Row, Result]):
     row: Row
+    key: Hashable
     size: int
     until: float
     done: asyncio.Future[Result]
@@ -48,8 +57,9 @@ class Group(Generic[Row, Result]):
     """A queue of rows for one statement.
 
     Args:
-        send: runs the statement for some rows and returns one result (or exception) for each.
+        send: runs the statement for some rows and returns one result (or error) for each.
         clock: the node's time.
+        key: rows of one key stay in order, and wait for each other when they meet a lock.
         gate: awaited before each statement; owners wait here for trust. What it raises, every waiting row gets.
     """
 
@@ -57,95 +67,146 @@ class Group(Generic[Row, Result]):
         self,
         send: Callable[[Sequence[Row]], Awaitable[Sequence[Result | PgmcpError]]],
         clock: Clock,
+        key: Callable[[Row], Hashable],
         gate: Callable[[], Awaitable[None]] = _open,
     ) -> None:
-        self._send, self._clock, self._gate = send, clock, gate
+        self._send, self._clock, self._key, self._gate = send, clock, key, gate
         self._waiting: deque[_Waiting[Row, Result]] = deque()
-        self._room = asyncio.Semaphore(BOUND)
+        self._parked: dict[Hashable, deque[_Waiting[Row, Result]]] = {}
+        self._room, self._retries = asyncio.Semaphore(BOUND), asyncio.Semaphore(PARKED)
         self._runner: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def put(self, row: Row, *, patience: float, size: int = 0) -> Result:
         """Send a row with the next statement and wait for its result.
 
         Args:
             row: what the statement takes.
-            patience: seconds for which the row may wait for the database.
+            patience: seconds for which the row may wait.
             size: its bytes, as far as they matter.
 
         Raises:
             DatabaseUnavailable: the patience is over.
             PgmcpError: the result of this row is an error.
         """
-        async with self._room:
-            done: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
-            self._waiting.append(_Waiting(row, size, self._clock.boottime() + patience, done))
+        await self._room.acquire()
+        done: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+        done.add_done_callback(lambda _: self._room.release())
+        waiting = _Waiting(row, self._key(row), size, self._clock.boottime() + patience, done)
+        if waiting.key in self._parked:
+            self._parked[waiting.key].append(waiting)
+        else:
+            self._waiting.append(waiting)
             if self._runner is None:
                 self._runner = asyncio.create_task(self._run())
-            return await asyncio.shield(done)
+        return await asyncio.shield(done)
 
     async def _run(self) -> None:
         try:
             while self._waiting:
-                await self._statement(self._take())
+                if batch := self._take():
+                    await self._settled(batch)
         finally:
             self._runner = None
 
     def _take(self) -> list[_Waiting[Row, Result]]:
-        batch = [self._waiting.popleft()]
-        size = batch[0].size
-        while self._waiting and len(batch) < ROWS and size + self._waiting[0].size <= BYTES:
-            batch.append(self._waiting.popleft())
-            size += batch[-1].size
+        batch: list[_Waiting[Row, Result]] = []
+        size = 0
+        while self._waiting and len(batch) < ROWS and (not batch or size + self._waiting[0].size <= BYTES):
+            waiting = self._waiting.popleft()
+            if waiting.key in self._parked:
+                self._parked[waiting.key].append(waiting)
+                continue
+            batch.append(waiting)
+            size += waiting.size
         return batch
 
-    async def _statement(self, batch: list[_Waiting[Row, Result]]) -> None:
+    async def _settled(self, batch: list[_Waiting[Row, Result]]) -> None:
+        """Send a batch until every row of it is settled or parked."""
         tries = 0
         while batch:
-            try:
+            error = await self._attempt(batch)
+            if error is None:
+                return
+            if len(batch) > 1 and not isinstance(error, TROUBLE):
+                for waiting in batch:
+                    await self._settled_or_parked(waiting)
+                return
+            if isinstance(error, CONTENTION):
+                self._park(batch[0])
+                return
+            batch = self._patient(batch, error)
+            await self._clock.sleep(BACKOFF[min(tries, len(BACKOFF) - 1)])
+            tries += 1
+
+    async def _settled_or_parked(self, waiting: _Waiting[Row, Result]) -> None:
+        if waiting.key in self._parked:
+            self._parked[waiting.key].append(waiting)
+        else:
+            await self._settled([waiting])
+
+    async def _attempt(self, batch: list[_Waiting[Row, Result]]) -> Exception | None:
+        """Send a batch once; the error if it may be sent again, in whole or in parts."""
+        try:
+            async with asyncio.timeout(max(0.0, min(waiting.until for waiting in batch) - self._clock.boottime())):
                 await self._gate()
-                results = await self._send([waiting.row for waiting in batch])
-            except (*TROUBLE, *CONTENTION) as error:
-                if isinstance(error, CONTENTION) and len(batch) > 1:
-                    return await self._row_by_row(batch)
-                batch = self._patient(batch, error)
-                await self._clock.sleep(BACKOFF[min(tries, len(BACKOFF) - 1)])
-                tries += 1
-            except asyncpg.PostgresError as error:
-                if len(batch) > 1:
-                    return await self._row_by_row(batch)
-                return _settle(batch[0].done, PgmcpError(f"PostgreSQL refused the row: {error}"))
-            except PgmcpError as error:
-                return _settle_all(batch, [error] * len(batch))
-            except BaseException:
-                _settle_all(batch, [PgmcpError("The write ended without an answer; look at the log.")] * len(batch))
-                raise
-            else:
-                return _settle_all(batch, results)
+            results = await self._send([waiting.row for waiting in batch])
+        except (*TROUBLE, *CONTENTION) as error:
+            return error
+        except asyncpg.PostgresError as error:
+            if len(batch) > 1:
+                return error
+            _settle(batch, [PgmcpError(f"PostgreSQL refused the row: {error}")])
+        except PgmcpError as error:
+            _settle(batch, [error] * len(batch))
+        except Exception:
+            logger.exception("a grouped write failed")
+            _settle(batch, [PgmcpError("The write failed; look at the node's log.")] * len(batch))
+        except BaseException:
+            _settle(batch, [PgmcpError("The node stopped before the write was sent.")] * len(batch))
+            raise
+        else:
+            _settle(batch, results)
         return None
 
-    async def _row_by_row(self, batch: list[_Waiting[Row, Result]]) -> None:
-        for waiting in batch:
-            await self._statement([waiting])
+    def _park(self, waiting: _Waiting[Row, Result]) -> None:
+        self._parked[waiting.key] = deque([waiting])
+        task = asyncio.create_task(self._retry(waiting.key))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _retry(self, key: Hashable) -> None:
+        """Send the rows of a parked key one by one, until there are none."""
+        rows, tries = self._parked[key], 0
+        try:
+            while rows:
+                async with self._retries:
+                    error = await self._attempt([rows[0]])
+                if error is None or not self._patient([rows[0]], error):
+                    rows.popleft()
+                    tries = 0
+                    continue
+                await self._clock.sleep(BACKOFF[min(tries, len(BACKOFF) - 1)])
+                tries += 1
+        finally:
+            del self._parked[key]
+            _settle(rows, [PgmcpError("The node stopped before the write was sent.")] * len(rows))
 
     def _patient(self, batch: list[_Waiting[Row, Result]], error: BaseException) -> list[_Waiting[Row, Result]]:
+        """Those rows that may still wait; the others are settled."""
         now = self._clock.boottime()
-        for waiting in batch:
-            if waiting.until <= now:
-                message = f"PostgreSQL did not take the write in time ({type(error).__name__}: {error}); try again."
-                _settle(waiting.done, DatabaseUnavailable(message))
+        message = f"PostgreSQL did not take the write in time ({type(error).__name__}: {error}); try again."
+        late = [waiting for waiting in batch if waiting.until <= now]
+        _settle(late, [DatabaseUnavailable(message)] * len(late))
         return [waiting for waiting in batch if waiting.until > now]
 
 
-def _settle_all(batch: Sequence[_Waiting[Row, Result]], results: Sequence[Result | PgmcpError]) -> None:
+def _settle(batch: Iterable[_Waiting[Row, Result]], results: Iterable[Result | PgmcpError]) -> None:
     for waiting, result in zip(batch, results, strict=True):
-        _settle(waiting.done, result)
-
-
-def _settle(done: asyncio.Future[Result], result: Result | PgmcpError) -> None:
-    if done.done():
-        return
-    if isinstance(result, PgmcpError):
-        done.set_exception(result)
-        done.exception()  # a caller that has gone must not leave "exception was never retrieved" behind
-    else:
-        done.set_result(result)
+        if waiting.done.done():
+            continue
+        if isinstance(result, PgmcpError):
+            waiting.done.set_exception(result)
+            waiting.done.exception()  # a caller that has gone leaves no "exception was never retrieved" behind
+        else:
+            waiting.done.set_result(result)

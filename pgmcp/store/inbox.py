@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from uuid import UUID
 
 import asyncpg
 
@@ -75,28 +76,36 @@ class TableInbox:
         self._database, self._node, self._clock, self._ids, self._gate = database, node, clock, ids, gate
         self._settings = database.settings
         self._hold = database.settings.hold
-        self._accepts: Group[Sequence[Message], list[asyncpg.Record]] = Group(self._send_accepts, clock)
-        self._claims: Group[_Claim, list[Claimed]] = Group(self._send_claims, clock, gate)
+        self._unheard: dict[Ownership, UUID] = {}
+        self._accepts: Group[Sequence[Message], list[asyncpg.Record]] = Group(
+            self._send_accepts, clock, lambda post: post[0].session_id
+        )
+        self._claims: Group[_Claim, list[Claimed]] = Group(
+            self._send_claims, clock, lambda claim: claim.ownership.session, gate
+        )
 
     async def open_session(self, new: NewSession) -> Ownership:
         """See ``Inbox.open_session``."""
-        who = new.principal
-        rows = await self._database.persist(
-            "open_session",
-            new.session_id,
-            self._node,
-            new.transport,
-            who.client_id,
-            who.issuer,
-            who.subject,
-            new.standalone,
-            self._settings.max_sessions,
-            self._settings.max_sessions_per_caller,
-            patience=self._hold,
-        )
-        if rows[0]["id"] is None:
-            raise _too_many_sessions(rows[0], self._settings)
-        return Ownership(SessionKey(rows[0]["id"]), rows[0]["epoch"])
+        who, most, most_each = new.principal, self._settings.max_sessions, self._settings.max_sessions_per_caller
+        while True:
+            rows = await self._database.persist(
+                "open_session",
+                new.session_id,
+                self._node,
+                new.transport,
+                who.client_id,
+                who.issuer,
+                who.subject,
+                new.standalone,
+                most,
+                most_each,
+                patience=self._hold,
+            )
+            if rows[0]["id"] is not None:
+                return Ownership(SessionKey(rows[0]["id"]), rows[0]["epoch"])
+            if rows[0]["everybody"] >= most or rows[0]["own"] >= most_each:
+                raise _too_many_sessions(rows[0], self._settings)
+            # else a first try, whose reply was lost, was committing beside this one: the next look sees its row
 
     async def find(self, session_id: str, principal: Principal) -> SessionFacts:
         """See ``Inbox.find``."""
@@ -161,7 +170,15 @@ class TableInbox:
 
     async def claim(self, ownership: Ownership) -> list[Claimed]:
         """See ``Inbox.claim``."""
-        return await self._claims.put(_Claim(ownership, self._ids.uuid()), patience=self._hold)
+        # A claim whose reply never came may have been committed: the next one asks for its rows, by the same id.
+        claim = self._unheard.setdefault(ownership, self._ids.uuid())
+        try:
+            claimed = await self._claims.put(_Claim(ownership, claim), patience=self._hold)
+        except Fenced:
+            self._unheard.pop(ownership, None)
+            raise
+        del self._unheard[ownership]
+        return claimed
 
     async def _send_claims(self, claims: Sequence[_Claim]) -> list[list[Claimed] | PgmcpError]:
         newest = {claim.ownership.session: claim for claim in claims}
@@ -236,7 +253,7 @@ class TableInbox:
         rows = await self._database.persist(
             "end_owned_session", ownership.session, self._node, ownership.epoch, patience=self._hold
         )
-        if not rows:
+        if rows[0]["elsewhere"]:
             raise _over(ownership)
 
 

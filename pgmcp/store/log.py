@@ -49,9 +49,13 @@ class TableLog:
         self._settings = database.settings
         self._hold, self._resume_hold = database.settings.hold, database.settings.resume_hold
         self._look = database.settings.poll  # short: between two looks the exchange writes its comments
-        self._appends: Group[Entry, NodeId | None] = Group(self._send_appends, clock, gate)
-        self._reads: Group[Cursor, Page] = Group(self._send_reads, clock)
-        self._releases: Group[tuple[Cursor, bool], None] = Group(self._send_releases, clock)
+        self._appends: Group[Entry, NodeId | None] = Group(
+            self._send_appends, clock, lambda entry: entry.ownership.session, gate
+        )
+        self._reads: Group[Cursor, Page] = Group(self._send_reads, clock, lambda cursor: cursor.stream)
+        self._releases: Group[tuple[Cursor, bool], None] = Group(
+            self._send_releases, clock, lambda note: note[0].stream
+        )
 
     async def append(self, entry: Entry) -> NodeId | None:
         """See ``Log.append``."""

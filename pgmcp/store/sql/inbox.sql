@@ -196,5 +196,8 @@ select id, epoch from {schema}.sessions where owner = $1 and state = 'live';
 delete from {schema}.sessions where id = $1;
 
 -- name: end_owned_session
--- fence: owner and epoch.
-delete from {schema}.sessions where id = $1 and owner = $2 and epoch = $3 returning id;
+-- fence: owner and epoch. A session that is not there any more has ended, perhaps by the first try of this statement.
+with ended as (
+    delete from {schema}.sessions where id = $1 and owner = $2 and epoch = $3
+)
+select exists (select from {schema}.sessions where id = $1 and (owner, epoch) <> ($2, $3)) as elsewhere;
