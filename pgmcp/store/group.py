@@ -125,7 +125,7 @@ class Group(Generic[Row, Result]):
         """Send a batch until every row of it is settled or parked."""
         tries = 0
         while batch:
-            error = await self._attempt(batch)
+            error = await self._attempt(batch, confirm=tries > 0)
             if error is None:
                 return
             if len(batch) > 1 and not isinstance(error, TROUBLE):
@@ -145,12 +145,20 @@ class Group(Generic[Row, Result]):
         else:
             await self._settled([waiting])
 
-    async def _attempt(self, batch: list[_Waiting[Row, Result]]) -> Exception | None:
-        """Send a batch once; the error if it may be sent again, in whole or in parts."""
+    async def _attempt(self, batch: list[_Waiting[Row, Result]], *, confirm: bool) -> Exception | None:
+        """Send a batch once; the error if it may be sent again, in whole or in parts.
+
+        Args:
+            confirm: send it twice and take the second answer. A first try whose reply was lost may commit while the
+                repeat runs, which then waits for its locks but cannot see its rows; the next statement sees them.
+        """
         try:
             async with asyncio.timeout(max(0.0, min(waiting.until for waiting in batch) - self._clock.boottime())):
                 await self._gate()
-            results = await self._send([waiting.row for waiting in batch])
+            rows = [waiting.row for waiting in batch]
+            if confirm:
+                await self._send(rows)
+            results = await self._send(rows)
         except (*TROUBLE, *CONTENTION) as error:
             return error
         except asyncpg.PostgresError as error:
@@ -177,11 +185,11 @@ class Group(Generic[Row, Result]):
 
     async def _retry(self, key: Hashable) -> None:
         """Send the rows of a parked key one by one, until there are none."""
-        rows, tries = self._parked[key], 0
+        rows, tries = self._parked[key], 1
         try:
             while rows:
                 async with self._retries:
-                    error = await self._attempt([rows[0]])
+                    error = await self._attempt([rows[0]], confirm=tries > 0)
                 if error is None or not self._patient([rows[0]], error):
                     rows.popleft()
                     tries = 0

@@ -197,7 +197,9 @@ delete from {schema}.sessions where id = $1;
 
 -- name: end_owned_session
 -- fence: owner and epoch. A session that is not there any more has ended, perhaps by the first try of this statement.
-with ended as (
-    delete from {schema}.sessions where id = $1 and owner = $2 and epoch = $3
+with held as materialized (
+    select id, owner = $2 and epoch = $3 as own from {schema}.sessions where id = $1 for update
+), ended as (
+    delete from {schema}.sessions s using held where s.id = held.id and held.own
 )
-select exists (select from {schema}.sessions where id = $1 and (owner, epoch) <> ($2, $3)) as elsewhere;
+select coalesce((select not own from held), false) as elsewhere;
