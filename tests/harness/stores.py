@@ -7,11 +7,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
-from uuid import UUID
 
 import asyncpg
 
 from pgmcp.clock import Clock, Ids
+from pgmcp.errors import PgmcpError
 from pgmcp.settings import Settings
 from pgmcp.store.database import Database
 from pgmcp.store.inbox import TableInbox
@@ -33,7 +33,7 @@ from pgmcp.types import (
 
 BOUND = 10.0
 LOOK = 0.002
-IDS = Ids()
+IDS, CLOCK = Ids(), Clock()
 HELD = ("sessions", "journal", "streams", "events", "requests")
 
 
@@ -149,11 +149,13 @@ async def check_streams(connection: asyncpg.Connection) -> None:
 
 
 async def until(condition: Callable[[], Awaitable[bool]], what: str) -> None:
-    """Look again and again until the condition holds."""
-    async with asyncio.timeout(BOUND):
-        while not await condition():
-            await asyncio.sleep(LOOK)
-    assert what
+    """Look again and again until the condition holds; fail with ``what`` after the bound."""
+    try:
+        async with asyncio.timeout(BOUND):
+            while not await condition():
+                await CLOCK.sleep(LOOK)
+    except TimeoutError:
+        raise AssertionError(what) from None
 
 
 class Watcher:
@@ -181,16 +183,10 @@ class Watcher:
         return not task.done()
 
 
-async def outcome(task: Awaitable[Any]) -> Any:
-    """What a call returned or raised, within the bound."""
-    try:
-        async with asyncio.timeout(BOUND):
-            return await task
-    except TimeoutError:
-        raise
-    except Exception as error:
-        return error
-
-
-def uuid() -> UUID:
-    return IDS.uuid()
+async def outcome(call: Awaitable[Any]) -> Any:
+    """What a call returned, or the error of ours that it raised, within the bound."""
+    async with asyncio.timeout(BOUND):
+        try:
+            return await call
+        except PgmcpError as error:
+            return error
