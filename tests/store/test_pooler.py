@@ -1,4 +1,4 @@
-"""Migrations tell a transaction pooler from a session pooler, with a real pgbouncer (skipped where there is none)."""
+"""Migrations tell a transaction pooler from a session pooler, with a real pgbouncer."""
 
 from __future__ import annotations
 
@@ -20,8 +20,6 @@ from pgmcp.errors import SchemaError
 from pgmcp.store import migrations, views
 
 PGBOUNCER = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
-
-pytestmark = pytest.mark.skipif(PGBOUNCER is None, reason="pgbouncer is not installed")
 
 CONFIG = """
 [databases]

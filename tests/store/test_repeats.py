@@ -239,7 +239,6 @@ async def test_open_session_beside_its_own_first_try(scene: Scene) -> None:
     assert ownership.epoch == 1
 
 
-@pytest.mark.xfail(strict=False, reason="finding 2: the repeat's snapshot is older than its first try: Fenced")
 @pytest.mark.parametrize("finishing", [False, True], ids=["event", "answer"])
 async def test_append_beside_its_own_first_try(scene: Scene, finishing: bool) -> None:
     entry = answer(scene.claimed)
@@ -249,7 +248,6 @@ async def test_append_beside_its_own_first_try(scene: Scene, finishing: bool) ->
     await check_streams(scene.eyes)
 
 
-@pytest.mark.xfail(strict=False, reason="finding 1: claimed, and never heard of again")
 async def test_claim_beside_its_own_first_try(scene: Scene) -> None:
     message = request(scene.session, "2")
     await scene.node.inbox.accept([message])
