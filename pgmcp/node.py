@@ -38,7 +38,7 @@ from pgmcp.store.nodes import join
 from pgmcp.store.secrets import KeyRing
 from pgmcp.store.upkeep import EVERY, Upkeep
 from pgmcp.types import NodeId, NodeRecord, NodeState, Wake
-from pgmcp.web.application import application, host_rules
+from pgmcp.web.application import Application, host_rules
 from pgmcp.web.edge import Edge
 from pgmcp.web.legacy import SseMessages, SseStream
 from pgmcp.web.streamable import Streamable
@@ -189,7 +189,7 @@ class Node:
         self._incarnation: Incarnation | None = None
         self._revision = ""
 
-    def application(self) -> Litestar:
+    def application(self) -> Application:
         """The node as an ASGI application; its lifespan runs the node."""
         settings, security = self.settings, host_rules(self.settings)
 
@@ -202,12 +202,14 @@ class Node:
             settings.sse_path: SseStream(edge, security=security, settings=settings, messages=messages),
             messages.rstrip("/"): SseMessages(edge, security=security, settings=settings),
         }
-        return application(
-            {path: self._target.protect(endpoint) for path, endpoint in endpoints.items()},
-            routes=self._target.routes,
-            health=health_routes(lambda: self),
-            lifespan=lambda _: self.running(),
+        litestar = Litestar(
+            route_handlers=health_routes(lambda: self),
+            lifespan=[lambda _: self.running()],
+            openapi_config=None,
+            logging_config=None,
         )
+        protected = {path: self._target.protect(endpoint) for path, endpoint in endpoints.items()}
+        return Application(protected, self._target.routes, litestar)
 
     def incarnation(self) -> Incarnation:
         """The present incarnation.
@@ -308,7 +310,7 @@ class Cluster:
     def __init__(self, database_url: str = "", **options: Any) -> None:
         self.settings = Settings(**({"database_url": database_url} if database_url else {}), **options)
 
-    def app(self, served: object) -> Litestar:
+    def app(self, served: object) -> Application:
         """An ASGI application that serves an MCP server on one node; its lifespan joins and leaves the cluster.
 
         Args:

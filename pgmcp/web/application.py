@@ -1,49 +1,48 @@
-"""The ASGI application of a node: the endpoint, the served server's other routes, health."""
+"""The ASGI application of a node: its endpoints, the served server's other routes, and Litestar for the rest.
+
+Endpoints are looked up by path before any router runs: they are the hot path, and the served server may have a route
+for any path that is not theirs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Mapping, Sequence
 
-from litestar import Litestar, asgi
-from litestar.handlers import ASGIRouteHandler, HTTPRouteHandler
-from litestar.types import Receive, Scope, Send
+from litestar import Litestar
 from mcp.server.transport_security import TransportSecurityMiddleware, TransportSecuritySettings
 from starlette.applications import Starlette
-from starlette.routing import BaseRoute
-from starlette.types import ASGIApp
+from starlette.routing import BaseRoute, Match
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pgmcp.settings import LOOPBACK, Settings
 
 
-def application(
-    endpoints: Mapping[str, ASGIApp],
-    *,
-    routes: Sequence[BaseRoute],
-    health: Sequence[HTTPRouteHandler],
-    lifespan: Callable[[Litestar], AbstractAsyncContextManager[None]],
-) -> Litestar:
-    """Put a node's application together.
+class Application:
+    """One node for any ASGI server; its lifespan is Litestar's.
 
     Args:
-        endpoints: the protected endpoints by their paths.
-        routes: the served server's other routes; they get whatever nobody else wants.
-        health: the health routes.
-        lifespan: starts and stops the node.
+        endpoints: the MCP endpoints by their paths.
+        routes: the served server's other routes.
+        litestar: everything else: health, operations, lifespan, and "not found".
     """
-    mounts = [_mount(path, endpoint) for path, endpoint in endpoints.items()]
-    if routes:
-        mounts.append(_mount("/", Starlette(routes=list(routes))))
-    handlers = [*mounts, *health]
-    return Litestar(route_handlers=handlers, lifespan=[lifespan], openapi_config=None, logging_config=None)
 
+    def __init__(self, endpoints: Mapping[str, ASGIApp], routes: Sequence[BaseRoute], litestar: Litestar) -> None:
+        self._endpoints, self._routes, self._litestar = dict(endpoints), list(routes), litestar
+        self._others = Starlette(routes=self._routes)
 
-def _mount(path: str, app: ASGIApp) -> ASGIRouteHandler:
-    @asgi(path, is_mount=True, copy_scope=True)
-    async def mounted(scope: Scope, receive: Receive, send: Send) -> None:
-        await app(scope, receive, send)  # type: ignore[arg-type]
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Hand an exchange, or the lifespan, to whom it belongs."""
+        await self._choose(scope)(scope, receive, send)
 
-    return mounted
+    def _choose(self, scope: Scope) -> ASGIApp:
+        if scope["type"] == "http":
+            path = scope["path"].removeprefix(scope.get("root_path", ""))
+            endpoint = self._endpoints.get(path.rstrip("/"))
+            if endpoint is not None:
+                return endpoint
+            if any(route.matches(scope)[0] is not Match.NONE for route in self._routes):
+                return self._others
+        return self._litestar  # type: ignore[return-value]
 
 
 def host_rules(settings: Settings) -> TransportSecurityMiddleware:

@@ -86,8 +86,6 @@ class Endpoint(ABC):
 
     async def _checked(self, call: Call) -> None:
         request = call.request
-        if request.scope["path"].strip("/"):
-            raise Refusal(404, "There is nothing here; the endpoint is one level up")
         body = await call.body(self._settings.max_body) if request.method == "POST" else b""
         problem = await self._security.validate_request(request, is_post=request.method == "POST")
         if problem is not None:

@@ -84,7 +84,8 @@ class Exchange:
         priming: bool,
         headers: dict[str, str],
     ) -> None:
-        self._tail, self._sink_epoch, self._after, self._kind = tail, sink_epoch, after, kind
+        self._tail, self._sink_epoch, self._kind = tail, sink_epoch, kind
+        self._read = self._carried = after
         self._poll = settings.poll if kind is StreamKind.REQUEST else settings.idle_poll
         self._log, self._lease, self._settings, self._clock = log, lease, settings, clock
         self._receive, self._send = receive, send
@@ -107,11 +108,11 @@ class Exchange:
         if self._tail.over:
             return Page(attached=False, closed=False)
         try:
-            page = await self._log.read(Cursor(self._tail.stream, self._sink_epoch, self._after))
+            page = await self._log.read(Cursor(self._tail.stream, self._sink_epoch, self._read))
         except DatabaseUnavailable:
             return None
         if page.events:
-            self._after = page.events[-1].seq
+            self._read = page.events[-1].seq
             if len(page.events) >= PAGE:
                 self._tail.moved.set()
         return page
@@ -180,6 +181,7 @@ class Exchange:
         body = answers[0].message if not batch else b"[" + b",".join(event.message for event in answers) + b"]"
         await self._start(200, {"content-type": "application/json", "content-length": str(len(body))})
         await self._send({"type": "http.response.body", "body": body})
+        self._carried = self._read
 
     # -- server-sent events ----------------------------------------------------------------------------------------
 
@@ -195,7 +197,7 @@ class Exchange:
         if preface:
             await self._write(preface)
         if self._priming:
-            await self._write(f"id: {event_id(self._tail.stream, self._after)}\r\n{self._retry}data: \r\n\r\n".encode())
+            await self._write(f"id: {event_id(self._tail.stream, self._carried)}\r\n{self._retry}data: \r\n\r\n".encode())
         with self._watching():
             finished = await self._carry(first, look=look)
         if not self._gone:
@@ -254,6 +256,7 @@ class Exchange:
                 for event in events
             )
         )
+        self._carried = events[-1].seq
 
     async def _write(self, chunk: bytes) -> None:
         self._written = self._clock.boottime()
@@ -282,7 +285,7 @@ class Exchange:
         await self._release(keep=False)
 
     async def _release(self, *, keep: bool) -> None:
-        carried = 0 if self._gone and self._kind is StreamKind.REQUEST else self._after
+        carried = 0 if self._gone and self._kind is StreamKind.REQUEST else self._carried
         with suppress(PgmcpError, TimeoutError):
             async with asyncio.timeout(DROP):
                 await self._log.release(Cursor(self._tail.stream, self._sink_epoch, carried), keep=keep)

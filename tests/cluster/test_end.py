@@ -149,7 +149,7 @@ async def test_nothing_is_left_of_two_hundred_sessions(database):
 
 
 async def test_clients_that_just_go_leave_no_stream_behind(database):
-    count = 40
+    count = 24
     async with cluster(database, everything, 2) as nodes, tables_of(database) as tables:
         await _sessions(nodes, count, delete=False)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import logging
 import re
@@ -126,17 +127,16 @@ async def settled(tables: Tables) -> dict[str, int]:
 PING = {"jsonrpc": "2.0", "id": 1, "method": "ping"}
 
 
-@pytest.mark.parametrize("method", ["POST", "GET", "DELETE"])
-@pytest.mark.parametrize(
-    ("headers", "status", "error"),
-    [
-        ({}, 401, "invalid_token"),
-        ({"authorization": "Bearer wrong"}, 401, "invalid_token"),
-        ({"authorization": "Basic YTpi"}, 401, "invalid_token"),
-        (bearer(scope="look"), 403, "insufficient_scope"),
-    ],
-)
-async def test_who_may_not_is_told_so_on_every_node(database, method, headers, status, error):
+STRANGERS = [
+    ({}, 401, "invalid_token"),
+    ({"authorization": "Bearer wrong"}, 401, "invalid_token"),
+    ({"authorization": "Basic YTpi"}, 401, "invalid_token"),
+    (bearer(scope="look"), 403, "insufficient_scope"),
+]
+
+
+async def test_who_may_not_is_told_so_on_every_node(database, subtests):
+    metadata = 'resource_metadata="https://mcp.example/.well-known/oauth-protected-resource/mcp"'
     async with (
         cluster(database, server, 2) as nodes,
         tables_of(database) as tables,
@@ -145,14 +145,16 @@ async def test_who_may_not_is_told_so_on_every_node(database, method, headers, s
         await session.open(nodes[0].url)
         await session.call(nodes[0].url, "ping")
         before = await settled(tables)
-        for node in nodes:
-            for session_id in ({}, {"mcp-session-id": session.session_id}, {"mcp-session-id": "x"}):
+        known = {"mcp-session-id": session.session_id}
+        tries = itertools.product(STRANGERS, ("POST", "GET", "DELETE"), ({}, known, {"mcp-session-id": "x"}), nodes)
+        for (headers, status, error), method, session_id, node in tries:
+            with subtests.test(method, headers=headers, session_id=session_id):
                 answer = await raw(node.url, method, {**headers, **session_id}, PING if method == "POST" else None)
                 assert answer.status_code == status
                 challenge = answer.headers["www-authenticate"]
                 assert challenge.startswith("Bearer ")
                 assert f'error="{error}"' in challenge
-                assert 'resource_metadata="https://mcp.example/.well-known/oauth-protected-resource/mcp"' in challenge
+                assert metadata in challenge
         assert await tables.counts() == before
 
 

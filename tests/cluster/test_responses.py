@@ -210,24 +210,26 @@ async def test_a_busy_stream_has_no_comments(database):
         assert exchange.comments == 0
 
 
-@pytest.mark.parametrize("asked", ["2024-11-05", "2099-01-01", "x", "", None, 7, ["2025-11-25"]])
-async def test_an_odd_version_in_initialize(database, asked):
+async def test_an_odd_version_in_initialize(database, subtests):
     """The server answers with a version that it speaks, or refuses; either way every node agrees on it."""
-    async with cluster(database, everything, 2) as nodes, RawSession() as session:
-        session.protocol_version = ""  # no header
-        params = {"protocolVersion": asked, "capabilities": {}, "clientInfo": {"name": "raw", "version": "1"}}
-        exchange = await session.post(
-            nodes[0].url, {"jsonrpc": "2.0", "id": 0, "method": "initialize", "params": params}
-        )
-        if isinstance(asked, str):
-            assert exchange.status == 200
-            session.session_id = exchange.headers["mcp-session-id"]
-            chosen = (await exchange.response(0))["result"]["protocolVersion"]
-            assert chosen == asked or asked != "2024-11-05"
-            assert (await session.notify(nodes[1].url, "notifications/initialized")).status == 202
-            later = await session.request(nodes[1].url, "ping")
-            events = await later.rest()
-            assert events[0].is_priming == (chosen >= "2025-11-25")
-        else:
-            assert exchange.status == 400
-            assert exchange.json()["error"]["code"] == -32602
+    async with cluster(database, everything, 2) as nodes:
+        for asked in ("2024-11-05", "2099-01-01", "x", "", None, 7, ["2025-11-25"]):
+            with subtests.test(str(asked)):
+                async with RawSession(protocol_version="") as session:  # no header
+                    await _open_with(session, [node.url for node in nodes], asked)
+
+
+async def _open_with(session: RawSession, urls: list[str], asked: object) -> None:
+    params = {"protocolVersion": asked, "capabilities": {}, "clientInfo": {"name": "raw", "version": "1"}}
+    exchange = await session.post(urls[0], {"jsonrpc": "2.0", "id": 0, "method": "initialize", "params": params})
+    if not isinstance(asked, str):
+        assert exchange.status == 400
+        assert exchange.json()["error"]["code"] == -32602
+        return
+    assert exchange.status == 200
+    session.session_id = exchange.headers["mcp-session-id"]
+    chosen = (await exchange.response(0))["result"]["protocolVersion"]
+    assert chosen == asked or asked != "2024-11-05"
+    assert (await session.notify(urls[1], "notifications/initialized")).status == 202
+    later = await session.request(urls[1], "ping")
+    assert (await later.rest())[0].is_priming == (chosen >= "2025-11-25")
