@@ -12,6 +12,7 @@ dirty ids are kept, at most ``BOUND`` for a node, then they turn into ``*``.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from uuid import UUID
@@ -22,6 +23,7 @@ from pgmcp.ports import Notifier
 from pgmcp.types import NodeId, SessionKey, StreamId, Wake
 
 EVERYTHING = "*"
+_INBOX, _END, _STREAM = re.compile("i[0-9]+"), re.compile("e[0-9]+"), re.compile("s[0-9a-f]{32}")
 LIMIT = 7_900
 BOUND = 10_000
 RETRY = 0.2
@@ -116,7 +118,7 @@ def parse(payload: str) -> Wake:
         return Wake(everything=True)
     words = payload.split(",")
     return Wake(
-        inboxes=frozenset(SessionKey(int(word[1:])) for word in words if word[:1] == "i"),
-        streams=frozenset(StreamId(UUID(word[1:])) for word in words if word[:1] == "s"),
-        ended=frozenset(SessionKey(int(word[1:])) for word in words if word[:1] == "e"),
+        inboxes=frozenset(SessionKey(int(word[1:])) for word in words if _INBOX.fullmatch(word)),
+        streams=frozenset(StreamId(UUID(word[1:])) for word in words if _STREAM.fullmatch(word)),
+        ended=frozenset(SessionKey(int(word[1:])) for word in words if _END.fullmatch(word)),
     )

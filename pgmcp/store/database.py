@@ -9,10 +9,12 @@ Invariants:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 import asyncpg
+from asyncpg.pool import PoolConnectionProxy
 
 from pgmcp.clock import Clock
 from pgmcp.errors import DatabaseUnavailable, PgmcpError
@@ -37,10 +39,19 @@ TROUBLE = (
 )
 """The database could not be asked; the same statement may be sent again."""
 
-CONTENTION = (asyncpg.LockNotAvailableError, asyncpg.DeadlockDetectedError, asyncpg.SerializationError)
-"""The database was asked, and another transaction was in the way; the same statement may be sent again."""
+CONTENTION = (
+    asyncpg.LockNotAvailableError,
+    asyncpg.DeadlockDetectedError,
+    asyncpg.SerializationError,
+    asyncpg.UniqueViolationError,
+)
+"""Another transaction was in the way, or stored the same row; the same statement may be sent again."""
 
 BACKOFF = (0.02, 0.05, 0.1, 0.2, 0.5)
+
+
+PLANS = {"plan_cache_mode": "force_generic_plan", "enable_seqscan": "off"}
+"""A plan that was made on empty tables stays in the connection's cache: it must be the one for full tables."""
 
 
 class _Connection(asyncpg.Connection):
@@ -61,6 +72,8 @@ class Database:
     def __init__(self, settings: Settings, clock: Clock) -> None:
         self.settings, self.clock = settings, clock
         self._pool: asyncpg.Pool | None = None
+        self._turns = asyncio.Semaphore(settings.pool_size)
+        self._idle: list[PoolConnectionProxy] = []
 
     async def open(self) -> None:
         """Connect.
@@ -70,7 +83,7 @@ class Database:
         """
         options: dict[str, Any] = {"statement_cache_size": 0} if self.settings.pooled else {}
         if not self.settings.pooled:
-            options["server_settings"] = {"application_name": f"pgmcp {self.settings.node_name}"}
+            options["server_settings"] = PLANS | {"application_name": f"pgmcp {self.settings.node_name}"}
         try:
             self._pool = await asyncpg.create_pool(
                 self.settings.database_url,
@@ -89,6 +102,8 @@ class Database:
             return
         try:
             async with asyncio.timeout(self.settings.statement_timeout):
+                while self._idle:
+                    await self._pool.release(self._idle.pop())
                 await self._pool.close()
         except TimeoutError:
             self._pool.terminate()
@@ -104,8 +119,12 @@ class Database:
         if self._pool is None:
             raise unavailable(self.settings.database_url, ConnectionError("not connected"))
         try:
-            async with asyncio.timeout(self.settings.statement_timeout), self._pool.acquire() as connection:
-                return await understood(connection, self.settings.schema_name)
+            async with self._turn(), asyncio.timeout(self.settings.statement_timeout):
+                connection = await self._pool.acquire()
+                try:
+                    return await understood(connection, self.settings.schema_name)
+                finally:
+                    await self._pool.release(connection)
         except TROUBLE as error:
             raise unavailable(self.settings.database_url, error) from error
 
@@ -120,19 +139,44 @@ class Database:
         if pool is None:
             message = "This node's database connections are closed; start the node again."
             raise DatabaseUnavailable(message)
-        seconds = self.settings.statement_timeout
-        async with asyncio.timeout(seconds):
-            connection = await pool.acquire()
-        try:
-            rows: list[asyncpg.Record] = await connection.fetch(
-                statement(name, self.settings.schema_name), *args, timeout=seconds
-            )
-        except (*TROUBLE, asyncio.CancelledError):
-            connection.terminate()
-            raise
-        finally:
-            await pool.release(connection)
+        async with self._turn():
+            connection = await self._connection(pool)
+            text = statement(name, self.settings.schema_name)
+            rows: list[asyncpg.Record] = []
+            try:
+                rows = await connection.fetch(text, *args, timeout=self.settings.statement_timeout)
+            except (*TROUBLE, asyncio.CancelledError):
+                connection.terminate()
+                await pool.release(connection)
+                raise
+            except asyncpg.PostgresError:
+                self._idle.append(connection)
+                raise
+            self._idle.append(connection)
         return rows
+
+    @asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        """Wait until one of the connections is free."""
+        if self._turns.locked():
+            async with asyncio.timeout(self.settings.statement_timeout):
+                await self._turns.acquire()
+        else:
+            await self._turns.acquire()
+        try:
+            yield
+        finally:
+            self._turns.release()
+
+    async def _connection(self, pool: asyncpg.Pool) -> PoolConnectionProxy:
+        """The connection that was used last, or one from the pool, which costs more than a small statement does."""
+        while self._idle:
+            connection = self._idle.pop()
+            if not connection.is_closed():
+                return connection
+            await pool.release(connection)
+        async with asyncio.timeout(self.settings.statement_timeout):
+            return await pool.acquire()
 
     async def ask(self, name: str, *args: object) -> list[asyncpg.Record]:
         """Run a named statement once, for those who come back later anyway.
@@ -142,7 +186,7 @@ class Database:
         """
         try:
             return await self.fetch(name, *args)
-        except (*TROUBLE, *CONTENTION) as error:
+        except (*TROUBLE, asyncpg.PostgresError) as error:
             raise unavailable(self.settings.database_url, error) from error
 
     async def persist(self, name: str, *args: object, patience: float) -> list[asyncpg.Record]:

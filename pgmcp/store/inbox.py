@@ -55,10 +55,11 @@ WAITING_SHARE = 10
 """Messages of any kind that may wait in a session, as a multiple of its requests in flight."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True)
 class _Claim:
     ownership: Ownership
-    claim: object
+    id: UUID
+    sent: bool = False
 
 
 class TableInbox:
@@ -76,7 +77,7 @@ class TableInbox:
         self._database, self._node, self._clock, self._ids, self._gate = database, node, clock, ids, gate
         self._settings = database.settings
         self._hold = database.settings.hold
-        self._unheard: dict[Ownership, UUID] = {}
+        self._unheard: dict[Ownership, list[_Claim]] = {}
         self._accepts: Group[Sequence[Message], list[asyncpg.Record]] = Group(
             self._send_accepts, clock, lambda post: post[0].session_id
         )
@@ -161,6 +162,7 @@ class TableInbox:
             self._node,
             self._settings.max_in_flight,
             self._settings.max_in_flight * WAITING_SHARE,
+            [number for number, messages in enumerate(posts) for _ in messages],
         )
         results: list[list[asyncpg.Record] | PgmcpError] = []
         for messages in posts:
@@ -171,26 +173,35 @@ class TableInbox:
     async def claim(self, ownership: Ownership) -> list[Claimed]:
         """See ``Inbox.claim``."""
         # A claim whose reply never came may have been committed: the next one asks for its rows, by the same id.
-        repeated = ownership in self._unheard
-        claim = self._unheard.setdefault(ownership, self._ids.uuid())
+        unheard = self._unheard.pop(ownership, [])
+        repeated = bool(unheard)
+        claim = unheard.pop() if unheard else _Claim(ownership, self._ids.uuid())
+        if unheard:
+            self._unheard[ownership] = unheard
         try:
-            claimed = await self._claims.put(_Claim(ownership, claim), patience=self._hold)
+            claimed = await self._claims.put(claim, patience=self._hold)
             if repeated:  # once more: see Group on first tries that commit beside their repeat
-                claimed = await self._claims.put(_Claim(ownership, claim), patience=self._hold)
+                claimed = await self._claims.put(claim, patience=self._hold)
         except Fenced:
             self._unheard.pop(ownership, None)
             raise
-        del self._unheard[ownership]
+        except BaseException:
+            self._unheard.setdefault(ownership, []).append(claim)
+            raise
         return claimed
 
     async def _send_claims(self, claims: Sequence[_Claim]) -> list[list[Claimed] | PgmcpError]:
         newest = {claim.ownership.session: claim for claim in claims}
+        repeat = any(claim.sent for claim in claims)
+        for claim in claims:
+            claim.sent = True
         rows = await self._database.fetch(
             "claim",
             [claim.ownership.session for claim in newest.values()],
             [claim.ownership.epoch for claim in newest.values()],
-            [claim.claim for claim in newest.values()],
+            [claim.id for claim in newest.values()],
             self._node,
+            repeat,
         )
         taken = {
             (session, epoch): [_claimed(row) for row in group if row["id"] is not None]
@@ -206,7 +217,7 @@ class TableInbox:
     async def unclaimed(self) -> list[Ownership]:
         """See ``Inbox.unclaimed``."""
         rows = await self._database.ask("unclaimed", self._node)
-        return [Ownership(SessionKey(row["id"]), row["epoch"]) for row in rows]
+        return [*self._unheard, *(Ownership(SessionKey(row["id"]), row["epoch"]) for row in rows)]
 
     async def establish(self, ownership: Ownership, facts: Established) -> None:
         """See ``Inbox.establish``."""

@@ -174,7 +174,7 @@ class Line:
             async with asyncio.timeout(self._settings.deadline), self._turn:
                 rows: list[asyncpg.Record] = await connection.fetch(statement(name, self._settings.schema_name), *args)
                 return rows
-        except TROUBLE as error:
+        except (*TROUBLE, asyncpg.PostgresError) as error:
             self._lost.set()
             message = f"The line to PostgreSQL did not answer ({type(error).__name__}: {error})."
             raise DatabaseUnavailable(message) from error

@@ -4,6 +4,9 @@ Invariants:
 - An event is stored under the owner's fence, at the number that its stream expects; numbers have no gaps.
 - A request is finished in the statement that stores its answer.
 - A reader gets events only while it is the stream's sink; the newest sink wins.
+- The event that closes a stream, appended while this node was its sink, is handed to that sink's reader without asking
+  the table: it was committed, and stored before any replacement. Others are read, since a reader that still has a
+  future must notice that it was replaced.
 
 Failure handling: a repeated append finds its own event and reports it as stored.
 """
@@ -34,6 +37,9 @@ from pgmcp.types import (
     StreamKind,
 )
 
+LAST_EVENTS, LAST_BYTES = 1024, 64 * 1024
+"""How many closing events are kept for their readers on this node, and how large one of them may be."""
+
 
 class TableLog:
     """The ``Log`` port on PostgreSQL, for one node.
@@ -52,6 +58,7 @@ class TableLog:
         self._appends: Group[Entry, NodeId | None] = Group(
             self._send_appends, clock, lambda entry: entry.ownership.session, gate
         )
+        self._last: dict[tuple[StreamId, int], Event] = {}
         self._reads: Group[Cursor, Page] = Group(self._send_reads, clock, lambda cursor: cursor.stream)
         self._releases: Group[tuple[Cursor, bool], None] = Group(
             self._send_releases, clock, lambda note: note[0].stream
@@ -75,10 +82,22 @@ class TableLog:
             [entry.topic for entry in entries],
             self._settings.max_waiting_events,
         )
+        for row, entry in zip(rows, entries, strict=True):
+            if row["closed"] and row["sink"] == self._node and len(entry.message) <= LAST_BYTES:
+                self._keep(entry, row["sink_epoch"])
         return [_stored(row, entry) for row, entry in zip(rows, entries, strict=True)]
+
+    def _keep(self, entry: Entry, sink_epoch: int) -> None:
+        """Keep a closing event for its reader here; the oldest goes where nobody came."""
+        if len(self._last) >= LAST_EVENTS:
+            del self._last[next(iter(self._last))]
+        self._last[entry.stream, sink_epoch] = Event(entry.seq, entry.message)
 
     async def read(self, cursor: Cursor) -> Page:
         """See ``Log.read``."""
+        last = self._last.pop((cursor.stream, cursor.sink_epoch), None)
+        if last is not None and last.seq == cursor.after + 1:
+            return Page(attached=True, closed=True, events=(last,))
         return await self._reads.put(cursor, patience=self._look)
 
     async def _send_reads(self, cursors: Sequence[Cursor]) -> list[Page | PgmcpError]:
@@ -155,10 +174,12 @@ class TableLog:
             await self._gate()
             return await self._database.fetch("drop_sink", ownership.session, self._node, ownership.epoch, stream)
 
+        # The sink is read first: a repeat after a lost reply could not name it any more.
+        found = await self._database.persist("sink_of", ownership.session, stream, patience=self._hold)
         rows = await self._database.retry(once, patience=self._hold)
-        if not rows:
+        if not rows or not found:
             return None
-        return StreamId(rows[0]["stream"]), None if rows[0]["sink"] is None else NodeId(rows[0]["sink"])
+        return StreamId(rows[0]["stream"]), None if found[0]["sink"] is None else NodeId(found[0]["sink"])
 
     async def standalone(self, session: SessionKey) -> tuple[StreamId, int]:
         """See ``Log.standalone``."""

@@ -52,6 +52,6 @@ class KeyRing:
             if key is None:
                 raise InvalidTag
             return key.decrypt(rest[:_NONCE], rest[_NONCE:], place)
-        except InvalidTag:
+        except (InvalidTag, ValueError):
             message = f"A sealed value cannot be opened with key {key_id} of this cluster's ring."
             raise PgmcpError(message) from None

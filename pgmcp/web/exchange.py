@@ -197,7 +197,9 @@ class Exchange:
         if preface:
             await self._write(preface)
         if self._priming:
-            await self._write(f"id: {event_id(self._tail.stream, self._carried)}\r\n{self._retry}data: \r\n\r\n".encode())
+            await self._write(
+                f"id: {event_id(self._tail.stream, self._carried)}\r\n{self._retry}data: \r\n\r\n".encode()
+            )
         with self._watching():
             finished = await self._carry(first, look=look)
         if not self._gone:

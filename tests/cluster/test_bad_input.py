@@ -402,8 +402,7 @@ async def test_an_id_is_free_again_when_its_answer_was_read(database):
 # Batches of 2025-03-26
 
 
-@pytest.mark.parametrize("response", ["sse", "json", "auto"])
-@pytest.mark.parametrize("edge", [0, 1])
+@pytest.mark.parametrize(("response", "edge"), [("sse", 0), ("sse", 1), ("json", 1), ("auto", 1)])
 async def test_batches_are_served(database, response, edge):
     async with (
         cluster(database, everything, 2, response=response) as nodes,

@@ -46,7 +46,7 @@ class Witness:
 @pytest.mark.parametrize(("first", "second"), [(1, 0), (0, 1), (1, 2)], ids=["other-owner", "owner-other", "others"])
 async def test_a_call_is_handled_after_what_was_acknowledged_before_it(database, first, second):
     witness = Witness()
-    turns = TURNS if (first, second) == (1, 0) else TURNS // 10
+    turns = TURNS if (first, second) == (1, 0) else TURNS // 20
     async with cluster(database, witness.server, 3) as nodes, RawSession() as session:
         await session.open(nodes[0].url)
         for number in range(turns):

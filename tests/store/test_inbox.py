@@ -115,7 +115,6 @@ async def test_a_message_that_commits_late_is_claimed_all_the_same(pair: Pair) -
     assert [item.rpc_id for item in await pair.one.inbox.claim(pair.session.ownership)] == ['"late"']
 
 
-@pytest.mark.xfail(reason="finding 14: they share the id of the unheard claim: KeyError", raises=KeyError)
 async def test_claims_of_one_session_that_arrive_together_share_the_messages(pair: Pair) -> None:
     messages = [request(pair.session, str(number)) for number in range(3)]
     for message in messages:
@@ -188,7 +187,6 @@ async def test_the_same_request_at_two_edges_at_once_runs_once(pair: Pair) -> No
     assert len(await pair.one.inbox.claim(pair.session.ownership)) == 20
 
 
-@pytest.mark.xfail(reason="finding 10: the notification is stored, and delivered at every retry of the refused POST")
 async def test_a_refused_batch_leaves_no_notification(pair: Pair) -> None:
     first = request(pair.session)
     await pair.one.inbox.accept([first])
@@ -223,7 +221,6 @@ async def held_accept(pair: Pair, messages: list[Message], rival: Message) -> ob
         await eyes._connection.close()
 
 
-@pytest.mark.xfail(strict=False, reason="finding 10: the loser's stream stays, open for ever")
 async def test_an_accept_that_loses_against_another_edge_leaves_no_stream(pair: Pair) -> None:
     rival = request(pair.session)
     accepted = await held_accept(pair, [request(pair.session)], rival)
@@ -231,14 +228,12 @@ async def test_an_accept_that_loses_against_another_edge_leaves_no_stream(pair: 
     assert (await row_counts(pair.hand))["streams"] == 2
 
 
-@pytest.mark.xfail(reason="finding 10: the loser's stream stays, open for ever")
 async def test_the_same_request_twice_in_one_group_leaves_no_stream(pair: Pair) -> None:
     await asyncio.gather(*(pair.two.inbox.accept([request(pair.session)]) for _ in range(3)))
     await asyncio.gather(*(pair.two.inbox.accept([request(pair.session, "2")]) for _ in range(3)))
     assert (await row_counts(pair.hand))["streams"] == 3
 
 
-@pytest.mark.xfail(strict=False, reason="finding 10: half of the batch is stored, and runs, though its POST is refused")
 async def test_a_batch_that_loses_one_message_stores_none(pair: Pair) -> None:
     stream = StreamId(IDS.uuid())
     batch = [request(pair.session, "1", stream=stream), request(pair.session, "2", stream=stream)]

@@ -120,9 +120,6 @@ async def test_a_notifier_reaches_every_line(database: str, listening: Ears) -> 
     ],
     ids=lambda error: type(error).__name__,
 )
-@pytest.mark.xfail(
-    reason="finding 11: what is neither TROUBLE nor CONTENTION ends the flusher, and its dirty ids are lost"
-)
 async def test_a_notifier_says_when_postgres_refuses(database: str, refusal: BaseException) -> None:
     async def fetch(*_: object) -> list[asyncpg.Record]:
         raise refusal
@@ -297,7 +294,6 @@ async def test_renewals_and_states_hit_live_rows_only(database: str, hand: async
         await found.line.close()
 
 
-@pytest.mark.xfail(reason="finding 11: an error of PostgreSQL's own goes through, and ends Lease.run")
 async def test_a_renewal_that_postgres_refuses_is_only_a_failed_one(database: str, hand: asyncpg.Connection) -> None:
     found = ears(database)
     await found.line.open()

@@ -67,7 +67,6 @@ async def test_another_place_a_flipped_bit_and_an_unknown_key_are_refused(databa
         assert not any("secret" in message for message in messages)
 
 
-@pytest.mark.xfail(reason="finding 12: a short nonce raises ValueError", raises=ValueError)
 async def test_a_box_that_was_cut_short_is_refused(database: str) -> None:
     async with store(database) as node:
         ring = KeyRing(node.database)

@@ -62,7 +62,7 @@ def test_nodes_that_are_dead_are_not_shown(filled: str) -> None:
 def test_sessions_say_whose_they_are_and_what_they_do(filled: str) -> None:
     rows = views.fetch(filled, "pgmcp", "live_sessions")
     assert pick(rows, "session_id", "node_name", "epoch", "principal", "in_flight", "open_streams") == [
-        ("first", "a", 3, "me@https://issuer via cli", 2, 2),
+        ("first", "a", 3, "me@https://issuer via cli", 2, 1),
         ("second", "b", 1, None, 0, 0),
     ]
 

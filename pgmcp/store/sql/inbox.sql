@@ -34,6 +34,7 @@ where session_id = $1
 -- name: accept
 -- fence: sessions rows FOR KEY SHARE, so that accepting is ordered with takeover, hand-over and DELETE, and the
 -- owner that comes back is the one that holds after it. A request without a stream is answered on the standalone one.
+-- A POST's messages ($15 numbers the POSTs) are stored all or none: whoever loses a race for an id fails and comes again.
 -- $13 and $14 bound what a session may have unfinished: requests, and messages of any kind.
 with guard as materialized (
     select set_config('lock_timeout', '250ms', true)
@@ -41,9 +42,9 @@ with guard as materialized (
     select *
     from unnest(
         $1::uuid[], $2::text[], $3::text[], $4::text[], $5::text[], $6::text[], $7::text[], $8::text[],
-        $9::bytea[], $10::bytea[], $11::uuid[]
+        $9::bytea[], $10::bytea[], $11::uuid[], $15::bigint[]
     ) with ordinality
-        as a (id, session_id, client, issuer, subject, rpc_id, method, name, body, context, stream, n)
+        as a (id, session_id, client, issuer, subject, rpc_id, method, name, body, context, stream, post, n)
 ), held as materialized (
     select s.*
     from guard, {schema}.sessions s
@@ -61,7 +62,7 @@ with guard as materialized (
         and (h.principal_client, h.principal_issuer, h.principal_subject)
             is not distinct from (a.client, a.issuer, a.subject)
 ), known as materialized (
-    select m.n, m.stream as asked_stream, r.id, r.stream, r.body = m.body as same,
+    select m.n, m.post, r.id, r.stream, r.body = m.body as same,
         r.finished_at is not null as finished, st.sink is not null as attached
     from mine m
     join {schema}.requests r on r.session = m.session and r.rpc_id = m.rpc_id and r.open
@@ -69,23 +70,26 @@ with guard as materialized (
 ), fresh as materialized (
     select m.*
     from mine m
-    where not exists (select from known k where k.n = m.n or k.asked_stream = m.stream)
-      and m.unfinished < case when m.rpc_id is null then $14::bigint else $13::bigint end
-), opened as (
-    insert into {schema}.streams (id, session, kind, sink, unfinished)
-    select stream, session, 'request', $12::uuid, count(*)
-    from fresh
-    where stream is not null and rpc_id is not null
-    group by stream, session
-    order by stream
-    on conflict (id) do nothing
+    where not exists (select from known k where k.post = m.post)
+      and not exists (select from {schema}.requests r where r.id = m.id)
+      and not exists (
+          select from mine o
+          where o.post = m.post and o.unfinished >= case when o.rpc_id is null then $14::bigint else $13::bigint end
+      )
 ), stored as (
     insert into {schema}.requests (id, session, rpc_id, method, name, body, context, stream, open)
     select id, session, rpc_id, method, name, body, context, stream, rpc_id is not null
     from fresh
     order by session, rpc_id nulls first, n
-    on conflict do nothing
     returning id
+), opened as (
+    insert into {schema}.streams (id, session, kind, sink, unfinished)
+    select f.stream, f.session, 'request', $12::uuid, count(*)
+    from fresh f join stored on stored.id = f.id
+    where f.stream is not null and f.rpc_id is not null
+    group by f.stream, f.session
+    order by f.stream
+    on conflict (id) do nothing
 )
 select
     m.session, m.owner, m.epoch, m.protocol_version,
@@ -101,14 +105,15 @@ order by a.n;
 
 -- name: claim
 -- fence: owner and epoch on the sessions row, FOR KEY SHARE. A claim may commit asynchronously: what a crash of
--- PostgreSQL forgets was accepted and counts as may-have-run. $5 is the claim's own id, so a repeat finds its rows.
+-- PostgreSQL forgets was accepted and counts as may-have-run. $3 are the claims' own ids: a repeat ($5; it reads every
+-- request of the session) finds its rows. "is true" keeps the planner from reading every session of the owner.
 with guard as materialized (
     select set_config('lock_timeout', '250ms', true), set_config('synchronous_commit', 'off', true)
 ), held as materialized (
     select s.id, s.epoch, a.claim
     from guard, {schema}.sessions s
     join unnest($1::bigint[], $2::bigint[], $3::uuid[]) as a (session, epoch, claim) on a.session = s.id
-    where s.owner = $4 and s.epoch = a.epoch and s.state = 'live'
+    where (s.owner = $4) is true and s.epoch = a.epoch and s.state = 'live'
     order by s.id
     for key share of s
 ), taken as (
@@ -124,6 +129,7 @@ with guard as materialized (
     union
     select r.id, r.position, r.session, r.rpc_id, r.method, r.body, r.context, r.stream
     from held h join {schema}.requests r on r.session = h.id and r.claim = h.claim
+    where $5
 )
 select h.id as session, h.epoch, m.id, m.rpc_id, m.method, m.body, m.context, m.stream, st.next_seq
 from held h

@@ -2,7 +2,8 @@
 -- fence: owner and epoch on the sessions row, FOR KEY SHARE, in id order; then the streams' rows in id order.
 -- An entry is stored only where its stream stands at the expected number; an answer only together with the
 -- compare-and-set that finishes its request. A repeat finds its own events and reports them as stored. An event with a
--- topic replaces a waiting one of the same topic; $10 of them may wait.
+-- topic replaces a waiting one of the same topic; $10 of them may wait. "is true" keeps the planner from reading every
+-- session of the owner.
 with guard as materialized (
     select set_config('lock_timeout', '250ms', true)
 ), asked as materialized (
@@ -12,7 +13,7 @@ with guard as materialized (
 ), held as materialized (
     select s.id, s.epoch
     from guard, {schema}.sessions s
-    where s.id in (select session from asked) and s.owner = $8 and s.state = 'live'
+    where s.id in (select session from asked) and (s.owner = $8) is true and s.state = 'live'
     order by s.id
     for key share of s
 ), fit as materialized (
@@ -48,6 +49,7 @@ with guard as materialized (
     from moving m
     cross join lateral (select count(*) as finished from done where done.stream = m.stream) d
     where st.id = m.stream
+    returning st.id, st.closed
 ), stored as (
     insert into {schema}.events (stream, seq, message, topic)
     select f.stream, f.seq, f.message, f.topic from fit f join moving m on m.stream = f.stream
@@ -64,11 +66,12 @@ select
     f.n is null as fenced,
     m.stream is not null
         or exists (select from {schema}.events e where e.stream = a.stream and e.seq = a.seq) as stored,
-    l.sink
+    l.sink, l.sink_epoch, coalesce(v.closed, false) as closed
 from asked a
 left join fit f on f.n = a.n
 left join locked l on l.id = a.stream
 left join moving m on m.stream = a.stream
+left join moved v on v.id = a.stream
 order by a.n;
 
 -- name: read_streams
@@ -140,6 +143,10 @@ set delivered_seq = greatest(st.delivered_seq, l.delivered), sink = case when l.
 from locked l
 where st.id = l.id;
 
+-- name: sink_of
+select sink from {schema}.streams st
+where st.session = $1 and (($2::uuid is null and st.kind = 'standalone') or st.id = $2);
+
 -- name: drop_sink
 -- fence: owner and epoch. A server asked to close the client's connection: the sink loses the stream and lets go.
 with guard as materialized (
@@ -149,14 +156,14 @@ with guard as materialized (
     where s.id = $1 and s.owner = $2 and s.epoch = $3 and s.state = 'live'
     for key share of s
 ), target as materialized (
-    select st.id, st.sink from held join {schema}.streams st on st.session = held.id
+    select st.id from held join {schema}.streams st on st.session = held.id
     where ($4::uuid is null and st.kind = 'standalone') or st.id = $4
     for no key update of st
 ), dropped as (
     update {schema}.streams st set sink = null, sink_epoch = st.sink_epoch + 1
     from target where st.id = target.id
 )
-select id as stream, sink from target;
+select id as stream from target;
 
 -- name: standalone_stream
 select st.id, st.next_seq from {schema}.streams st where st.session = $1 and st.kind = 'standalone';
