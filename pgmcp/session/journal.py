@@ -7,6 +7,7 @@ server session they bring back all that the server knows of its client.
 from __future__ import annotations
 
 import json
+from hashlib import sha256
 from typing import Any
 
 from pgmcp.types import Established, JournalEntry
@@ -25,7 +26,8 @@ def journal_entries(method: str, body: bytes, result: bytes | None) -> list[Jour
         return [JournalEntry("level", "", body)]
     if method in {"resources/subscribe", "resources/unsubscribe"}:
         uri = json.dumps((json.loads(body).get("params") or {}).get("uri"))
-        return [JournalEntry("subscription", uri, body if method == "resources/subscribe" else None)]
+        detail = sha256(uri.encode()).hexdigest()  # only a key, and any URI may be longer than a key
+        return [JournalEntry("subscription", detail, body if method == "resources/subscribe" else None)]
     return []
 
 

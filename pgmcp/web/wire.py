@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from starlette.requests import Request
 
 PARSE_ERROR, INVALID_REQUEST, INVALID_PARAMS, INTERNAL_ERROR = -32700, -32600, -32602, -32603
+LONGEST_ID = 512
 NAMED = {"tools/call": "name", "prompts/get": "name", "resources/read": "uri"}
 
 
@@ -108,6 +109,8 @@ def _deeper(value: Any, levels: int) -> bool:
 
 
 def _message(value: Any, body: bytes | None) -> Parsed:
+    if isinstance(value, dict) and "method" in value and "id" in value and not _is_id(value["id"]):
+        raise Refusal(400, f"A request's id is a string or an integer of at most {LONGEST_ID} characters")
     try:
         message = jsonrpc_message_adapter.validate_python(value, by_name=False)
     except ValidationError as error:
@@ -119,6 +122,13 @@ def _message(value: Any, body: bytes | None) -> Parsed:
         return _storable(Parsed(text_body, json.dumps(message.id), message.method, _name(message), message.params))
     method = message.method if isinstance(message, JSONRPCNotification) else None
     return _storable(Parsed(text_body, None, method, None, None))
+
+
+def _is_id(value: Any) -> bool:
+    """MCP has no null ids and no fractions; longer ones than this are no ids but payloads."""
+    if isinstance(value, str):
+        return len(json.dumps(value)) <= LONGEST_ID
+    return isinstance(value, int) and not isinstance(value, bool) and len(str(value)) <= LONGEST_ID
 
 
 def _name(request: JSONRPCRequest) -> str | None:
