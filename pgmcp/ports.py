@@ -146,8 +146,12 @@ class Log(Protocol):
         """
         ...
 
-    async def release(self, cursor: Cursor, *, keep: bool = False) -> None:
-        """Note how far the stream was carried and, unless it is kept, stop being its sink."""
+    async def release(self, cursor: Cursor, *, keep: bool = False) -> bool:
+        """Note how far the stream was carried and, unless it is kept, stop being its sink.
+
+        Returns:
+            whether it was still the sink; if not, nothing was noted.
+        """
         ...
 
     async def drop_sink(self, ownership: Ownership, stream: StreamId | None) -> tuple[StreamId, NodeId | None] | None:

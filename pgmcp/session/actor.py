@@ -18,8 +18,10 @@ import asyncio
 import contextlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+
+from mcp_types.version import is_version_at_least
 
 from pgmcp.clock import Clock, Ids
 from pgmcp.errors import Fenced, PgmcpError
@@ -33,12 +35,17 @@ from pgmcp.types import Claimed, Entry, NodeId, Outcome, Ownership, RequestKey, 
 
 logger = logging.getLogger(__name__)
 
+CLOSABLE = "2025-11-25"
+"""The first revision whose clients reconnect when a connection ends before its stream does."""
+
 REQUEST_CANCELLED = -32800
 INTERNAL_ERROR = -32603
 EARLY_CANCEL = 30.0
 """Seconds for which a cancel that overtook its request is kept."""
 
-EARLY_CANCELS = 256
+REMEMBERED = 256
+"""Early cancels, and finished ids (a late cancel must not hit the next request that has the id), that are kept."""
+
 STOP = 2.0
 """Seconds that a stopped server session may take to unwind."""
 
@@ -47,6 +54,7 @@ STOP = 2.0
 class _Stream:
     id: StreamId
     next_seq: int
+    unfinished: int = 0
 
 
 @dataclass(slots=True)
@@ -90,6 +98,8 @@ class Actor:
         self._calls: dict[str, _Call] = {}
         self._questions = Questions(ids)
         self._early_cancels: dict[str, float] = {}
+        self._finished: dict[str, float] = {}
+        self._closable = False
         self._queue: asyncio.Queue[Incoming | None] = asyncio.Queue()
         self._muted = False
         self._task: asyncio.Task[None] | None = None
@@ -125,8 +135,15 @@ class Actor:
         self._task.cancel()
         await asyncio.wait({self._task}, timeout=STOP)
 
+    def expect(self, claimed: Sequence[Claimed]) -> None:
+        """Count the requests of each stream before the first of them can be finished: a batch shares one."""
+        for message in claimed:
+            if message.rpc_id is not None and message.stream is not None:
+                stream = self._streams.setdefault(message.stream, _Stream(message.stream, message.next_seq))
+                stream.unfinished += 1
+
     async def deliver(self, claimed: Claimed, caller: Caller) -> None:
-        """Hand one claimed message to the server; messages must come in inbox order."""
+        """Hand one claimed and expected message to the server; messages must come in inbox order."""
         if self._muted:
             return
         if claimed.rpc_id is not None:
@@ -144,7 +161,7 @@ class Actor:
 
     def _pass_on(self, body: bytes | None, caller: Caller) -> None:
         if body is not None:
-            self._queue.put_nowait(Incoming(body, caller.context, close_standalone=self._close_standalone))
+            self._queue.put_nowait(Incoming(body, caller.context, close_standalone=self._closer(None)))
 
     async def _deliver_request(self, claimed: Claimed, rpc_id: str, caller: Caller) -> None:
         stream = self._register(claimed, rpc_id, claimed.stream, can_ask=caller.can_ask)
@@ -157,15 +174,13 @@ class Actor:
                 caller.context,
                 can_ask=caller.can_ask,
                 unanswered=lambda: self._cancelled(rpc_id),
-                close_stream=None if claimed.stream is None else lambda: self._close_stream(stream.id),
-                close_standalone=self._close_standalone,
+                close_stream=None if claimed.stream is None else self._closer(stream.id),
+                close_standalone=self._closer(None),
             )
         )
 
     def _register(self, claimed: Claimed, rpc_id: str, stream_id: StreamId | None, *, can_ask: bool) -> _Stream:
-        stream = self._standalone  # HTTP+SSE has no other
-        if stream_id is not None:
-            stream = self._streams.setdefault(stream_id, _Stream(stream_id, claimed.next_seq))
+        stream = self._standalone if stream_id is None else self._streams[stream_id]  # HTTP+SSE has but one
         self._calls[rpc_id] = _Call(claimed.key, claimed.method or "", claimed.body, stream, can_ask)
         return stream
 
@@ -180,10 +195,15 @@ class Actor:
         if rpc_id in self._calls:
             if self._calls[rpc_id].method != "initialize":
                 self._pass_on(body, caller)
-        elif len(self._early_cancels) < EARLY_CANCELS:
-            now = self._clock.boottime()
-            self._early_cancels = {key: until for key, until in self._early_cancels.items() if until > now}
-            self._early_cancels[rpc_id] = now + EARLY_CANCEL
+        elif self._finished.get(rpc_id, 0.0) < self._clock.boottime():
+            self._remember(self._early_cancels, rpc_id)
+
+    def _remember(self, ids: dict[str, float], rpc_id: str) -> None:
+        """Keep an id for a while; the oldest gives way when there are too many."""
+        ids.pop(rpc_id, None)
+        if len(ids) >= REMEMBERED:
+            del ids[next(iter(ids))]
+        ids[rpc_id] = self._clock.boottime() + EARLY_CANCEL
 
     async def receive(self) -> Incoming | None:
         """See ``Conversation.receive``."""
@@ -222,7 +242,9 @@ class Actor:
     async def _establish(self, call: _Call, result: bytes) -> None:
         try:
             if call.method == "initialize":
-                await self._inbox.establish(self.ownership, handshake(call.body, result))
+                settled = handshake(call.body, result)
+                self._closable = is_version_at_least(settled.protocol_version, CLOSABLE)
+                await self._inbox.establish(self.ownership, settled)
             for entry in journal_entries(call.method, call.body, result):
                 await self._inbox.write_journal(self.ownership, entry)
         except Fenced:
@@ -240,7 +262,9 @@ class Actor:
     async def _finish(self, rpc_id: str, call: _Call, message: bytes, outcome: Outcome) -> None:
         if self._calls.get(rpc_id) is call:
             del self._calls[rpc_id]
-        if all(other.stream is not call.stream for other in self._calls.values()):
+        self._remember(self._finished, rpc_id)
+        call.stream.unfinished -= 1
+        if call.stream.unfinished == 0:
             self._streams.pop(call.stream.id, None)
         await self._store(call.stream, message, call.key, outcome)
 
@@ -270,11 +294,12 @@ class Actor:
             self.mute()
             self._on_over(self)
 
+    def _closer(self, stream: StreamId | None) -> Callable[[], Awaitable[None]] | None:
+        """What lets the server close a connection, for clients that know to come back."""
+        return (lambda: self._close_stream(stream)) if self._closable else None
+
     async def _close_stream(self, stream: StreamId | None) -> None:
         with contextlib.suppress(PgmcpError):
             dropped = await self._log.drop_sink(self.ownership, stream)
             if dropped is not None and dropped[1] is not None:
                 self._heard(dropped[1], dropped[0])
-
-    async def _close_standalone(self) -> None:
-        await self._close_stream(None)

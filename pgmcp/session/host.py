@@ -169,12 +169,18 @@ class Host:
         try:
             while resident.dirty and self._residents.get(session) is resident:
                 resident.dirty = False
-                for claimed in await self._inbox.claim(resident.actor.ownership):
+                messages = await self._inbox.claim(resident.actor.ownership)
+                resident.actor.expect(messages)
+                for claimed in messages:
                     await self._hand_over(resident.actor, claimed)
         except Fenced:
             self.drop(session)
         except DatabaseUnavailable as error:
             logger.warning("session %s waits for its messages: %s", session, error)
+        except Exception:
+            logger.exception("session %s cannot go on and ends", session)
+            resident.actor.mute()
+            self._over(resident.actor)
         finally:
             resident.taking = False
 

@@ -202,6 +202,7 @@ class Database:
 
         Raises:
             DatabaseUnavailable: the patience is over.
+            PgmcpError: PostgreSQL refuses it, and would again.
         """
         end, tries = self.clock.boottime() + patience, 0
         while True:
@@ -210,6 +211,9 @@ class Database:
             except (*TROUBLE, *CONTENTION) as error:
                 if self.clock.boottime() >= end:
                     raise unavailable(self.settings.database_url, error) from error
+            except asyncpg.PostgresError as error:
+                message = f"PostgreSQL refused a statement: {error}"
+                raise PgmcpError(message) from error
             await self.clock.sleep(BACKOFF[min(tries, len(BACKOFF) - 1)])
             tries += 1
 

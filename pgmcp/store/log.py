@@ -54,13 +54,14 @@ class TableLog:
         self._database, self._node, self._gate = database, node, gate
         self._settings = database.settings
         self._hold, self._resume_hold = database.settings.hold, database.settings.resume_hold
-        self._look = database.settings.poll  # short: between two looks the exchange writes its comments
+        # Short: between two looks the exchange writes its comments.
+        self._look = min(database.settings.poll, database.settings.keepalive)
         self._appends: Group[Entry, NodeId | None] = Group(
             self._send_appends, clock, lambda entry: entry.ownership.session, gate
         )
         self._last: dict[tuple[StreamId, int], Event] = {}
         self._reads: Group[Cursor, Page] = Group(self._send_reads, clock, lambda cursor: cursor.stream)
-        self._releases: Group[tuple[Cursor, bool], None] = Group(
+        self._releases: Group[tuple[Cursor, bool], bool] = Group(
             self._send_releases, clock, lambda note: note[0].stream
         )
 
@@ -152,12 +153,12 @@ class TableLog:
             replaced=None if row["replaced"] is None else NodeId(row["replaced"]),
         )
 
-    async def release(self, cursor: Cursor, *, keep: bool = False) -> None:
+    async def release(self, cursor: Cursor, *, keep: bool = False) -> bool:
         """See ``Log.release``."""
-        await self._releases.put((cursor, keep), patience=self._hold)
+        return await self._releases.put((cursor, keep), patience=self._hold)
 
-    async def _send_releases(self, notes: Sequence[tuple[Cursor, bool]]) -> list[PgmcpError | None]:
-        await self._database.fetch(
+    async def _send_releases(self, notes: Sequence[tuple[Cursor, bool]]) -> list[bool | PgmcpError]:
+        rows = await self._database.fetch(
             "release",
             [cursor.stream for cursor, _ in notes],
             [cursor.sink_epoch for cursor, _ in notes],
@@ -165,7 +166,8 @@ class TableLog:
             self._node,
             [keep for _, keep in notes],
         )
-        return [None] * len(notes)
+        held = {row["id"] for row in rows}
+        return [cursor.stream in held for cursor, _ in notes]
 
     async def drop_sink(self, ownership: Ownership, stream: StreamId | None) -> tuple[StreamId, NodeId | None] | None:
         """See ``Log.drop_sink``."""

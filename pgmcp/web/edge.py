@@ -114,6 +114,7 @@ class Edge:
         sink_epoch: int = 1,
         after: int = 0,
         kind: StreamKind = StreamKind.REQUEST,
+        notes_all: bool = True,
     ) -> Exchange:
         """An exchange that carries a stream to the caller."""
         tail.session = session
@@ -129,5 +130,6 @@ class Edge:
             receive=call.receive,
             send=call.send,
             priming=version is not None and is_version_at_least(version, PRIMES),
+            notes_all=notes_all,
             headers={SESSION_ID: session_id},
         )

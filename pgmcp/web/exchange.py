@@ -45,7 +45,7 @@ SUSPENDED = 120.0
 """Seconds without trust after which streams end, for clients to try elsewhere."""
 
 NOTE_EVERY = 10.0
-"""Seconds between notes of how far a standalone stream was carried."""
+"""Seconds between notes of how far an HTTP+SSE stream was carried."""
 
 DROP = 1.0
 """Seconds that letting go of a stream may take when the exchange is over anyway."""
@@ -65,6 +65,7 @@ class Exchange:
         after: the last event that the client has.
         kind: a standalone stream may be idle for long, and what was written to it counts as delivered.
         priming: whether the client's revision knows priming events (2025-11-25).
+        notes_all: whether each step along a standalone stream is noted before it is made.
         headers: further response headers.
     """
 
@@ -82,6 +83,7 @@ class Exchange:
         receive: Receive,
         send: Send,
         priming: bool,
+        notes_all: bool,
         headers: dict[str, str],
     ) -> None:
         self._tail, self._sink_epoch, self._kind = tail, sink_epoch, kind
@@ -89,7 +91,7 @@ class Exchange:
         self._poll = settings.poll if kind is StreamKind.REQUEST else settings.idle_poll
         self._log, self._lease, self._settings, self._clock = log, lease, settings, clock
         self._receive, self._send = receive, send
-        self._priming, self._headers = priming, headers
+        self._priming, self._notes_all, self._headers = priming, notes_all, headers
         self._gone = False
         self._written = self._noted = clock.boottime()
 
@@ -212,8 +214,9 @@ class Exchange:
                 await self._comment(await self._lease.trusted_within(self._settings.keepalive))
                 continue
             if page is not None:
+                if page.events and not await self._noted_before(page.events[-1].seq):
+                    return False
                 await self._write_events(page.events)
-                await self._note()
                 if page.closed or not page.attached:
                     return page.closed
             page = await self._next_or_comment(look=look)
@@ -229,11 +232,22 @@ class Exchange:
         """What precedes an end that is not the stream's end: come back, elsewhere."""
         return f"{self._retry}\r\n".encode() if self._priming else b""
 
-    async def _note(self) -> None:
-        """Note now and then how far a standalone stream was carried, so that what was delivered can be pruned."""
-        if self._kind is StreamKind.STANDALONE and self._clock.boottime() - self._noted > NOTE_EVERY:
-            self._noted = self._clock.boottime()
-            await self._release(keep=True)
+    async def _noted_before(self, seq: int) -> bool:
+        """Note that a standalone stream is about to be carried on to ``seq``; whether this is still its sink.
+
+        A GET without ``Last-Event-ID`` starts after what was noted, and no message may go on two connections
+        (2025-11-25, "Multiple Connections" 2), so the note comes before the writing. HTTP+SSE has no such GET: there
+        the note only lets delivered events be pruned.
+        """
+        if self._kind is not StreamKind.STANDALONE:
+            return True
+        if not self._notes_all and self._clock.boottime() - self._noted < NOTE_EVERY:
+            return True
+        self._noted = self._clock.boottime()
+        try:
+            return await self._log.release(Cursor(self._tail.stream, self._sink_epoch, seq), keep=True)
+        except DatabaseUnavailable:
+            return False  # the client resumes from what it has
 
     async def _next_or_comment(self, *, look: bool) -> Page | None:
         silent = self._clock.boottime() - self._written
@@ -284,13 +298,10 @@ class Exchange:
 
     async def release(self) -> None:
         """Let go of the stream: note how far it was carried."""
-        await self._release(keep=False)
-
-    async def _release(self, *, keep: bool) -> None:
         carried = 0 if self._gone and self._kind is StreamKind.REQUEST else self._carried
         with suppress(PgmcpError, TimeoutError):
             async with asyncio.timeout(DROP):
-                await self._log.release(Cursor(self._tail.stream, self._sink_epoch, carried), keep=keep)
+                await self._log.release(Cursor(self._tail.stream, self._sink_epoch, carried))
 
 
 class _Watch:

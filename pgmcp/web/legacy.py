@@ -83,6 +83,7 @@ class SseStream(Endpoint):
                 sink_epoch=attached.sink_epoch,
                 after=after,
                 kind=StreamKind.STANDALONE,
+                notes_all=False,
             )
             try:
                 await exchange.stream(look=True, preface=f"event: endpoint\r\ndata: {where}\r\n\r\n".encode())

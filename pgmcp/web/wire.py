@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from starlette.requests import Request
 
 PARSE_ERROR, INVALID_REQUEST, INVALID_PARAMS, INTERNAL_ERROR = -32700, -32600, -32602, -32603
-LONGEST_ID = 512
+LONGEST_ID = 2000
 NAMED = {"tools/call": "name", "prompts/get": "name", "resources/read": "uri"}
 
 

@@ -249,7 +249,7 @@ async def test_unusual_messages_are_served(database):
     async with cluster(database, everything, 2) as nodes, RawSession() as session:
         await session.open(nodes[0].url)
         for node in nodes:
-            for odd in (0, -1, 2**53, 2**63, 10**100, "", "1", "\0", "ä\u2028🙂", "x" * 1000):
+            for odd in (0, -1, 2**53, 2**63, 10**100, "", "1", "\0", "ä\u2028🙂", "x" * 500):
                 exchange = await session.request(node.url, "ping", request_id=odd)
                 assert await exchange.response(odd) == {"jsonrpc": "2.0", "id": odd, "result": {}}
             exchange = await session.post(node.url, b'{"jsonrpc":"2.0","id":1,"id":2,"method":"x","method":"ping"}')

@@ -141,7 +141,8 @@ with guard as materialized (
 update {schema}.streams st
 set delivered_seq = greatest(st.delivered_seq, l.delivered), sink = case when l.keeps then st.sink end
 from locked l
-where st.id = l.id;
+where st.id = l.id
+returning st.id;
 
 -- name: sink_of
 select sink from {schema}.streams st
