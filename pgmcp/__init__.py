@@ -5,17 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pgmcp.node import Cluster
+    from pgmcp.hosting import Cluster, ClusterPlugin
 
 __version__ = "0.1.0"
-__all__ = ["Cluster", "__version__"]
+__all__ = ["Cluster", "ClusterPlugin", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import ``Cluster`` when it is asked for: a command that only prints its version must not load a web server."""
-    if name == "Cluster":
-        from pgmcp.node import Cluster  # noqa: PLC0415 - see above
+    """Import what is asked for: a command that only prints its version must not load a web server."""
+    if name in {"Cluster", "ClusterPlugin"}:
+        from pgmcp import hosting  # noqa: PLC0415 - see above
 
-        return Cluster
+        return getattr(hosting, name)
     message = f"module {__name__!r} has no attribute {name!r}"
     raise AttributeError(message)

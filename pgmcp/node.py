@@ -11,12 +11,14 @@ import asyncio
 import contextlib
 import logging
 import signal
+import socket
 from collections.abc import AsyncIterator, Callable
 from types import FrameType
 from typing import Any
 
 import uvicorn
 from litestar import Litestar
+from litestar.handlers import HTTPRouteHandler
 from starlette.types import ASGIApp
 
 from pgmcp import __version__
@@ -187,10 +189,10 @@ class Node:
         self._box = KeyRing(self._database)
         self._target = target_of(served, settings.mcp_path)
         self._incarnation: Incarnation | None = None
-        self._revision = ""
+        self._revision, self._started = "", False
 
-    def application(self) -> Application:
-        """The node as an ASGI application; its lifespan runs the node."""
+    def endpoints(self) -> dict[str, ASGIApp]:
+        """The node's MCP endpoints by their paths, behind the served server's authentication."""
         settings, security = self.settings, host_rules(self.settings)
 
         def edge() -> Edge:
@@ -202,14 +204,21 @@ class Node:
             settings.sse_path: SseStream(edge, security=security, settings=settings, messages=messages),
             messages.rstrip("/"): SseMessages(edge, security=security, settings=settings),
         }
+        return {path: self._target.protect(endpoint) for path, endpoint in endpoints.items()}
+
+    def health(self) -> list[HTTPRouteHandler]:
+        """The health routes."""
+        return health_routes(lambda: self)
+
+    def application(self) -> Application:
+        """The node as an ASGI application; its lifespan runs the node."""
         litestar = Litestar(
-            route_handlers=health_routes(lambda: self),
+            route_handlers=self.health(),
             lifespan=[lambda _: self.running()],
             openapi_config=None,
             logging_config=None,
         )
-        protected = {path: self._target.protect(endpoint) for path, endpoint in endpoints.items()}
-        return Application(protected, self._target.routes, litestar)
+        return Application(self.endpoints(), self._target.routes, litestar, self.running)
 
     def incarnation(self) -> Incarnation:
         """The present incarnation.
@@ -217,6 +226,12 @@ class Node:
         Raises:
             NodeNotReady: the node is joining or leaving.
         """
+        if not self._started:
+            message = (
+                "The lifespan of pgmcp's application was not run, so it is not part of the cluster. When you mount it, "
+                "run it from yours: lifespan=lambda _: app.lifespan()."
+            )
+            raise NodeNotReady(message)
         if self._incarnation is None:
             message = "This node is not part of the cluster now; try again or ask another one."
             raise NodeNotReady(message)
@@ -230,6 +245,7 @@ class Node:
             DatabaseUnavailable: PostgreSQL cannot be reached at the start.
             SchemaError: the schema is not the one that this build understands.
         """
+        self._started = True
         await self._database.open()
         try:
             self._revision = await self._database.revision()
@@ -296,33 +312,6 @@ class Node:
         return None if lease.trusted else str(lease.state)
 
 
-class Cluster:
-    """A cluster that this process takes part in, for programs that bring their own ASGI server.
-
-    Args:
-        database_url: PostgreSQL to coordinate through.
-        options: further settings, by the names of ``Settings``.
-
-    Raises:
-        SettingsError: a setting cannot work.
-    """
-
-    def __init__(self, database_url: str = "", **options: Any) -> None:
-        self.settings = Settings(**({"database_url": database_url} if database_url else {}), **options)
-
-    def app(self, served: object) -> Application:
-        """An ASGI application that serves an MCP server on one node; its lifespan joins and leaves the cluster.
-
-        Args:
-            served: an ``MCPServer`` or a low-level ``Server``.
-
-        Raises:
-            TargetError: it is neither.
-            SettingsError: no database is given.
-        """
-        return Node(self.settings, served).application()
-
-
 class _HttpServer(uvicorn.Server):
     """uvicorn, but streams are told to end before it waits for them."""
 
@@ -335,12 +324,31 @@ class _HttpServer(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
-def serve(settings: Settings, target: str) -> int:
+def shared_socket(settings: Settings) -> socket.socket:
+    """A socket on the node's port that other processes may share (SO_REUSEPORT).
+
+    Raises:
+        SettingsError: somebody else has the port for himself.
+    """
+    shared = socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET)
+    shared.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    shared.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    try:
+        shared.bind((settings.host, settings.port))
+    except OSError as error:
+        shared.close()
+        message = f"Port {settings.port} of {settings.host} cannot be used ({error.strerror}); choose another --port."
+        raise SettingsError(message) from error
+    return shared
+
+
+def serve(settings: Settings, target: str, *, shared_port: bool = False) -> int:
     """Run one node in this process until SIGTERM or SIGINT.
 
     Args:
         settings: the node's settings.
         target: ``module:attribute`` or ``path/to/file.py:attribute``.
+        shared_port: listen beside other processes on the port (SO_REUSEPORT).
 
     Returns:
         The process's exit code: 0 after an orderly stop.
@@ -365,5 +373,5 @@ def serve(settings: Settings, target: str) -> int:
     server = _HttpServer(config, node.stop_streams)
     with contextlib.suppress(KeyboardInterrupt):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        server.run()
+        server.run(sockets=[shared_socket(settings)] if shared_port else None)
     return 0 if server.started else 1

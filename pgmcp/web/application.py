@@ -6,7 +6,8 @@ for any path that is not theirs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 
 from litestar import Litestar
 from mcp.server.transport_security import TransportSecurityMiddleware, TransportSecuritySettings
@@ -24,10 +25,18 @@ class Application:
         endpoints: the MCP endpoints by their paths.
         routes: the served server's other routes.
         litestar: everything else: health, operations, lifespan, and "not found".
+        lifespan: runs the node, for applications that this one is mounted in (they get the server's lifespan events).
     """
 
-    def __init__(self, endpoints: Mapping[str, ASGIApp], routes: Sequence[BaseRoute], litestar: Litestar) -> None:
+    def __init__(
+        self,
+        endpoints: Mapping[str, ASGIApp],
+        routes: Sequence[BaseRoute],
+        litestar: Litestar,
+        lifespan: Callable[[], AbstractAsyncContextManager[None]],
+    ) -> None:
         self._endpoints, self._routes, self._litestar = dict(endpoints), list(routes), litestar
+        self.lifespan = lifespan
         self._others = Starlette(routes=self._routes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -71,7 +71,7 @@ class SseStream(Endpoint):
         return (attached, after) if isinstance(attached, Attachment) else (None, 0)
 
     async def _carry(self, edge: Edge, call: Call, attached: Attachment, after: int) -> None:
-        root = call.request.scope.get("app_root_path", call.request.scope.get("root_path", "")).rstrip("/")
+        root = call.request.scope.get("root_path", "").rstrip("/")
         where = f"{quote(root + self._messages)}?session_id={attached.session_id}"
         with edge.tails.subscribe(attached.stream) as tail:
             exchange = edge.exchange(

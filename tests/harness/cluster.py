@@ -13,7 +13,7 @@ from typing import Any
 import asyncpg
 import uvicorn
 
-from pgmcp.clock import Clock
+from pgmcp.clock import Clock, Ids
 from pgmcp.node import Incarnation, Node
 from pgmcp.session.adapters.target import load
 from pgmcp.settings import Settings
@@ -55,12 +55,22 @@ async def cluster(
 
 @contextlib.asynccontextmanager
 async def running_node(
-    database: str, served: object, name: str, clock: Clock, **settings: Any
+    database: str, served: object, name: str, clock: Clock, ids: Ids | None = None, **settings: Any
 ) -> AsyncIterator[RunningNode]:
     """Run one node on a free port until the context ends."""
-    node = Node(Settings(database_url=database, node_name=name, port=0, **settings), served, clock=clock)
+    node = Node(Settings(database_url=database, node_name=name, port=0, **settings), served, clock=clock, ids=ids)
+    async with serving(node.application()) as url:
+        try:
+            yield RunningNode(node, url)
+        finally:
+            node.stop_streams()
+
+
+@contextlib.asynccontextmanager
+async def serving(app: Any) -> AsyncIterator[str]:
+    """Run any ASGI application on a free port; where it listens."""
     config = uvicorn.Config(
-        node.application(), port=0, access_log=False, log_level="warning", lifespan="on", timeout_graceful_shutdown=2
+        app, port=0, access_log=False, log_level="warning", lifespan="on", timeout_graceful_shutdown=2
     )
     server = uvicorn.Server(config)
     server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign,assignment]
@@ -70,13 +80,11 @@ async def running_node(
             while not server.started:
                 if task.done():
                     await task
-                    message = f"node {name} did not start"
+                    message = "the application did not start"
                     raise RuntimeError(message)
                 await asyncio.sleep(0.01)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        yield RunningNode(node, f"http://127.0.0.1:{port}")
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:
-        node.stop_streams()
         server.should_exit = True
         await asyncio.wait({task}, timeout=START)
 

@@ -36,6 +36,12 @@ class Proxy:
         """Swallow every byte in both directions; nobody hears of it."""
         self.stalling = False
         """Let new connections be made, and say nothing on them."""
+        self.refusing = False
+        """Hang up on new connections at once."""
+        self.deaf = False
+        """Read nothing that PostgreSQL says, so that its socket fills up."""
+        self.delay = 0.0
+        """Seconds by which each piece that PostgreSQL says is late."""
         self.connected = 0
         """Connections that were made so far."""
 
@@ -69,7 +75,7 @@ class Proxy:
         try:
             if self.stalling:
                 await reader.read(-1)
-            else:
+            elif not self.refusing:
                 await link.run(self._host, self._port)
         except (OSError, asyncio.IncompleteReadError):
             pass
@@ -127,6 +133,10 @@ class _Link:
 
     async def _down(self, server: asyncio.StreamReader) -> None:
         while piece := await server.read(PIECE):
+            if self._proxy.delay:
+                await asyncio.sleep(self._proxy.delay)
+            while self._proxy.deaf:
+                await asyncio.sleep(0.01)
             if not self._awaits_ready:
                 self._forward(self._to_client, piece)
             elif piece[-6:-1] == b"Z\0\0\0\5":

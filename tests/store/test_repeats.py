@@ -197,11 +197,20 @@ async def test_attach(scene: Scene, where: Cut) -> None:
 async def test_release(scene: Scene, where: Cut) -> None:
     await scene.node.log.append(answer(scene.claimed))
     assert scene.claimed.stream is not None
-    assert await scene.through("release", where, scene.node.log.release(Cursor(scene.claimed.stream, 1, 1))) is None
+    await scene.through("release", where, scene.node.log.release(Cursor(scene.claimed.stream, 1, 1)))
     row = await scene.eyes.fetchrow(
         "select s.sink, s.delivered_seq, r.open from pgmcp.streams s join pgmcp.requests r on r.stream = s.id"
     )
     assert tuple(row) == (None, 1, False)
+
+
+@each_cut
+async def test_a_note_says_that_the_sink_is_kept(scene: Scene, where: Cut) -> None:
+    await scene.node.log.append(answer(scene.claimed))
+    assert scene.claimed.stream is not None
+    note = scene.node.log.release(Cursor(scene.claimed.stream, 1, 1), keep=True)
+    assert await scene.through("release", where, note) is True
+    assert await scene.node.log.release(Cursor(scene.claimed.stream, 2, 1), keep=True) is False
 
 
 @each_cut

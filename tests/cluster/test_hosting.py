@@ -1,0 +1,91 @@
+"""pgmcp inside other people's applications."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import httpx
+import pytest
+from litestar import Litestar, get
+from starlette.applications import Starlette
+from starlette.responses import PlainTextResponse
+from starlette.routing import Mount, Route
+
+from pgmcp import Cluster, ClusterPlugin
+from pgmcp.errors import SettingsError, TargetError
+from tests.harness.clients import RawSession
+from tests.harness.cluster import everything, serving
+
+
+def plain(database: str) -> Any:
+    return Cluster(database).app(everything())
+
+
+def in_starlette(database: str) -> Any:
+    app = Cluster(database).app(everything())
+    return Starlette(
+        routes=[Route("/own", lambda _: PlainTextResponse("own")), Mount("/tools", app)],
+        lifespan=lambda _: app.lifespan(),
+    )
+
+
+def in_litestar(database: str) -> Any:
+    @get("/own", sync_to_thread=False)
+    def own() -> str:
+        return "own"
+
+    return Litestar(route_handlers=[own], plugins=[ClusterPlugin(everything(), database)], openapi_config=None)
+
+
+@contextlib.asynccontextmanager
+async def two(build: Callable[[str], Any], database: str) -> AsyncIterator[tuple[str, str]]:
+    async with serving(build(database)) as one, serving(build(database)) as other:
+        yield one, other
+
+
+@pytest.mark.parametrize(("build", "prefix"), [(plain, ""), (in_starlette, "/tools"), (in_litestar, "")])
+async def test_it_works_there(build, prefix, database):
+    async with two(build, database) as (one, other), RawSession(path=f"{prefix}/mcp") as session:
+        await session.open(one, other)
+        for turn, base in enumerate([one, other, one, other], 1):
+            assert (await session.call_tool(base, "count"))["structuredContent"] == {"result": turn}
+        if build is not plain:
+            async with httpx.AsyncClient() as client:
+                assert (await client.get(f"{one}/own")).text == "own"
+
+
+@pytest.mark.parametrize(("build", "prefix"), [(plain, ""), (in_starlette, "/tools"), (in_litestar, "")])
+async def test_http_and_sse_names_an_endpoint_that_is_there(build, prefix, database):
+    async with (
+        two(build, database) as (one, other),
+        httpx.AsyncClient() as client,
+        client.stream("GET", f"{one}{prefix}/sse") as stream,
+    ):
+        lines = stream.aiter_lines()
+        assert await anext(lines) == "event: endpoint"
+        where = (await anext(lines)).removeprefix("data: ")
+        assert where.startswith(f"{prefix}/messages/?session_id=")
+        posted = await client.post(f"{other}{where}", json={"jsonrpc": "2.0", "id": 1, "method": "ping"})
+        assert posted.status_code == 202
+
+
+async def test_a_lifespan_that_was_not_run_is_said_so(database):
+    app = Starlette(routes=[Mount("/tools", Cluster(database).app(everything()))])
+    async with serving(app) as base, httpx.AsyncClient() as client:
+        answer = await client.post(
+            f"{base}/tools/mcp",
+            json={"jsonrpc": "2.0", "id": 1, "method": "ping"},
+            headers={"accept": "application/json, text/event-stream", "mcp-session-id": "x"},
+        )
+        assert answer.status_code == 503
+        assert "lifespan" in answer.json()["error"]["message"]
+
+
+async def test_what_cannot_be_served_is_said_so(database, monkeypatch):
+    monkeypatch.delenv("PGMCP_DATABASE_URL", raising=False)
+    with pytest.raises(TargetError, match="pgmcp serves"):
+        Cluster(database).app(object())
+    with pytest.raises(SettingsError, match="No database"):
+        Cluster().app(everything())

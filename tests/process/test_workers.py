@@ -1,0 +1,71 @@
+"""``pgmcp serve --workers``: several nodes on one port."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pgmcp.store import views
+from tests.harness.clients import connect
+from tests.harness.processes import NodeProcess, free_ports, wait_until
+
+TARGET = "examples/everything.py:mcp"
+
+
+@pytest.fixture
+def two(database: str, tmp_path: Path) -> Iterator[NodeProcess]:
+    """A supervisor with two workers, both of them ready."""
+    port = free_ports(1)[0]
+    server = NodeProcess(TARGET, database_url=database, name="w", port=port, log_dir=tmp_path, args=("--workers", "2"))
+    with server:
+        server.wait_ready()
+        wait_until(lambda: states(database) == {"w-1": "ready", "w-2": "ready"}, 20, "both workers are ready")
+        yield server
+
+
+def states(database: str) -> dict[str, str]:
+    return {str(row["node_name"]): str(row["state"]) for row in views.fetch(database, "pgmcp", "live_nodes")}
+
+
+def pids(database: str) -> dict[str, str]:
+    """Node ids by name: a worker that was started again has a fresh one."""
+    return {str(row["node_name"]): str(row["node_id"]) for row in views.fetch(database, "pgmcp", "live_nodes")}
+
+
+def children(server: NodeProcess) -> list[int]:
+    text = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text()
+    return [int(pid) for pid in text.split()]
+
+
+async def test_a_session_works_on_whichever_worker_a_connection_reaches(two: NodeProcess) -> None:
+    for _ in range(3):
+        async with connect(two.mcp_url) as client:
+            counts = [(await client.call_tool("count", {})).structured_content for _ in range(4)]
+            assert counts == [{"result": turn} for turn in (1, 2, 3, 4)]
+
+
+def test_a_worker_that_dies_is_started_again(two: NodeProcess, database: str) -> None:
+    before = set(pids(database).values())
+    os.kill(children(two)[0], signal.SIGKILL)
+    wait_until(lambda: len(set(pids(database).values()) - before) == 1, 20, "a new worker has joined")
+    wait_until(lambda: len(children(two)) == 2, 20, "there are two workers again")
+
+
+def test_one_signal_ends_all_of_them_in_order(two: NodeProcess, database: str) -> None:
+    workers = children(two)
+    assert two.terminate() == 0
+    assert states(database) == {}, "not every worker said that it left"
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+
+
+def test_workers_that_cannot_start_end_the_whole(tmp_path: Path) -> None:
+    url = "postgresql://nobody@127.0.0.1:1/none"
+    port = free_ports(1)[0]
+    with NodeProcess(
+        TARGET, database_url=url, name="w", port=port, log_dir=tmp_path, args=("--workers", "2")
+    ) as server:
+        assert server.wait(30) == 3
