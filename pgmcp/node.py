@@ -190,6 +190,7 @@ class Node:
         self._target = target_of(served, settings.mcp_path)
         self._incarnation: Incarnation | None = None
         self._revision, self._started = "", False
+        self.failure: PgmcpError | None = None
 
     def endpoints(self) -> dict[str, ASGIApp]:
         """The node's MCP endpoints by their paths, behind the served server's authentication."""
@@ -246,21 +247,26 @@ class Node:
             SchemaError: the schema is not the one that this build understands.
         """
         self._started = True
+        async with contextlib.AsyncExitStack() as stack:
+            try:
+                await self._start(stack)
+            except PgmcpError as error:
+                self.failure = error
+                raise
+            yield
+
+    async def _start(self, stack: contextlib.AsyncExitStack) -> None:
+        """Start the node's services in order; the stack stops them in reverse."""
+        stack.push_async_callback(self._database.close)
         await self._database.open()
-        try:
-            self._revision = await self._database.revision()
-            await self._box.load()
-            async with self._target.adapter.lifespan():
-                await self._enter()
-                keeper = asyncio.create_task(self._keep())
-                try:
-                    yield
-                finally:
-                    keeper.cancel()
-                    await asyncio.wait({keeper})
-                    await self._exit()
-        finally:
-            await self._database.close()
+        self._revision = await self._database.revision()
+        await self._box.load()
+        await stack.enter_async_context(self._target.adapter.lifespan())
+        await self._enter()
+        stack.push_async_callback(self._exit)
+        keeper = asyncio.create_task(self._keep())
+        stack.push_async_callback(asyncio.wait, {keeper})
+        stack.callback(keeper.cancel)
 
     async def _enter(self) -> None:
         incarnation = Incarnation(
@@ -371,7 +377,10 @@ def serve(settings: Settings, target: str, *, shared_port: bool = False) -> int:
         timeout_graceful_shutdown=5,
     )
     server = _HttpServer(config, node.stop_streams)
-    with contextlib.suppress(KeyboardInterrupt):
+    logging.getLogger("uvicorn.error").addFilter(lambda _: node.failure is None)  # it is said below, in one line
+    with contextlib.suppress(KeyboardInterrupt, SystemExit):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         server.run(sockets=[shared_socket(settings)] if shared_port else None)
+    if node.failure is not None:
+        raise node.failure
     return 0 if server.started else 1

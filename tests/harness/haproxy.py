@@ -37,7 +37,7 @@ frontend clients
 backend nodes
 {servers}
 """
-_EXCHANGE = re.compile(r"^exchange (\S+) (\d+) port-(\d+) (\S+)$", re.MULTILINE)
+_EXCHANGE = re.compile(r"^exchange (\S+) (-?\d+) port-(\d+) (\S+)$", re.MULTILINE)
 
 
 def haproxy_binary() -> str | None:

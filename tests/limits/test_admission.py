@@ -175,16 +175,18 @@ async def test_messages_that_wait_for_a_stalled_owner(database, talker):
         RawSession() as session,
     ):
         await session.open(nodes[0].url)
-        await eventually(lambda: talker.running == 0, "quiet")
-        nodes[0].incarnation.host._residents[1].taking = True  # the owner is stuck
+        [resident] = nodes[0].incarnation.host._residents.values()
+        assert (await session.call(nodes[1].url, "ping"))["result"] == {}
+        await eventually(lambda: not resident.taking, "the inbox is empty")
+        resident.taking = True  # the owner is stuck
         for number in range(20):
             note = await session.notify(nodes[number % 2].url, "notifications/x")
             assert note.status == 202, note.body
         for node in nodes:
             refused(await session.notify(node.url, "notifications/x"), 429, INVALID_REQUEST)
         assert await tables.value("select count(*) from pgmcp.requests where finished_at is null") == 20
-        nodes[0].incarnation.host._residents[1].taking = False
-        nodes[0].incarnation.host.wake(1)
+        resident.taking = False
+        nodes[0].incarnation.host.wake(resident.actor.ownership.session)
         for node in nodes:
             await eventually(lambda node=node: accepted(session, node.url), "there is room again")
 

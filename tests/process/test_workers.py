@@ -62,10 +62,30 @@ def test_one_signal_ends_all_of_them_in_order(two: NodeProcess, database: str) -
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
 
 
+def refused(server: NodeProcess) -> tuple[int, str]:
+    """Start what cannot start; its exit code and what it said."""
+    server.start()
+    try:
+        return server.wait(30), server.log
+    finally:
+        server.stop()
+
+
 def test_workers_that_cannot_start_end_the_whole(tmp_path: Path) -> None:
     url = "postgresql://nobody@127.0.0.1:1/none"
     port = free_ports(1)[0]
-    with NodeProcess(
-        TARGET, database_url=url, name="w", port=port, log_dir=tmp_path, args=("--workers", "2")
-    ) as server:
-        assert server.wait(30) == 3
+    code, log = refused(
+        NodeProcess(TARGET, database_url=url, name="w", port=port, log_dir=tmp_path, args=("--workers", "2"))
+    )
+    assert code == 3
+    assert "does not answer" in log
+    assert "Traceback" not in log
+
+
+def test_a_node_refuses_a_schema_that_it_does_not_understand(empty_database: str, tmp_path: Path) -> None:
+    code, log = refused(
+        NodeProcess(TARGET, database_url=empty_database, name="n", port=free_ports(1)[0], log_dir=tmp_path)
+    )
+    assert code == 4
+    assert "pgmcp db upgrade" in log
+    assert "Traceback" not in log

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
@@ -71,16 +72,16 @@ async def test_every_size_takes_the_same_path(database, ledger, tables, edge):
     """Hatchet: what is larger than a NOTIFY payload must not go another way."""
     async with cluster(database, ledger.server, 2, poll=30) as nodes, RawSession() as session:
         await session.open(nodes[0].url)
-        _, empty = await carried(session, nodes[edge].url, call("fill", '{"size":0}'))
-        paths = []
+        _, empty = await carried(session, nodes[edge].url, call("fill", '{"size":0}', 9))
+        paths, ids = [], itertools.count(1)
         for size in SIZES:
             ledger.ran.clear()
             text = "x" * (size - len(call("run", '{"text":""}')))
-            asked, told = call("run", json.dumps({"text": text}, separators=(",", ":"))), size - len(empty)
+            asked, told = call("run", json.dumps({"text": text}, separators=(",", ":")), next(ids)), size - len(empty)
             assert len(asked) == size
             for body, ran, answer in (
                 (asked, text, text),
-                (call("fill", '{"size":%d}' % told), told, "x" * told),
+                (call("fill", '{"size":%d}' % told, next(ids)), told, "x" * told),
             ):
                 statements = Statements()
                 with ExitStack() as stack:

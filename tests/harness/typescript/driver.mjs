@@ -87,6 +87,7 @@ function newClient() {
 const client = newClient();
 const transport = new Transport(new URL(url), { fetch: cuttable });
 const errors = [];
+const wire = [];
 client.onerror = error => errors.push(String(error.message).slice(0, 200));
 
 const call = (tool, args = {}, options = {}) => {
@@ -96,13 +97,17 @@ const call = (tool, args = {}, options = {}) => {
 const text = async (...args) => (await call(...args)).content[0].text;
 const value = async (...args) => (await call(...args)).structuredContent.result;
 const steps = (seconds, wanted, onstep = () => {}) => {
-  const progress = [];
+  const told = [];
   const onprogress = ({ progress: step }) => {
-    progress.push(step);
+    told.push(step);
     onstep(step);
   };
-  return call('slow', { seconds, steps: wanted }, { onprogress }).then(
-    result => ({ answer: result.content[0].text, progress }));
+  wire.length = 0;
+  return call('slow', { seconds, steps: wanted }, { onprogress }).then(result => ({
+    answer: result.content[0].text,
+    told,
+    wire: wire.map(message => message.params?.progress ?? 'answer'), // as the messages came in
+  }));
 };
 const repeat = async (times, work) => {
   const results = [];
@@ -113,6 +118,11 @@ const repeat = async (times, work) => {
 const scenarios = {
   async connect() {
     await client.connect(transport);
+    const handle = transport.onmessage;
+    transport.onmessage = (message, ...more) => {
+      wire.push(message);
+      handle(message, ...more);
+    };
     return { server: client.getServerVersion().name, session: Boolean(transport.sessionId) };
   },
   async tools() {
@@ -187,8 +197,8 @@ if (kind === 'http') {
     },
     async cut() { // every connection is cut, twice in one call: the call's stream, its resumption, the standalone stream
       const resumed = count('GET', true);
-      const result = await steps(1.6, 16, step => {
-        if (step === 3 || step === 9) cutAll();
+      const result = await steps(1.2, 12, step => {
+        if (step === 3 || step === 8) cutAll();
       });
       return { ...result, resumed: count('GET', true) - resumed };
     },
