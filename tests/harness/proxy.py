@@ -38,8 +38,9 @@ class Proxy:
         """Let new connections be made, and say nothing on them."""
         self.refusing = False
         """Hang up on new connections at once."""
-        self.deaf = False
-        """Read nothing that PostgreSQL says, so that its socket fills up."""
+        self.hearing = asyncio.Event()
+        """While it is cleared, nothing is read of what PostgreSQL says, so that its socket fills up."""
+        self.hearing.set()
         self.delay = 0.0
         """Seconds by which each piece that PostgreSQL says is late."""
         self.connected = 0
@@ -135,8 +136,7 @@ class _Link:
         while piece := await server.read(PIECE):
             if self._proxy.delay:
                 await asyncio.sleep(self._proxy.delay)
-            while self._proxy.deaf:
-                await asyncio.sleep(0.01)
+            await self._proxy.hearing.wait()
             if not self._awaits_ready:
                 self._forward(self._to_client, piece)
             elif piece[-6:-1] == b"Z\0\0\0\5":

@@ -76,6 +76,7 @@ async def test_sessions_of_one_caller(database, private):
         assert (await one.call(nodes[1].url, "ping"))["result"] == {}
         await one.delete(nodes[1].url)
         await three.open(nodes[0].url)
+        one.session_id = None
         refused(await one.initialize(nodes[1].url), 429, INVALID_REQUEST)
 
 

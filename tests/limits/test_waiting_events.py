@@ -62,7 +62,7 @@ async def test_what_was_delivered_is_not_taken_back(database, talker, edge):
         await eventually(lambda: is_(tables, sinks, 0), "it has gone")
         await session.call_tool(nodes[1 - edge].url, "update", uris=["a://1", "a://1"])
         resumed = await all_of(await session.get(nodes[1 - edge].url, first))
-        assert len(resumed) == 3  # two that were delivered, and the newest
+        assert len(resumed) == 4  # the three that were delivered, and the newest
         assert len(await all_of(await session.get(nodes[edge].url))) == 0
 
 

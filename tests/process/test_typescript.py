@@ -28,12 +28,12 @@ PACKAGES = REPOSITORY / ".cache/typescript"
 VERSIONS = {"@modelcontextprotocol/sdk": "1.32.2", "@modelcontextprotocol/client": "2.4.0"}
 WATCHED = "test://watched-resource"
 PATHS = {"http": "/mcp", "sse": "/sse"}
-RUNS = [
-    (version, kind, balancer)
-    for balancer in ("nginx", "haproxy")
-    for kind in ("http", "sse")
-    for version in ("v1", "v2")
-]
+RUNS = [(version, kind, name) for name in ("nginx", "haproxy") for kind in PATHS for version in ("v1", "v2")]
+
+
+def over(*kinds: str) -> pytest.MarkDecorator:
+    """Every run over one of these transports."""
+    return pytest.mark.parametrize("run", [key for key in RUNS if key[1] in kinds], ids="-".join, indirect=True)
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,12 @@ async def sessions(nodes: Sequence[RunningNode], count: int) -> AsyncIterator[li
 
 @asynccontextmanager
 async def load(
-    nodes: Sequence[RunningNode], ledger: Ledger, weather: Callable[[int], Awaitable[None]], *, each: int, count: int = 4
+    nodes: Sequence[RunningNode],
+    ledger: Ledger,
+    weather: Callable[[int], Awaitable[None]],
+    *,
+    each: int,
+    count: int = 4,
 ) -> AsyncIterator[list[float]]:
     """Call over all edges in turn, while the weather is made after every tenth run; check that each call ran once.
 
@@ -116,7 +121,8 @@ async def load(
 
         async def caller(number: int, session: RawSession) -> None:
             for turn in range(each):
-                took.append(await run(session, nodes[(number + turn // 2) % len(nodes)].url, f"{number}/{turn}"))
+                seconds = await run(session, nodes[(number + turn // 2) % len(nodes)].url, f"{number}/{turn}")
+                took.append(seconds)
 
         async def maker() -> None:
             for turn in range(each * count // 10):

@@ -81,7 +81,7 @@ async def test_every_size_takes_the_same_path(database, ledger, tables, edge):
             assert len(asked) == size
             for body, ran, answer in (
                 (asked, text, text),
-                (call("fill", '{"size":%d}' % told, next(ids)), told, "x" * told),
+                (call("fill", json.dumps({"size": told}), next(ids)), told, "x" * told),
             ):
                 statements = Statements()
                 with ExitStack() as stack:
@@ -106,9 +106,9 @@ async def test_every_size_takes_the_same_path(database, ledger, tables, edge):
 DEEP = '{"a":' * 90 + "[1.50]" + "}" * 90
 STRANGE = {
     "NUL": '{"value":{"a":"x\\u0000y","\\u0000":"\\u0000"}}',
-    "numbers": '{"value":{"a":[%d,%d,-%d,%d,1e2,0.1,1.0]}}' % (2**53 - 1, 2**53 + 1, 2**53 + 1, 10**30),
+    "numbers": f'{{"value":{{"a":[{2**53 - 1},{2**53 + 1},-{2**53 + 1},{10**30},1e2,0.1,1.0]}}}}',
     "duplicate keys": '{"value":{"a":1,"a":2}, "value": {"a":3,"b":[],"a":4}}',
-    "deep": '{"value":%s}' % DEEP,
+    "deep": f'{{"value":{DEEP}}}',
     "blanks": '{ "value"\t:\n{"a" : "\\u00e4 \\ud83d\\ude42 ä \\/"} }',
     "separators": '{"value":{"a":"\u2028\u2029\u0085\x7f"}}',
 }
@@ -117,7 +117,7 @@ REFUSED = {
     "half a pair": call("echo", '{"value":{"a":"\\udc00x"}}'),
     "surrogate as key": call("echo", '{"value":{"\\udfff":1}}'),
     "NUL as tool": call("a\\u0000b", "{}"),
-    "too deep": call("echo", '{"value":%s}' % ("[" * 101 + "]" * 101)),
+    "too deep": call("echo", f'{{"value":{"[" * 101 + "]" * 101}}}'),
 }
 LONG_NAME = "".join(chr(0x4E00 + number % 20_000) for number in range(100_000))
 

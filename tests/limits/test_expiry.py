@@ -1,0 +1,225 @@
+"""Idle time, age and retention: what is over goes, what lives stays, and clients are told the right thing."""
+
+from __future__ import annotations
+
+import pytest
+
+from pgmcp.store.upkeep import Upkeep
+from tests.harness.clients import RawSession
+from tests.harness.cluster import RunningNode, Tables, cluster, eventually, tables_of
+
+both = pytest.mark.parametrize("edge", [0, 1])
+HOLD = {"name": "hold", "arguments": {}}
+OF_SESSIONS = ("sessions", "journal", "requests", "streams", "events")
+SINKS = "select count(*) from pgmcp.streams where sink is not null"
+HOUR = 3600.0
+
+
+def upkeep(node: RunningNode) -> Upkeep:
+    return node.incarnation._upkeep
+
+
+async def age(tables: Tables, seconds: float, *columns: str) -> None:
+    """Let time pass, in the database alone."""
+    for column in columns:
+        table, name = column.split(".")
+        await tables.execute(f"update pgmcp.{table} set {name} = {name} - make_interval(secs => $1)", seconds)
+
+
+async def is_(tables: Tables, query: str, expected: int) -> bool:
+    return await tables.value(query) == expected
+
+
+async def gone(session: RawSession, base: str) -> None:
+    """Check that a node knows that the session is over."""
+    for exchange in (
+        await session.request(base, "ping"),
+        await session.notify(base, "notifications/x"),
+        await session.get(base),
+        await session.delete(base),
+    ):
+        assert exchange.status == 404
+        assert exchange.json()["error"] == {"code": -32600, "message": "Session not found"}
+
+
+@both
+async def test_an_idle_session_ends_and_a_used_one_does_not(database, talker, edge):
+    async with (
+        cluster(database, talker, 2, idle_timeout=HOUR) as nodes,
+        tables_of(database) as tables,
+        RawSession() as idle,
+        RawSession() as listening,
+        RawSession() as working,
+        RawSession() as used,
+    ):
+        for session in (idle, listening, working, used):
+            await session.open(nodes[0].url)
+            await session.call(nodes[1].url, "ping")
+        stream = await listening.get(nodes[edge].url)
+        call = await working.request(nodes[edge].url, "tools/call", HOLD)
+        await eventually(lambda: talker.running == 1, "the call runs")
+        await call.close()  # its work goes on
+        await eventually(lambda: is_(tables, SINKS, 1), "the streams are released")
+        await nodes[0].incarnation.host.note_activity()
+        assert await upkeep(nodes[edge]).expire() == []
+        await age(tables, HOUR - 60, "sessions.last_active_at")
+        assert await upkeep(nodes[edge]).expire() == []
+        await age(tables, 61, "sessions.last_active_at")
+        await used.call(nodes[edge].url, "ping")
+        await nodes[0].incarnation.host.note_activity()
+        await age(tables, 61, "sessions.last_active_at")
+        await eventually(lambda: is_(tables, SINKS, 1), "the streams are released")
+        await nodes[edge].incarnation._sweep()
+        assert await tables.value("select count(*) from pgmcp.sessions") == 3
+        for node in nodes:
+            await gone(idle, node.url)
+            assert (await used.call(node.url, "ping"))["result"] == {}
+            assert (await listening.call(node.url, "ping"))["result"] == {}
+        await eventually(lambda: nodes[0].incarnation.host.sessions == 3, "its actor has stopped")
+        assert talker.running == 1
+        await stream.close()
+        talker.release.set()
+
+
+@both
+async def test_every_session_ends_with_its_age(database, talker, edge):
+    async with (
+        cluster(database, talker, 2, max_age=HOUR) as nodes,
+        tables_of(database) as tables,
+        RawSession() as session,
+        RawSession() as young,
+    ):
+        await session.open(nodes[0].url)
+        call = await session.request(nodes[edge].url, "tools/call", HOLD)
+        standalone = await session.get(nodes[1 - edge].url)
+        await eventually(lambda: talker.running == 1, "the call runs")
+        await age(tables, HOUR + 1, "sessions.created_at")
+        await young.open(nodes[edge].url)
+        await nodes[edge].incarnation._sweep()
+        for stream in (call, standalone):  # both nodes end their exchanges, with the final chunk
+            await stream.rest(timeout=5)
+            assert stream.error is None
+            assert not any("result" in message for message in stream.messages)
+        for node in nodes:
+            await gone(session, node.url)
+        await eventually(lambda: talker.running == 0, "the tool was stopped")
+        await eventually(lambda: sum(len(node.incarnation.tails) for node in nodes) == 0, "no tails")
+        assert nodes[0].incarnation.host.sessions + nodes[1].incarnation.host.sessions == 1
+        assert (await young.call(nodes[edge].url, "ping"))["result"] == {}
+        await young.delete(nodes[edge].url)
+        assert {name: rows for name, rows in (await tables.counts()).items() if name in OF_SESSIONS and rows} == {}
+
+
+@both
+async def test_an_http_sse_session_waits_a_minute_for_its_client(database, talker, edge):
+    async with cluster(database, talker, 2) as nodes, tables_of(database) as tables, RawSession(path="/sse") as client:
+        stream = await client.get(nodes[0].url)
+        assert (await stream.next()).event == "endpoint"
+        await age(tables, 120, "sessions.last_active_at")
+        assert await upkeep(nodes[edge]).expire() == []  # its stream is carried
+        await stream.close()
+        await eventually(lambda: is_(tables, SINKS, 0), "the stream is released")
+        assert await upkeep(nodes[edge]).expire() == []  # it was used until now
+        await age(tables, 61, "sessions.last_active_at")
+        await nodes[edge].incarnation._sweep()
+        assert await tables.value("select count(*) from pgmcp.sessions") == 0
+        await eventually(lambda: nodes[0].incarnation.host.sessions == 0, "its actor has stopped")
+
+
+@both
+async def test_what_is_finished_goes_and_what_lives_stays(database, talker, edge):
+    async with cluster(database, talker, 2, retention=60) as nodes, tables_of(database) as tables, RawSession() as live:
+        await live.open(nodes[0].url)
+        base, other = nodes[edge].url, nodes[1 - edge].url
+        finished = await live.request(base, "tools/call", {"name": "flood", "arguments": {"count": 3, "size": 1}})
+        await finished.rest()
+        broken = await live.request(base, "tools/call", HOLD, request_id="broken")
+        cursor = (await broken.next()).id
+        await broken.close()
+        running = await live.request(other, "tools/call", HOLD, request_id="running")
+        await running.next()
+        await eventually(lambda: talker.running == 2, "both run")
+        await live.call_tool(base, "note", first=0, count=2)
+        everything = ("streams.closed_at", "requests.finished_at", "events.stored_at")
+        await age(tables, 30, *everything)
+        before = await tables.counts()
+        await upkeep(nodes[edge]).prune()
+        assert await tables.counts() == before  # too young
+        await age(tables, 31, *everything)
+        await upkeep(nodes[edge]).prune()
+        # what runs, and what nobody has fetched from the standalone stream
+        assert await tables.value("select count(*) from pgmcp.streams") == 3
+        assert await tables.value("select count(*) from pgmcp.requests") == 2
+        assert await tables.value("select count(*) from pgmcp.events") == 2
+        for node in nodes:
+            pruned = await live.get(node.url, finished.seen[1].id)
+            assert (pruned.status, pruned.body) == (204, b"")
+            assert "content-type" not in pruned.headers
+        talker.release.set()
+        assert (await running.response("running"))["result"]["content"][0]["text"] == "held"
+        resumed = await live.get(other, cursor)
+        assert (await resumed.response("broken"))["result"]["content"][0]["text"] == "held"
+        await resumed.rest()
+        listening = await live.get(base)
+        for number in "01":
+            assert (await listening.message("notifications/message"))["params"]["data"] == number
+        last, first = listening.last_event_id, listening.seen[0].id
+        await listening.close()
+        await eventually(lambda: is_(tables, SINKS, 0), "the streams are released")
+        await age(tables, 61, *everything)
+        await upkeep(nodes[1 - edge]).prune()
+        assert await tables.value("select count(*) from pgmcp.streams") == 1
+        assert await tables.value("select count(*) from pgmcp.requests") == 0
+        assert await tables.value("select count(*) from pgmcp.events") == 0
+        assert (await live.get(other, first)).status == 204  # what came after it is not there any more
+        assert (await live.get(other, cursor)).status == 204
+        onward = await live.get(other, last)
+        assert onward.status == 200
+        await live.call_tool(base, "note", first=7, count=1)
+        assert (await onward.message("notifications/message"))["params"]["data"] == "7"
+
+
+@both
+async def test_a_stream_that_is_being_carried_is_not_pruned(database, talker, edge):
+    """A client that reads slowly still gets the end of a stream that was finished long ago."""
+    count, size = 200, 100_000
+    async with cluster(database, talker, 2, retention=60) as nodes, tables_of(database) as tables:
+        async with RawSession() as session:
+            await session.open(nodes[0].url)
+            flood = {"name": "flood", "arguments": {"count": count, "size": size}}
+            body = {"jsonrpc": "2.0", "id": "big", "method": "tools/call", "params": flood}
+            headers = {"mcp-session-id": session.session_id, "accept": "application/json, text/event-stream",
+                       "content-type": "application/json"}  # fmt: skip
+            async with session._http.stream("POST", f"{nodes[edge].url}/mcp", json=body, headers=headers) as response:
+                pieces = response.aiter_raw()
+                await anext(pieces)
+                closed = "select count(*) from pgmcp.streams where closed and sink is not null"
+                unfinished = "select count(*) from pgmcp.requests where finished_at is null"
+                await eventually(lambda: is_(tables, unfinished, 0), "the call has ended")
+                assert await tables.value(closed) >= 1
+                await age(tables, 61, "streams.closed_at", "requests.finished_at", "events.stored_at")
+                await upkeep(nodes[1 - edge]).prune()
+                rest = b"".join([piece async for piece in pieces])
+            assert rest.endswith(b"\r\n\r\n")
+            assert b"flooded" in rest[-1000:]
+
+
+@both
+async def test_a_big_heap_goes_in_small_batches(database, talker, edge):
+    async with cluster(database, talker, 2, retention=60) as nodes, tables_of(database) as tables, RawSession() as live:
+        await live.open(nodes[0].url)
+        await eventually(lambda: is_(tables, SINKS, 0), "the stream is released")
+        await tables.execute(
+            "insert into pgmcp.streams (id, session, kind, closed, closed_at) "
+            "select gen_random_uuid(), (select id from pgmcp.sessions), 'request', true, now() - interval '1 hour' "
+            "from generate_series(1, 2000)"
+        )
+        await tables.execute(
+            "insert into pgmcp.requests (id, session, body, context, open, finished_at, claimed_epoch) "
+            "select gen_random_uuid(), (select id from pgmcp.sessions), '', '', false, now() - interval '1 hour', 1 "
+            "from generate_series(1, 2000)"
+        )
+        await upkeep(nodes[edge]).prune()
+        assert await tables.value("select count(*) from pgmcp.streams where closed_at < now() - interval '1 minute'") == 0
+        assert await tables.value("select count(*) from pgmcp.requests where finished_at < now() - interval '1 minute'") == 0
+        assert (await live.call(nodes[edge].url, "ping"))["result"] == {}

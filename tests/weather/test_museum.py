@@ -1,0 +1,248 @@
+"""What others shipped (the bug museum), each with a test that would have caught it.
+
+Most of it is shown elsewhere; ``ELSEWHERE`` names the tests, and a test here sees to it that they exist. Left out are
+those that need takeover, drain or a promotion.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import inspect
+import re
+from pathlib import Path
+from uuid import UUID
+
+import asyncpg
+import pytest
+
+import pgmcp
+from pgmcp.settings import Settings
+from pgmcp.store import line as line_module
+from pgmcp.store.upkeep import Upkeep
+from tests.harness.clients import RawSession
+from tests.harness.cluster import cluster, eventually
+from tests.harness.proxy import proxied
+from tests.harness.stores import Watcher, opened, request, store
+from tests.weather.ledger import run, sessions
+
+ELSEWHERE = {
+    "01 River: never pinged": "tests/store/test_line.py::test_a_black_hole_is_noticed_in_eight_seconds",
+    "02 pg-listen: not listening after a reconnect": (
+        "tests/store/test_line.py::test_a_terminated_line_is_reopened_and_hears_again"
+    ),
+    "03 solid_cable: a lower id that commits late": (
+        "tests/store/test_inbox.py::test_a_message_that_commits_late_is_claimed_all_the_same"
+    ),
+    "06 socket.io: stored, not announced": (
+        "tests/weather/test_connections.py::test_without_any_wake_up_polls_are_enough"
+    ),
+    "07 Hatchet: another path for large messages": ("tests/weather/test_sizes.py::test_every_size_takes_the_same_path"),
+    "08 DBOS: one bad payload drops the rest": (
+        "tests/unit/test_wakeups.py::test_words_that_only_look_like_ours_cost_nobody_theirs"
+    ),
+    "10 River, Hatchet: a full buffer drops silently": (
+        "tests/unit/test_wakeups.py::test_an_outage_keeps_a_bounded_number_of_ids"
+    ),
+    "11 asyncpg: callbacks out of order": "tests/store/test_line.py::test_payloads_come_in_order",
+    "12 asyncpg: lost between LISTEN and register": (
+        "tests/store/test_line.py::test_the_reset_comes_when_listen_is_in_force"
+    ),
+    "13 Oban: the wall clock decides": "tests/weather/test_isolation.py::test_a_wrong_wall_clock_changes_nothing",
+    "14 Oban: peers by name": "tests/weather/test_isolation.py::test_nodes_may_have_the_same_name",
+    "15 DBOS: replicas share an id": "tests/weather/test_isolation.py::test_nodes_may_have_the_same_name",
+    "16 procrastinate: a heartbeat that hits no row": (
+        "tests/cluster/test_trust.py::test_a_node_that_was_declared_dead_stops_and_joins_again"
+    ),
+    "18 River: connected, and nothing comes": (
+        "tests/store/test_line.py::test_a_proxy_that_stalls_after_connect_holds_nobody_for_ever"
+    ),
+    "19 River: a backoff longer than the lease": (
+        "tests/unit/test_lease.py::test_settings_that_break_the_timing_rule_are_refused"
+    ),
+    "23 greptimedb: an advisory lock is kept": (
+        "tests/store/test_statements.py::test_no_lock_and_no_setting_outlives_its_transaction"
+    ),
+    "24 authentik: migrating through pgbouncer": (
+        "tests/store/test_pooler.py::test_a_transaction_pooler_is_refused_for_migrations_but_not_for_reading"
+    ),
+    "29 River: channels without the schema": (
+        "tests/weather/test_isolation.py::test_two_clusters_in_one_postgres_do_not_hear_each_other"
+    ),
+    "31 graphile: a blocked listener pins xmin": (
+        "tests/weather/test_isolation.py::test_a_line_that_does_not_read_pins_no_snapshot_for_long"
+    ),
+    "32 recall.ai: NOTIFY serialises the instance": (
+        "tests/weather/test_isolation.py::test_a_storm_of_wake_ups_is_one_notify_at_a_time"
+    ),
+}
+UPDATED = "notifications/resources/updated"
+
+
+@pytest.mark.parametrize("node_id", ELSEWHERE.values(), ids=ELSEWHERE.keys())
+def test_museum_is_shown_elsewhere(node_id):
+    path, _, name = node_id.partition("::")
+    module = importlib.import_module(path.removesuffix(".py").replace("/", "."))
+    assert inspect.isfunction(getattr(module, name, None))
+
+
+async def test_museum_03_a_lower_number_never_commits_late_in_a_stream(database, ledger, tables):
+    """Whoever stores the later of two events waits for the earlier one, so no reader can skip over it."""
+    uris = [f"test://{number}" for number in range(6)]
+    hand = await asyncpg.connect(database)
+    try:
+        async with cluster(database, ledger.server, 2, poll=60) as nodes, RawSession() as session:
+            await session.open(nodes[0].url)
+            standalone = await session.get(nodes[1].url)
+            told = []
+            for turn in range(0, len(uris), 2):
+                async with hand.transaction():
+                    await hand.fetch("select from pgmcp.streams where kind = 'standalone' for update")
+                    told += [
+                        asyncio.create_task(session.call_tool(node.url, "update", uris=[uri]))
+                        for node, uri in zip(nodes, uris[turn:], strict=False)
+                    ]
+                    await eventually(lambda: Watcher(tables._connection).waiting("/* append */"), "an append waits")
+            await asyncio.gather(*told)
+            found = [(await standalone.message(UPDATED))["params"]["uri"] for _ in told]
+            numbers = [int(str(event.id).partition(".")[2]) for event in standalone.seen if event.message]
+    finally:
+        await hand.close()
+    assert sorted(found) == uris
+    assert numbers == list(range(1, 7))
+
+
+async def test_museum_04_the_line_is_tried_for_ever(database, ledger, monkeypatch):
+    """solid_cable: the list of retries was exhausted, the listener gone, the process healthy."""
+    monkeypatch.setattr(line_module, "REOPEN", tuple(seconds / 20 for seconds in line_module.REOPEN))
+    async with (
+        proxied(database) as (proxy, through),
+        cluster(through, ledger.server, 2, poll=60, renew=0.1) as nodes,
+        sessions(nodes, 2) as opened_sessions,
+    ):
+        lines = [node.incarnation.line for node in nodes]
+        proxy.refusing = True
+        proxy.cut_all()
+        seen = proxy.connected
+        await eventually(lambda: proxy.connected > seen + 100, "they go on trying")
+        assert not any(line.up for line in lines)
+        proxy.refusing = False
+        await eventually(lambda: all(line.up for line in lines), "the lines are back")
+        for number, session in enumerate(opened_sessions):
+            await run(session, nodes[1 - number].url, str(number))
+        assert sorted(ledger.ran) == ["0", "1"]
+
+
+async def test_museum_05_what_is_pruned_between_wake_up_and_read_is_no_clean_end(database, ledger, tables):
+    """socket.io: the row was gone when the notification was read, and the message with it."""
+    async with cluster(database, ledger.server, 2, poll=60) as nodes, RawSession() as session:
+        await session.open(nodes[0].url)
+        log = nodes[1].incarnation.log
+        read, pruned = log.read, asyncio.Event()
+
+        async def late(cursor):
+            await pruned.wait()
+            return await read(cursor)
+
+        log.read = late
+        exchange = await session.request(nodes[1].url, "tools/call", {"name": "run", "arguments": {"text": "x"}})
+        closed = "select count(*) from pgmcp.streams where kind = 'request' and closed and next_seq = 2 and id = $1"
+        priming = await exchange.next()
+        stream = UUID(priming.id.partition(".")[0])
+        await eventually(lambda: tables.value(closed, stream), "the answer is stored")
+        await tables.execute("delete from pgmcp.streams where id = $1", stream)
+        pruned.set()
+        events = await exchange.rest()
+        assert exchange.error is None
+        assert [(event.message, event.retry is not None) for event in events] == [(None, True)]  # "come back"
+        for node in nodes:
+            gone = await session.get(node.url, exchange.last_event_id)
+            assert (gone.status, gone.body, gone.headers.get("content-type")) == (204, b"", None)
+        assert ledger.ran == ["x"]
+
+
+async def test_museum_09_a_slow_reader_is_let_go_and_can_resume(database, ledger, tables):
+    """litestar: an unbounded queue for each slow client. Here it is a cursor, and its exchange ends."""
+    async with cluster(database, ledger.server, 2, write_timeout=0.3) as nodes, RawSession() as session:
+        await session.open(nodes[0].url)
+        asked = b'{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"flood",'
+        asked += b'"arguments":{"count":80,"size":100000},"_meta":{"progressToken":1}}}'
+        host, _, port = nodes[1].url.removeprefix("http://").partition(":")
+        reader, writer = await asyncio.open_connection(host, int(port), limit=1024)
+        try:
+            writer.write(
+                b"POST /mcp HTTP/1.1\r\nhost: 127.0.0.1:%s\r\ncontent-type: application/json\r\n"
+                b"accept: application/json, text/event-stream\r\nmcp-session-id: %s\r\n"
+                b"mcp-protocol-version: 2025-11-25\r\ncontent-length: %d\r\n\r\n%s"
+                % (port.encode(), str(session.session_id).encode(), len(asked), asked)
+            )
+            first = (await reader.readuntil(b".0\r\n")).rpartition(b"id: ")[2].strip().decode()
+            await eventually(lambda: ledger.ran == ["flood"], "the tool does not wait for the reader", 20)
+            await eventually(lambda: not len(nodes[1].incarnation.tails), "the exchange ends")
+        finally:
+            writer.transport.abort()
+        resumed = await session.get(nodes[0].url, first)
+        assert (await resumed.response(1))["result"]["content"][0]["text"] == "done"
+        steps = [message["params"]["progress"] for message in resumed.messages if "method" in message]
+        assert steps == list(range(1, 81))
+
+
+async def test_museum_21_a_limit_is_a_limit_also_for_sweeps_at_once(database, tables):
+    """Oban: a subquery with LIMIT and SKIP LOCKED that the planner runs again takes more rows than the limit."""
+    async with store(database) as node:
+        session = await opened(node)
+        await tables.execute(
+            "insert into pgmcp.streams (id, session, kind, closed, closed_at) "
+            "select gen_random_uuid(), $1, 'request', true, now() - interval '1 hour' from generate_series(1, 2000)",
+            session.key,
+        )
+        await tables.execute(
+            "insert into pgmcp.sessions (session_id, owner, transport, created_at) "
+            "select 'old' || n, $1, 'streamable', now() - interval '30 days' from generate_series(1, 1000) n",
+            node.node,
+        )
+        await tables.execute("analyze")
+        ended = await asyncio.gather(*(Upkeep(node.database).expire() for _ in range(8)))
+        assert all(len(found) <= 100 for found in ended)
+        assert len({key for found in ended for key in found}) == sum(map(len, ended)) > 0
+        left = await tables.value("select count(*) from pgmcp.sessions where session_id like 'old%'")
+        assert left == 1000 - sum(map(len, ended))
+        pruned = await asyncio.gather(*(node.database.ask("prune_streams", 60.0) for _ in range(3)))
+        assert all(len(rows) <= 500 for rows in pruned)
+        assert await tables.value("select count(*) from pgmcp.streams where closed") == 2000 - sum(map(len, pruned))
+
+
+async def test_museum_21_eight_claimers_of_a_thousand_messages(database):
+    async with store(database, max_in_flight=2000) as node:
+        session = await opened(node)
+        await asyncio.gather(*(node.inbox.accept([request(session, None)]) for _ in range(1000)))
+        claims = await asyncio.gather(*(node.inbox.claim(session.ownership) for _ in range(8)))
+        keys = [message.key for found in claims for message in found]
+        assert len(keys) == len(set(keys)) == 1000
+
+
+async def test_museum_28_no_setting_leaks_in_the_pool(database):
+    """Hatchet: a statement's timeout stayed with the connection."""
+    async with store(database, pool_size=3) as node:
+        session = await opened(node)
+        for _ in range(4):
+            await node.inbox.accept([request(session, None)])
+            await node.inbox.claim(session.ownership)
+        assert node.database._idle
+        for connection in node.database._idle:
+            for name in ("lock_timeout", "statement_timeout", "synchronous_commit"):
+                row = await connection.fetchrow("select setting, reset_val from pg_settings where name = $1", name)
+                assert row["setting"] == row["reset_val"], name
+
+
+def test_museum_30_nobody_listens_on_a_pool_connection():
+    """pgqueuer: the pool's driver listened, and never reconnected. Only the line does, outside of the pool."""
+    folder = Path(pgmcp.__file__).parent
+    found = {
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*.py")
+        if re.search(r"\.add_listener\(", path.read_text("utf-8"))
+    }
+    assert found == {"store/line.py"}
+    assert "pool" not in inspect.getsource(line_module.Line._connect)
+    assert Settings(database_url="postgresql://a/b", listen_url="postgresql://c/d").line_url == "postgresql://c/d"
