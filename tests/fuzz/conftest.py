@@ -103,7 +103,7 @@ class Target:
         return dict(self.run(self._held()))
 
     def settled(self, before: dict[str, int]) -> None:
-        """Wait until the node holds no more than before; HTTP+SSE sessions whose client has gone count as a minute old."""
+        """Wait until the node holds no more than before; HTTP+SSE sessions without a client age at once."""
 
         async def wait() -> None:
             end, held = self.loop.time() + BOUND, await self._held()

@@ -57,7 +57,9 @@ def check(answer) -> None:
 @example(raw=b"GET /mcp HTTP/1.1\r\nhost: a\r\nhost: b\r\n\r\n")
 @example(raw=b"POST /mcp HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: 3\r\ncontent-length: 4\r\n\r\nabcd")
 @example(raw=b"POST /mcp HTTP/1.1\r\nhost: 127.0.0.1\r\ntransfer-encoding: chunked\r\n\r\nZZ\r\n")
-@example(raw=b"POST /mcp HTTP/1.1\r\nhost: 127.0.0.1\r\ntransfer-encoding: chunked\r\ncontent-length: 1\r\n\r\n0\r\n\r\n")
+@example(
+    raw=b"POST /mcp HTTP/1.1\r\nhost: 127.0.0.1\r\ntransfer-encoding: chunked\r\ncontent-length: 1\r\n\r\n0\r\n\r\n"
+)
 def test_bytes(watched, raw):
     check(watched.send(raw))
 
@@ -95,6 +97,10 @@ def test_bodies_that_never_end(watched):
     """The client goes before it has sent what it promised."""
     start = b"POST %s HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
     for path in (b"/mcp", b"/messages/?session_id=x", b"/sse", b"/livez"):
-        for rest in (b"content-length: 50\r\n\r\n{", b"transfer-encoding: chunked\r\n\r\n5\r\n{", b"expect: 100-contin"):
+        for rest in (
+            b"content-length: 50\r\n\r\n{",
+            b"transfer-encoding: chunked\r\n\r\n5\r\n{",
+            b"expect: 100-contin",
+        ):
             answer = watched.send(start % path + rest)
             assert answer.status is None or answer.status in {100, *GOOD}, answer.raw

@@ -45,8 +45,8 @@ async def test_sessions_in_all(database, talker):
         before = await tables.counts()
         for node in nodes:
             refused(await sessions[3].initialize(node.url), 503, INTERNAL_ERROR, "3 sessions", "later")
-            sse = await RawSession(path="/sse").get(node.url)
-            refused(sse, 503, INTERNAL_ERROR, "3 sessions")
+            async with RawSession(path="/sse") as older:
+                refused(await older.get(node.url), 503, INTERNAL_ERROR, "3 sessions")
             assert sum(node.incarnation.host.sessions for node in nodes) == 3
         assert await tables.counts() == before
         for node, session in zip(nodes, sessions, strict=False):

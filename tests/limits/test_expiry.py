@@ -183,25 +183,28 @@ async def test_what_is_finished_goes_and_what_lives_stays(database, talker, edge
 async def test_a_stream_that_is_being_carried_is_not_pruned(database, talker, edge):
     """A client that reads slowly still gets the end of a stream that was finished long ago."""
     count, size = 200, 100_000
-    async with cluster(database, talker, 2, retention=60) as nodes, tables_of(database) as tables:
-        async with RawSession() as session:
-            await session.open(nodes[0].url)
-            flood = {"name": "flood", "arguments": {"count": count, "size": size}}
-            body = {"jsonrpc": "2.0", "id": "big", "method": "tools/call", "params": flood}
-            headers = {"mcp-session-id": session.session_id, "accept": "application/json, text/event-stream",
-                       "content-type": "application/json"}  # fmt: skip
-            async with session._http.stream("POST", f"{nodes[edge].url}/mcp", json=body, headers=headers) as response:
-                pieces = response.aiter_raw()
-                await anext(pieces)
-                closed = "select count(*) from pgmcp.streams where closed and sink is not null"
-                unfinished = "select count(*) from pgmcp.requests where finished_at is null"
-                await eventually(lambda: is_(tables, unfinished, 0), "the call has ended")
-                assert await tables.value(closed) >= 1
-                await age(tables, 61, "streams.closed_at", "requests.finished_at", "events.stored_at")
-                await upkeep(nodes[1 - edge]).prune()
-                rest = b"".join([piece async for piece in pieces])
-            assert rest.endswith(b"\r\n\r\n")
-            assert b"flooded" in rest[-1000:]
+    async with (
+        cluster(database, talker, 2, retention=60) as nodes,
+        tables_of(database) as tables,
+        RawSession() as session,
+    ):
+        await session.open(nodes[0].url)
+        flood = {"name": "flood", "arguments": {"count": count, "size": size}}
+        body = {"jsonrpc": "2.0", "id": "big", "method": "tools/call", "params": flood}
+        headers = {"mcp-session-id": session.session_id, "accept": "application/json, text/event-stream",
+                   "content-type": "application/json"}  # fmt: skip
+        async with session._http.stream("POST", f"{nodes[edge].url}/mcp", json=body, headers=headers) as response:
+            pieces = response.aiter_raw()
+            await anext(pieces)
+            closed = "select count(*) from pgmcp.streams where closed and sink is not null"
+            unfinished = "select count(*) from pgmcp.requests where finished_at is null"
+            await eventually(lambda: is_(tables, unfinished, 0), "the call has ended")
+            assert await tables.value(closed) >= 1
+            await age(tables, 61, "streams.closed_at", "requests.finished_at", "events.stored_at")
+            await upkeep(nodes[1 - edge]).prune()
+            rest = b"".join([piece async for piece in pieces])
+        assert rest.endswith(b"\r\n\r\n")
+        assert b"flooded" in rest[-1000:]
 
 
 @both
@@ -220,6 +223,11 @@ async def test_a_big_heap_goes_in_small_batches(database, talker, edge):
             "from generate_series(1, 2000)"
         )
         await upkeep(nodes[edge]).prune()
-        assert await tables.value("select count(*) from pgmcp.streams where closed_at < now() - interval '1 minute'") == 0
-        assert await tables.value("select count(*) from pgmcp.requests where finished_at < now() - interval '1 minute'") == 0
+        assert (
+            await tables.value("select count(*) from pgmcp.streams where closed_at < now() - interval '1 minute'") == 0
+        )
+        assert (
+            await tables.value("select count(*) from pgmcp.requests where finished_at < now() - interval '1 minute'")
+            == 0
+        )
         assert (await live.call(nodes[edge].url, "ping"))["result"] == {}

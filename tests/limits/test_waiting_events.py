@@ -150,7 +150,11 @@ async def test_answers_that_no_http_sse_client_fetches_are_bounded(database, tal
             await stream.close()
         await eventually(lambda: is_(tables, "select count(*) from pgmcp.streams where sink is not null", 0), "gone")
         async with RawSession(path=where) as poster:
-            initialize = {"protocolVersion": "2024-11-05", "capabilities": {}, "clientInfo": {"name": "", "version": ""}}
+            initialize = {
+                "protocolVersion": "2024-11-05",
+                "capabilities": {},
+                "clientInfo": {"name": "", "version": ""},
+            }
             ids, statuses = iter(range(1000)), []
             first = {"jsonrpc": "2.0", "id": "i", "method": "initialize", "params": initialize}
             assert (await poster.post(nodes[0].url, first)).status == 202

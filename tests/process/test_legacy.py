@@ -196,6 +196,7 @@ class Sse:
 
     def __init__(self, headers: Mapping[str, str] | None = None) -> None:
         self.endpoint = ""
+        self.retry: int | None = None
         self._ids = itertools.count(1)
         self._streams: list[RawExchange] = []
         self._http = httpx.AsyncClient(
@@ -216,6 +217,7 @@ class Sse:
         first = await stream.next()
         assert first is not None
         assert (first.event, first.id) == ("endpoint", None)
+        self.retry = first.retry
         self.endpoint = str(first.data)
         stream.seen.clear()
         return stream
@@ -276,6 +278,12 @@ async def test_the_endpoint_is_a_path_of_the_same_origin(bases: Sequence[str]) -
         assert stream.headers["cache-control"] == "no-cache, no-transform"
 
 
+async def test_the_server_says_when_to_come_back(bases: Sequence[str]) -> None:
+    async with Sse() as client:
+        await client.get(bases[0])
+        assert client.retry == 1000, "an EventSource waits for 3 s otherwise"
+
+
 async def test_messages_may_be_posted_to_any_node(bases: Sequence[str]) -> None:
     async with Sse() as client:
         stream = await client.open(*bases)
@@ -285,7 +293,7 @@ async def test_messages_may_be_posted_to_any_node(bases: Sequence[str]) -> None:
 
 
 async def test_answers_come_exactly_once_and_in_order_over_many_connections(bases: Sequence[str]) -> None:
-    """12 calls, posted to all nodes in turn; the stream is cut after every few events and goes on elsewhere."""
+    """12 calls, posted to all nodes in turn; the stream is cut after every twelfth event and goes on elsewhere."""
     calls, steps = range(100, 112), 8
     events: list[tuple[int, dict[str, Any]]] = []
     async with Sse() as client:
@@ -296,7 +304,7 @@ async def test_answers_come_exactly_once_and_in_order_over_many_connections(base
             meta = {"progressToken": rpc_id}
             await client.send(bases[rpc_id % 3], "tools/call", rpc_id, name="slow", arguments=arguments, _meta=meta)
         for connection in itertools.count(1):
-            for _ in range(5):
+            for _ in range(12):
                 event = await stream.next()
                 assert event is not None
                 assert event.id is not None

@@ -117,7 +117,7 @@ async def test_postgres_is_slow(database, ledger):
         async def weather(_: int) -> None:
             proxy.delay = 0.2
 
-        async with load(nodes, ledger, weather, each=4, count=6) as took:
+        async with load(nodes, ledger, weather, each=3, count=4) as took:
             assert max(took) < 6
         assert all(node.incarnation.lease.trusted and node.incarnation.line.up for node in nodes)
         assert identities(nodes) == before
@@ -210,6 +210,32 @@ async def test_an_outage_longer_than_the_hold_is_said(database, ledger, tables):
             name: rows[name] for name in ("sessions", "nodes")
         }
         assert identities(nodes) == before
+
+
+async def test_the_hold_ends_also_while_a_statement_hangs(database, ledger):
+    """Whoever came while another statement hung waits no longer than its own hold."""
+    times = {"hold": 0.5, "resume_hold": 0.5, "statement_timeout": 2.0}
+    async with (
+        proxied(database) as (proxy, through),
+        cluster(through, ledger.server, 2, **times) as nodes,
+        sessions(nodes, 2) as opened,
+    ):
+        proxy.black_hole = True
+        start = time.monotonic()
+        answers = await asyncio.gather(
+            *(
+                session.request(node.url, "tools/call", {"name": "run", "arguments": {"text": "never"}})
+                for session in opened
+                for node in nodes
+                for _ in range(2)
+            ),
+            *(session.get(nodes[1].url) for session in opened),
+        )
+        took = time.monotonic() - start
+        proxy.black_hole = False
+        proxy.cut_all()
+        assert {answer.status for answer in answers} == {503}
+        assert took < 1.2
 
 
 @asynccontextmanager
