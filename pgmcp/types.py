@@ -17,8 +17,8 @@ StreamId = NewType("StreamId", UUID)
 RequestKey = NewType("RequestKey", UUID)
 
 
-PAGE = 64
-"""Events that one look at a stream returns at most."""
+PAGE, PAGE_BYTES = 64, 1024 * 1024
+"""Events that one look at a stream returns at most, and their bytes unless the first alone has more."""
 
 
 class NodeState(StrEnum):
@@ -104,6 +104,7 @@ class Message:
     body: bytes
     context: bytes
     stream: StreamId | None
+    transport: str = "streamable"
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,12 +171,13 @@ class Page:
     """What a stream holds after a cursor.
 
     ``attached`` is False when another edge carries the stream now or the stream is gone;
-    ``closed`` says that nothing will follow these events.
+    ``closed`` says that nothing will follow these events, ``more`` that another look finds others at once.
     """
 
     attached: bool
     closed: bool
     events: tuple[Event, ...] = ()
+    more: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -175,7 +175,7 @@ class Actor:
                 can_ask=caller.can_ask,
                 unanswered=lambda: self._cancelled(rpc_id),
                 close_stream=None if claimed.stream is None else self._closer(stream.id),
-                close_standalone=self._closer(None),
+                close_standalone=None if claimed.stream is None else self._closer(None),  # HTTP+SSE cannot resume
             )
         )
 

@@ -8,6 +8,7 @@ none.
 from __future__ import annotations
 
 import json
+from hashlib import sha256
 
 from pgmcp.session.adapter import Kind, Outgoing
 
@@ -20,7 +21,7 @@ def topic_of(outgoing: Outgoing, seq: int) -> str | None:
         return None
     if outgoing.method == "notifications/resources/updated":
         uri = json.dumps((json.loads(outgoing.message).get("params") or {}).get("uri"))
-        return f"{outgoing.method} {uri}"[:_LONGEST]
+        return f"{outgoing.method} {uri if len(uri) <= _LONGEST else sha256(uri.encode()).hexdigest()}"
     if outgoing.method is not None and outgoing.method.endswith("/list_changed"):
         return outgoing.method
     return f"{outgoing.method} #{seq}"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import asyncpg
@@ -46,6 +47,9 @@ CONTENTION = (
     asyncpg.UniqueViolationError,
 )
 """Another transaction was in the way, or stored the same row; the same statement may be sent again."""
+
+LOCK_WAIT: ContextVar[str] = ContextVar("LOCK_WAIT", default="250ms")
+"""How long the grouped writes of a task wait for a lock."""
 
 BACKOFF = (0.02, 0.05, 0.1, 0.2, 0.5)
 
@@ -141,7 +145,7 @@ class Database:
             raise DatabaseUnavailable(message)
         async with self._turn():
             connection = await self._connection(pool)
-            text = statement(name, self.settings.schema_name)
+            text = statement(name, self.settings.schema_name, LOCK_WAIT.get())
             rows: list[asyncpg.Record] = []
             try:
                 rows = await connection.fetch(text, *args, timeout=self.settings.statement_timeout)
@@ -207,7 +211,8 @@ class Database:
         end, tries = self.clock.boottime() + patience, 0
         while True:
             try:
-                return await call()
+                async with asyncio.timeout(max(0.0, end - self.clock.boottime())):
+                    return await call()
             except (*TROUBLE, *CONTENTION) as error:
                 if self.clock.boottime() >= end:
                     raise unavailable(self.settings.database_url, error) from error

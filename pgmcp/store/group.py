@@ -19,6 +19,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
+from contextvars import Context
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -26,7 +27,7 @@ import asyncpg
 
 from pgmcp.clock import Clock
 from pgmcp.errors import DatabaseUnavailable, PgmcpError
-from pgmcp.store.database import BACKOFF, CONTENTION, TROUBLE
+from pgmcp.store.database import BACKOFF, CONTENTION, LOCK_WAIT, TROUBLE
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ Result = TypeVar("Result")
 ROWS = 256
 BYTES = 4 * 1024 * 1024
 BOUND = 4096
+LATE = "PostgreSQL did not take the write in time; try again."
 PARKED = 2
 """Statements for parked keys that may be in flight: each may hold a connection for as long as it waits for a lock."""
 
@@ -90,9 +92,12 @@ class Group(Generic[Row, Result]):
             PgmcpError: the result of this row is an error.
         """
         await self._room.acquire()
-        done: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
-        done.add_done_callback(lambda _: self._room.release())
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[Result] = loop.create_future()
         waiting = _Waiting(row, self._key(row), size, self._clock.boottime() + patience, done)
+        late = loop.call_later(patience, _settle, [waiting], [DatabaseUnavailable(LATE)])  # also while one hangs
+        done.add_done_callback(lambda _: late.cancel())
+        done.add_done_callback(lambda _: self._room.release())
         if waiting.key in self._parked:
             self._parked[waiting.key].append(waiting)
         else:
@@ -114,6 +119,8 @@ class Group(Generic[Row, Result]):
         size = 0
         while self._waiting and len(batch) < ROWS and (not batch or size + self._waiting[0].size <= BYTES):
             waiting = self._waiting.popleft()
+            if waiting.done.done():
+                continue
             if waiting.key in self._parked:
                 self._parked[waiting.key].append(waiting)
                 continue
@@ -129,8 +136,12 @@ class Group(Generic[Row, Result]):
             if error is None:
                 return
             if len(batch) > 1 and not isinstance(error, TROUBLE):
-                for waiting in batch:
-                    await self._settled_or_parked(waiting)
+                brief = LOCK_WAIT.set("20ms")  # each locked row holds up those after it: it waits on when it is parked
+                try:
+                    for waiting in batch:
+                        await self._settled_or_parked(waiting)
+                finally:
+                    LOCK_WAIT.reset(brief)
                 return
             if isinstance(error, CONTENTION):
                 self._park(batch[0])
@@ -179,7 +190,7 @@ class Group(Generic[Row, Result]):
 
     def _park(self, waiting: _Waiting[Row, Result]) -> None:
         self._parked[waiting.key] = deque([waiting])
-        task = asyncio.create_task(self._retry(waiting.key))
+        task = asyncio.create_task(self._retry(waiting.key), context=Context())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

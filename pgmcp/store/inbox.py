@@ -163,6 +163,7 @@ class TableInbox:
             self._settings.max_in_flight,
             self._settings.max_in_flight * WAITING_SHARE,
             [number for number, messages in enumerate(posts) for _ in messages],
+            [message.transport for message in flat],
         )
         results: list[list[asyncpg.Record] | PgmcpError] = []
         for messages in posts:

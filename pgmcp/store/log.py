@@ -23,6 +23,7 @@ from pgmcp.store.database import Database
 from pgmcp.store.group import Group
 from pgmcp.types import (
     PAGE,
+    PAGE_BYTES,
     Attachment,
     Cursor,
     Entry,
@@ -54,8 +55,6 @@ class TableLog:
         self._database, self._node, self._gate = database, node, gate
         self._settings = database.settings
         self._hold, self._resume_hold = database.settings.hold, database.settings.resume_hold
-        # Short: between two looks the exchange writes its comments.
-        self._look = min(database.settings.poll, database.settings.keepalive)
         self._appends: Group[Entry, NodeId | None] = Group(
             self._send_appends, clock, lambda entry: entry.ownership.session, gate
         )
@@ -99,7 +98,7 @@ class TableLog:
         last = self._last.pop((cursor.stream, cursor.sink_epoch), None)
         if last is not None and last.seq == cursor.after + 1:
             return Page(attached=True, closed=True, events=(last,))
-        return await self._reads.put(cursor, patience=self._look)
+        return await self._reads.put(cursor, patience=self._resume_hold)
 
     async def _send_reads(self, cursors: Sequence[Cursor]) -> list[Page | PgmcpError]:
         rows = await self._database.fetch(
@@ -109,6 +108,7 @@ class TableLog:
             [cursor.after for cursor in cursors],
             self._node,
             PAGE,
+            PAGE_BYTES,
         )
         found: dict[int, list[asyncpg.Record]] = {}
         for row in rows:
@@ -205,4 +205,9 @@ def _page(cursor: Cursor, rows: list[asyncpg.Record]) -> Page:
         return Page(attached=False, closed=False)
     events = tuple(Event(row["seq"], row["message"]) for row in rows if row["seq"] is not None)
     last = events[-1].seq if events else cursor.after
-    return Page(attached=True, closed=rows[0]["closed"] and last >= rows[0]["next_seq"] - 1, events=events)
+    return Page(
+        attached=True,
+        closed=rows[0]["closed"] and last >= rows[0]["next_seq"] - 1,
+        more=last < rows[0]["next_seq"] - 1,
+        events=events,
+    )

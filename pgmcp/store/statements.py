@@ -28,6 +28,10 @@ def names() -> list[str]:
 
 
 @cache
-def statement(name: str, schema: str) -> str:
-    """The text of one statement for one schema; the schema's name was checked by the settings."""
-    return f"/* {name} */ " + _texts()[name].replace("{schema}", f'"{schema}"')
+def statement(name: str, schema: str, wait: str = "250ms") -> str:
+    """The text of one statement for one schema; the schema's name was checked by the settings.
+
+    Args:
+        wait: how long a grouped write may wait for each lock.
+    """
+    return f"/* {name} */ " + _texts()[name].replace("{schema}", f'"{schema}"').replace("'250ms'", f"'{wait}'")

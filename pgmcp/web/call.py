@@ -61,7 +61,7 @@ class Call:
         """
         text = f"The body has more than {limit} bytes"
         declared = self.header("content-length")
-        if declared.isdigit() and int(declared) > limit:
+        if declared.isascii() and declared.isdigit() and int(declared) > limit:
             raise Refusal(413, text)
         body = bytearray()
         async for chunk in self.request.stream():

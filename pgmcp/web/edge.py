@@ -63,11 +63,14 @@ class Edge:
         """An id for a stream; whoever waits for it subscribes before the stream exists."""
         return StreamId(self.ids.uuid())
 
-    async def accept(self, post: Post, call: Call, session_id: str, stream: StreamId | None) -> Accepted:
+    async def accept(
+        self, post: Post, call: Call, session_id: str, stream: StreamId | None, transport: str = "streamable"
+    ) -> Accepted:
         """Store a POST's messages and wake the owner.
 
         Args:
             stream: carries the answers, if the POST has requests.
+            transport: a session of another one is unknown.
 
         Raises:
             SessionUnknown: no such session for this caller.
@@ -89,6 +92,7 @@ class Edge:
                     body=message.body,
                     context=self.box.seal(caller, place(session_id, key)),
                     stream=stream if message.rpc_id is not None else None,
+                    transport=transport,
                 )
             )
         accepted = await self.inbox.accept(messages)
@@ -97,7 +101,12 @@ class Edge:
         return accepted
 
     async def attach(self, call: Call, session_id: str | None, stream: StreamId | None) -> Attachment | SessionFacts:
-        """Become a stream's sink (None: the standalone one); whoever was it before ends its exchange."""
+        """Become a stream's sink; whoever was it before ends its exchange.
+
+        Args:
+            session_id: a session of Streamable HTTP; None: the HTTP+SSE session that the stream belongs to.
+            stream: None: the session's standalone stream.
+        """
         attached = await self.log.attach(session_id, call.principal, stream)
         if isinstance(attached, Attachment) and attached.replaced is not None:
             self.wakeups.stream(attached.replaced, attached.stream)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from uuid import UUID
 
 from mcp.server.transport_security import TransportSecurityMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message, Receive, Scope, Send
 
 from pgmcp.errors import (
@@ -79,6 +79,8 @@ class Endpoint(ABC):
         call = Call(Request(scope, receive), receive, noting)
         try:
             await self._checked(call)
+        except ClientDisconnect:
+            logger.debug("a client went before it had sent its whole body")
         except (Refusal, PgmcpError) as error:
             if started:
                 raise

@@ -27,7 +27,7 @@ from pgmcp.cluster.lease import Lease
 from pgmcp.errors import DatabaseUnavailable, NodeNotReady, PgmcpError, SessionUnknown
 from pgmcp.ports import Log
 from pgmcp.settings import Settings
-from pgmcp.types import PAGE, Cursor, Event, Page, StreamId, StreamKind
+from pgmcp.types import Cursor, Event, Page, StreamId, StreamKind
 from pgmcp.web.tails import Tail
 from pgmcp.web.wire import INTERNAL_ERROR, Refusal
 
@@ -93,6 +93,7 @@ class Exchange:
         self._receive, self._send = receive, send
         self._priming, self._notes_all, self._headers = priming, notes_all, headers
         self._gone = False
+        self._reading: asyncio.Task[Page] | None = None
         self._written = self._noted = clock.boottime()
 
     # -- reading ---------------------------------------------------------------------------------------------------
@@ -109,15 +110,31 @@ class Exchange:
         self._tail.moved.clear()
         if self._tail.over:
             return Page(attached=False, closed=False)
-        try:
-            page = await self._log.read(Cursor(self._tail.stream, self._sink_epoch, self._read))
-        except DatabaseUnavailable:
+        page = await self._page()
+        if page is None:
             return None
         if page.events:
             self._read = page.events[-1].seq
-            if len(page.events) >= PAGE:
+            if page.more:
                 self._tail.moved.set()
         return page
+
+    async def _page(self) -> Page | None:
+        """Read on; None when the database takes longer than comments may wait. The same read is awaited again then."""
+        again = self._reading is not None
+        if self._reading is None:
+            cursor = Cursor(self._tail.stream, self._sink_epoch, self._read)
+            self._reading = asyncio.create_task(self._log.read(cursor))
+        done, _ = await asyncio.wait({self._reading}, timeout=min(self._settings.poll, self._settings.keepalive))
+        if not done:
+            return None
+        reading, self._reading = self._reading, None
+        if again:
+            self._tail.moved.set()  # what moved while it was read, it may have missed
+        try:
+            return reading.result()
+        except DatabaseUnavailable:
+            return None
 
     # -- plain JSON ------------------------------------------------------------------------------------------------
 
@@ -282,6 +299,13 @@ class Exchange:
         except TimeoutError:
             logger.info("a client has not read from its stream for %s s", self._settings.write_timeout)
             self._on_gone()  # it can resume; what it did not read is in the log
+            self._abort()
+
+    def _abort(self) -> None:
+        """Drop the connection: a server's orderly close would wait for ever until the client reads what is buffered."""
+        transport = getattr(getattr(self._receive, "__self__", None), "transport", None)  # uvicorn's
+        if transport is not None:  # uvloop's is no asyncio.Transport
+            transport.abort()
 
     async def _start(self, status: int, headers: dict[str, str]) -> None:
         pairs = [(name.encode(), value.encode()) for name, value in (headers | self._headers).items()]
@@ -298,6 +322,8 @@ class Exchange:
 
     async def release(self) -> None:
         """Let go of the stream: note how far it was carried."""
+        if self._reading is not None:
+            self._reading.cancel()
         carried = 0 if self._gone and self._kind is StreamKind.REQUEST else self._carried
         with suppress(PgmcpError, TimeoutError):
             async with asyncio.timeout(DROP):

@@ -56,22 +56,23 @@ class SseStream(Endpoint):
             await edge.lease.acting()
             new = edge.new_session(call, "sse")
             await edge.host.open(new)
-            opened = await edge.attach(call, new.session_id, None)
+            opened = await edge.attach(call, None, new.standalone)
             if not isinstance(opened, Attachment):
                 raise SessionUnknown("Session not found")
             attached = opened
         await self._carry(edge, call, attached, after)
 
     async def _resumed(self, edge: Edge, call: Call, last: str) -> tuple[Attachment | None, int]:
-        stream, after = cursor(last)
         try:
+            stream, after = cursor(last)
             attached = await edge.attach(call, None, stream)
-        except SessionUnknown:
-            return None, 0
+        except (Refusal, SessionUnknown):
+            return None, 0  # an EventSource that is refused never comes back
         return (attached, after) if isinstance(attached, Attachment) else (None, 0)
 
     async def _carry(self, edge: Edge, call: Call, attached: Attachment, after: int) -> None:
         root = call.request.scope.get("root_path", "").rstrip("/")
+        retry = f"retry: {edge.settings.retry_ms}\r\n"
         where = f"{quote(root + self._messages)}?session_id={attached.session_id}"
         with edge.tails.subscribe(attached.stream) as tail:
             exchange = edge.exchange(
@@ -86,7 +87,7 @@ class SseStream(Endpoint):
                 notes_all=False,
             )
             try:
-                await exchange.stream(look=True, preface=f"event: endpoint\r\ndata: {where}\r\n\r\n".encode())
+                await exchange.stream(look=True, preface=f"{retry}event: endpoint\r\ndata: {where}\r\n\r\n".encode())
             finally:
                 await exchange.release()
                 with suppress(PgmcpError):
@@ -108,5 +109,5 @@ class SseMessages(Endpoint):
         post = parse_post(body, edge.settings.max_batch, edge.settings.max_depth)
         if post.batch:
             raise Refusal(400, "HTTP+SSE has no batches; POST one message")
-        await edge.accept(post, call, session_id, None)
+        await edge.accept(post, call, session_id, None, "sse")
         await call.send_response(PlainTextResponse("Accepted", 202))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 
-from pgmcp.errors import PgmcpError
+from pgmcp.errors import PgmcpError, SessionBusy
 from pgmcp.types import Accepted, Attachment
 from pgmcp.web.call import SESSION_ID, Call
 from pgmcp.web.edge import Edge
@@ -41,7 +41,12 @@ class Posting:
         if post.batch:
             await self._check_batch(session_id)
         if post.requests:
-            await self._requests(post, session_id)
+            most = self._edge.settings.max_streams
+            with self._edge.tails.post(session_id, most) as room:
+                if not room:  # answers that nobody reads hold their streams, though nothing is in flight any more
+                    message = f"This session has {most} streams open; close one before you open another."
+                    raise SessionBusy(message)
+                await self._requests(post, session_id)
         else:
             await self._edge.accept(post, self._call, session_id, None)
             await self._call.respond(202)

@@ -7,6 +7,7 @@ stream), reads after each wake-up, and looks by itself now and then, so that a l
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -33,6 +34,7 @@ class Tails:
 
     def __init__(self) -> None:
         self._by_stream: dict[StreamId, set[Tail]] = {}
+        self._posts: Counter[str] = Counter()
 
     def __len__(self) -> int:
         return sum(len(tails) for tails in self._by_stream.values())
@@ -52,6 +54,17 @@ class Tails:
             tails.discard(tail)
             if not tails:
                 del self._by_stream[stream]
+
+    @contextmanager
+    def post(self, session_id: str, most: int) -> Iterator[bool]:
+        """Count a session's POST as one of its open streams here; False when it has ``most`` of them."""
+        self._posts[session_id] += 1
+        try:
+            yield self._posts[session_id] <= most
+        finally:
+            self._posts[session_id] -= 1
+            if not self._posts[session_id]:
+                del self._posts[session_id]
 
     def wake(self, streams: Iterable[StreamId]) -> None:
         """These streams have moved."""

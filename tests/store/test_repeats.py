@@ -273,11 +273,13 @@ async def test_accept_beside_its_own_first_try(scene: Scene) -> None:
 
 async def test_a_claim_whose_caller_gave_up_is_found_by_the_next_one(database: str) -> None:
     """The patience ended with the reply lost: what was claimed must not lie there for ever."""
-    async with proxied(database) as (proxy, address), store(address, hold=0.001) as node, store(database) as edge:
+    async with proxied(database) as (proxy, address), store(address, hold=0.3) as node, store(database) as edge:
         session = await opened(node)
         message = request(session)
         await edge.inbox.accept([message])
         proxy.cut("claim", Cut.AFTER)
+        proxy.refusing = True
         first = await outcome(node.inbox.claim(session.ownership))
         assert not isinstance(first, list)
+        proxy.refusing = False
         assert [item.key for item in await node.inbox.claim(session.ownership)] == [message.key]

@@ -28,6 +28,7 @@ select found.id, found.epoch, counted.everybody, counted.own from counted left j
 select id, owner, epoch, protocol_version
 from {schema}.sessions
 where session_id = $1
+  and transport = 'streamable'
   and state = 'live'
   and (principal_client, principal_issuer, principal_subject) is not distinct from ($2::text, $3::text, $4::text);
 
@@ -42,9 +43,9 @@ with guard as materialized (
     select *
     from unnest(
         $1::uuid[], $2::text[], $3::text[], $4::text[], $5::text[], $6::text[], $7::text[], $8::text[],
-        $9::bytea[], $10::bytea[], $11::uuid[], $15::bigint[]
+        $9::bytea[], $10::bytea[], $11::uuid[], $15::bigint[], $16::text[]
     ) with ordinality
-        as a (id, session_id, client, issuer, subject, rpc_id, method, name, body, context, stream, post, n)
+        as a (id, session_id, client, issuer, subject, rpc_id, method, name, body, context, stream, post, transport, n)
 ), held as materialized (
     select s.*
     from guard, {schema}.sessions s
@@ -52,15 +53,29 @@ with guard as materialized (
     order by s.id
     for key share of s
 ), counted as materialized (
-    select h.*, (select count(*) from {schema}.requests r where r.session = h.id and r.finished_at is null) as unfinished
-    from held h
+    select h.*, u.requests, u.messages,
+        -- answers that wait on an HTTP+SSE stream that nobody carries
+        (
+            select st.next_seq - 1 - st.delivered_seq from {schema}.streams st
+            where st.session = h.id and st.kind = 'standalone' and st.sink is null
+        ) as unread
+    from held h cross join lateral (
+        select count(*) as messages, count(r.rpc_id) as requests
+        from {schema}.requests r where r.session = h.id and r.finished_at is null
+    ) u
 ), mine as materialized (
-    select a.*, h.id as session, h.owner, h.epoch, h.protocol_version, h.unfinished
+    select a.*, h.id as session, h.owner, h.epoch, h.protocol_version,
+        -- with this POST and those before it in this statement
+        a.rpc_id is not null and h.requests + count(a.rpc_id) over posts > $13::bigint
+            or h.messages + count(*) over posts > $14::bigint
+            or a.rpc_id is not null and a.stream is null and h.unread >= $14::bigint as excess
     from asked a
     join counted h
         on h.session_id = a.session_id
+        and h.transport = a.transport
         and (h.principal_client, h.principal_issuer, h.principal_subject)
             is not distinct from (a.client, a.issuer, a.subject)
+    window posts as (partition by h.id order by a.post)
 ), known as materialized (
     select m.n, m.post, r.id, r.stream, r.body = m.body as same,
         r.finished_at is not null as finished, st.sink is not null as attached
@@ -73,8 +88,7 @@ with guard as materialized (
     where not exists (select from known k where k.post = m.post)
       and not exists (select from {schema}.requests r where r.id = m.id)
       and not exists (
-          select from mine o
-          where o.post = m.post and o.unfinished >= case when o.rpc_id is null then $14::bigint else $13::bigint end
+          select from mine o where o.post = m.post and o.excess
       )
 ), stored as (
     insert into {schema}.requests (id, session, rpc_id, method, name, body, context, stream, open)
@@ -95,7 +109,7 @@ select
     m.session, m.owner, m.epoch, m.protocol_version,
     stored.id is not null or k.id = a.id
         or exists (select from {schema}.requests r where r.id = a.id) as accepted,
-    m.unfinished >= case when m.rpc_id is null then $14::bigint else $13::bigint end as full,
+    m.excess as full,
     k.id as known_id, k.stream as known_stream, k.same, k.finished, k.attached
 from asked a
 left join mine m on m.n = a.n

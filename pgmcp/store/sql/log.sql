@@ -80,41 +80,52 @@ select a.n, st.closed, st.next_seq, e.seq, e.message
 from unnest($1::uuid[], $2::bigint[], $3::bigint[]) with ordinality as a (stream, sink_epoch, after, n)
 join {schema}.streams st on st.id = a.stream and st.sink = $4 and st.sink_epoch = a.sink_epoch
 left join lateral (
+    -- at most $5 events and, unless the first is larger, $6 bytes; the sizes are known without reading the messages
     select e.seq, e.message
-    from {schema}.events e
-    where e.stream = a.stream and e.seq > a.after
-    order by e.seq
-    limit $5
+    from (
+        select p.seq, p.message, sum(octet_length(p.message)) over upto as bytes, row_number() over upto as place
+        from (
+            select q.seq, q.message from {schema}.events q
+            where q.stream = a.stream and q.seq > a.after
+            order by q.seq
+            limit $5
+        ) p
+        window upto as (order by p.seq)
+    ) e
+    where e.bytes <= $6 or e.place = 1
 ) e on true
 order by a.n, e.seq;
 
 -- name: attach
--- Newest sink wins. $5 null means the session's standalone stream; $1 null, the session of the stream $5.
+-- Newest sink wins. $5 null means the session's standalone stream; $1 null, the HTTP+SSE session of the stream $5.
 with guard as materialized (
     select set_config('lock_timeout', '250ms', true)
 ), held as materialized (
     select s.id, s.session_id, s.owner, s.epoch, s.protocol_version
     from guard, {schema}.sessions s
     where (s.session_id = $1 or ($1 is null and s.id = (select session from {schema}.streams where id = $5)))
+      and s.transport = case when $1 is null then 'sse' else 'streamable' end
       and s.state = 'live'
       and (s.principal_client, s.principal_issuer, s.principal_subject)
           is not distinct from ($2::text, $3::text, $4::text)
     for key share of s
 ), target as materialized (
-    select st.id, st.sink
+    select st.id, st.sink, (
+        select count(*) from {schema}.streams o
+        where o.session = held.id and o.sink is not null and o.id <> st.id  -- one that moves is not one more
+    ) >= $7 as full
     from held join {schema}.streams st on st.session = held.id
-    where (($5::uuid is null and st.kind = 'standalone') or st.id = $5)
-      and (select count(*) from {schema}.streams o where o.session = held.id and o.sink is not null) < $7
+    where ($5::uuid is null and st.kind = 'standalone') or st.id = $5
     for no key update of st
 ), taken as (
     update {schema}.streams st
     set sink = $6, sink_epoch = st.sink_epoch + 1
     from target
-    where st.id = target.id
+    where st.id = target.id and not target.full
     returning st.id, st.kind, st.sink_epoch, st.next_seq, st.delivered_seq, st.floor_seq, st.closed
 )
 select
-    (select count(*) from {schema}.streams o where o.session = held.id and o.sink is not null) >= $7 as full,
+    coalesce(target.full, false) as full,
     held.id as session, held.session_id, held.owner, held.epoch, held.protocol_version,
     taken.id as stream, taken.kind, taken.sink_epoch, taken.next_seq, taken.delivered_seq, taken.floor_seq,
     taken.closed, target.sink as replaced

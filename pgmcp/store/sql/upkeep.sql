@@ -22,6 +22,8 @@ delete from {schema}.streams
 where id in (
     select id from {schema}.streams
     where closed_at < clock_timestamp() - make_interval(secs => $1)
+      -- somebody reads slowly; a sink that was never let go keeps nothing for ever
+      and (sink is null or closed_at < clock_timestamp() - make_interval(secs => 10 * $1))
     order by closed_at
     limit 500
     for update skip locked
