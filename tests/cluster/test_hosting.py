@@ -64,7 +64,7 @@ async def test_http_and_sse_names_an_endpoint_that_is_there(build, prefix, datab
         client.stream("GET", f"{one}{prefix}/sse") as stream,
     ):
         lines = stream.aiter_lines()
-        assert await anext(lines) == "event: endpoint"
+        assert [await anext(lines), await anext(lines)] == ["retry: 1000", "event: endpoint"]
         where = (await anext(lines)).removeprefix("data: ")
         assert where.startswith(f"{prefix}/messages/?session_id=")
         posted = await client.post(f"{other}{where}", json={"jsonrpc": "2.0", "id": 1, "method": "ping"})

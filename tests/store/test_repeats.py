@@ -10,6 +10,7 @@ from typing import Any
 import asyncpg
 import pytest
 
+from pgmcp.errors import DatabaseUnavailable
 from pgmcp.store.statements import statement
 from pgmcp.types import ANONYMOUS, Attachment, Claimed, Cursor, Established, JournalEntry, NewSession, StreamId
 from tests.harness.proxy import Cut, Proxy, proxied
@@ -271,15 +272,22 @@ async def test_accept_beside_its_own_first_try(scene: Scene) -> None:
     assert (counts["requests"], counts["streams"]) == (2, 3)
 
 
-async def test_a_claim_whose_caller_gave_up_is_found_by_the_next_one(database: str) -> None:
+async def test_a_claim_whose_caller_gave_up_is_found_by_the_next_one(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The patience ended with the reply lost: what was claimed must not lie there for ever."""
-    async with proxied(database) as (proxy, address), store(address, hold=0.3) as node, store(database) as edge:
+    async with store(database) as node, store(database) as edge:
         session = await opened(node)
         message = request(session)
         await edge.inbox.accept([message])
-        proxy.cut("claim", Cut.AFTER)
-        proxy.refusing = True
-        first = await outcome(node.inbox.claim(session.ownership))
-        assert not isinstance(first, list)
-        proxy.refusing = False
+        put = node.inbox._claims.put
+
+        async def unheard(*args: Any, **kwargs: Any) -> None:
+            await put(*args, **kwargs)
+            raise DatabaseUnavailable("the reply was lost")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(node.inbox._claims, "put", unheard)
+            assert isinstance(await outcome(node.inbox.claim(session.ownership)), DatabaseUnavailable)
+        assert session.ownership in await node.inbox.unclaimed()
         assert [item.key for item in await node.inbox.claim(session.ownership)] == [message.key]
