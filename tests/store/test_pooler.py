@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import pwd
 import shutil
@@ -18,6 +19,8 @@ import pytest
 
 from pgmcp.errors import SchemaError
 from pgmcp.store import migrations, views
+from tests.harness.clients import RawSession
+from tests.harness.cluster import cluster, everything
 
 PGBOUNCER = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
 
@@ -99,3 +102,22 @@ def test_a_session_pooler_will_do(pooled: Callable[[str], str]) -> None:
     dsn = pooled("session")
     migrations.upgrade(dsn, "pgmcp")
     assert migrations.check(dsn, "pgmcp") == []
+
+
+async def test_nodes_work_through_a_transaction_pooler(empty_database: str, pooled: Callable[[str], str]) -> None:
+    """Everything but the line goes through it: no statement cache, no startup parameters, wake-ups still heard."""
+    dsn = pooled("transaction")
+    await asyncio.to_thread(migrations.upgrade, empty_database, "pgmcp")
+    async with (
+        cluster(dsn, everything, 2, listen_url=empty_database, poll=30.0) as nodes,
+        RawSession() as session,
+    ):
+        await session.open(nodes[0].url, nodes[1].url)
+        for turn, node in enumerate([*nodes, *nodes, *nodes], 1):
+            result = await session.call_tool(node.url, "count")
+            assert result["structuredContent"] == {"result": turn}
+        slow = await session.request(
+            nodes[1].url, "tools/call", {"name": "slow", "arguments": {"seconds": 0.2, "steps": 4}}
+        )
+        assert "result" in (await slow.rest())[-1].message
+        assert (await session.delete(nodes[1].url)).status == 200
