@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from pgmcp.types import VERSION
+
 if TYPE_CHECKING:
     from pgmcp.hosting import Cluster, ClusterPlugin
 
-__version__ = "0.1.0"
+__version__ = VERSION
 __all__ = ["Cluster", "ClusterPlugin", "__version__"]
 
 

@@ -21,7 +21,6 @@ from litestar import Litestar
 from litestar.handlers import HTTPRouteHandler
 from starlette.types import ASGIApp
 
-from pgmcp import __version__
 from pgmcp.clock import Clock, Ids
 from pgmcp.cluster.lease import Lease, LeaseState
 from pgmcp.cluster.wakeups import Wakeups, parse
@@ -39,7 +38,7 @@ from pgmcp.store.log import TableLog
 from pgmcp.store.nodes import join
 from pgmcp.store.secrets import KeyRing
 from pgmcp.store.upkeep import EVERY, Upkeep
-from pgmcp.types import NodeId, NodeRecord, NodeState, Wake
+from pgmcp.types import VERSION, NodeId, NodeRecord, NodeState, Wake
 from pgmcp.web.application import Application, host_rules
 from pgmcp.web.edge import Edge
 from pgmcp.web.legacy import SseMessages, SseStream
@@ -111,7 +110,7 @@ class Incarnation:
         """
         settings = self._settings
         address = settings.address or f"{settings.host}:{settings.port}"
-        record = NodeRecord(self.node_id, settings.node_name, address, __version__, schema_revision, CAPACITY)
+        record = NodeRecord(self.node_id, settings.node_name, address, VERSION, schema_revision, CAPACITY)
         await join(self._database, record)
         await self.line.open()
         await self.lease.renew()

@@ -7,6 +7,9 @@ from enum import StrEnum
 from typing import NewType
 from uuid import UUID
 
+VERSION = "0.1.0"
+"""This build, as nodes write it into their rows."""
+
 NodeId = NewType("NodeId", UUID)
 """One server process: fresh at each process start."""
 
