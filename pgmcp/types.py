@@ -24,6 +24,10 @@ PAGE, PAGE_BYTES = 64, 1024 * 1024
 """Events that one look at a stream returns at most, and their bytes unless the first alone has more."""
 
 
+RESUMES = "2025-11-25"
+"""The first revision whose clients know priming events, and come back when a connection ends before its stream."""
+
+
 class NodeState(StrEnum):
     """A node's state as its row says it."""
 

@@ -31,12 +31,9 @@ from pgmcp.session.caller import Caller
 from pgmcp.session.journal import handshake, journal_entries
 from pgmcp.session.questions import Questions, dump
 from pgmcp.session.topics import topic_of
-from pgmcp.types import Claimed, Entry, NodeId, Outcome, Ownership, RequestKey, StreamId
+from pgmcp.types import RESUMES, Claimed, Entry, NodeId, Outcome, Ownership, RequestKey, StreamId
 
 logger = logging.getLogger(__name__)
-
-CLOSABLE = "2025-11-25"
-"""The first revision whose clients reconnect when a connection ends before its stream does."""
 
 REQUEST_CANCELLED = -32800
 INTERNAL_ERROR = -32603
@@ -103,11 +100,6 @@ class Actor:
         self._queue: asyncio.Queue[Incoming | None] = asyncio.Queue()
         self._muted = False
         self._task: asyncio.Task[None] | None = None
-
-    @property
-    def in_flight(self) -> int:
-        """Requests that have no answer yet."""
-        return len(self._calls)
 
     def start(self) -> None:
         """Begin the server session."""
@@ -243,7 +235,7 @@ class Actor:
         try:
             if call.method == "initialize":
                 settled = handshake(call.body, result)
-                self._closable = is_version_at_least(settled.protocol_version, CLOSABLE)
+                self._closable = is_version_at_least(settled.protocol_version, RESUMES)
                 await self._inbox.establish(self.ownership, settled)
             for entry in journal_entries(call.method, call.body, result):
                 await self._inbox.write_journal(self.ownership, entry)

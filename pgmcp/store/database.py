@@ -153,8 +153,8 @@ class Database:
                 connection.terminate()
                 await pool.release(connection)
                 raise
-            except asyncpg.PostgresError:
-                self._idle.append(connection)
+            except BaseException:
+                self._idle.append(connection)  # whatever it was, it must not cost the pool a connection
                 raise
             self._idle.append(connection)
         return rows

@@ -15,6 +15,7 @@ from pgmcp.session.caller import Caller, place
 from pgmcp.session.host import Host
 from pgmcp.settings import Settings
 from pgmcp.types import (
+    RESUMES,
     Accepted,
     Attachment,
     Message,
@@ -29,9 +30,6 @@ from pgmcp.web.call import SESSION_ID, Call
 from pgmcp.web.exchange import Exchange
 from pgmcp.web.tails import Tail, Tails
 from pgmcp.web.wire import Post
-
-PRIMES = "2025-11-25"
-"""The first revision whose clients know priming events and streams that end before their answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +136,7 @@ class Edge:
             clock=self.clock,
             receive=call.receive,
             send=call.send,
-            priming=version is not None and is_version_at_least(version, PRIMES),
+            priming=version is not None and is_version_at_least(version, RESUMES),
             notes_all=notes_all,
             headers={SESSION_ID: session_id},
         )
