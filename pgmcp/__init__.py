@@ -8,9 +8,10 @@ from pgmcp.types import VERSION
 
 if TYPE_CHECKING:
     from pgmcp.hosting import Cluster, ClusterPlugin
+    from pgmcp.session.state import SessionState, keep_memory, session_state
 
 __version__ = VERSION
-__all__ = ["Cluster", "ClusterPlugin", "__version__"]
+__all__ = ["Cluster", "ClusterPlugin", "SessionState", "__version__", "keep_memory", "session_state"]
 
 
 def __getattr__(name: str) -> Any:
@@ -19,5 +20,9 @@ def __getattr__(name: str) -> Any:
         from pgmcp import hosting  # noqa: PLC0415 - see above
 
         return getattr(hosting, name)
+    if name in {"SessionState", "keep_memory", "session_state"}:
+        from pgmcp.session import state  # noqa: PLC0415 - see above
+
+        return getattr(state, name)
     message = f"module {__name__!r} has no attribute {name!r}"
     raise AttributeError(message)

@@ -51,3 +51,11 @@ class SessionBusy(PgmcpError):
 
 class Fenced(PgmcpError):
     """A write came from an ownership that is over; nothing was stored."""
+
+
+class StateRefused(PgmcpError):
+    """A value cannot be kept for a session: too large, too many, or no JSON."""
+
+
+class NoSession(PgmcpError):
+    """Session state was asked for outside of a session's handlers."""

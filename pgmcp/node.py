@@ -23,6 +23,7 @@ from starlette.types import ASGIApp
 
 from pgmcp.clock import Clock, Ids
 from pgmcp.cluster.lease import Lease, LeaseState
+from pgmcp.cluster.takeover import Takeover
 from pgmcp.cluster.wakeups import Wakeups, parse
 from pgmcp.errors import DatabaseUnavailable, NodeNotReady, PgmcpError, SettingsError
 from pgmcp.ops.health import health_routes
@@ -37,6 +38,7 @@ from pgmcp.store.line import Line, TableNotifier
 from pgmcp.store.log import TableLog
 from pgmcp.store.nodes import join
 from pgmcp.store.secrets import KeyRing
+from pgmcp.store.takeover import TableTakeovers
 from pgmcp.store.upkeep import EVERY, Upkeep
 from pgmcp.types import VERSION, NodeId, NodeRecord, NodeState, Wake
 from pgmcp.web.application import Application, host_rules
@@ -69,6 +71,8 @@ class Incarnation:
             ids,
             on_payload=lambda payload: self._hear(parse(payload)),
             on_reset=lambda: self._hear(Wake(everything=True)),
+            on_lost=self._on_line_lost,
+            database=database,
         )
         self.lease = Lease(self.line, settings, clock, self._on_fenced)
         self.tails = Tails()
@@ -76,22 +80,38 @@ class Incarnation:
         self.wakeups = Wakeups(self.node_id, TableNotifier(database), clock, self._hear)
         self.inbox = TableInbox(database, self.node_id, clock, ids, self.lease.acting)
         self.log = TableLog(database, self.node_id, clock, self.lease.acting)
+        takeovers = TableTakeovers(database, self.node_id)
         self.host = Host(
             adapter,
             inbox=self.inbox,
             log=self.log,
+            takeovers=takeovers,
             box=box,
+            settings=settings,
             clock=clock,
             ids=ids,
             trusted=self.lease.acting,
             heard=self.wakeups.stream,
             ended=self.wakeups.ended,
         )
+        self.takeover = Takeover(
+            self.node_id,
+            takeovers,
+            self.lease,
+            clock,
+            ids,
+            room=lambda: CAPACITY - self.host.sessions,
+            tell=self.wakeups.orphans,
+            wake=self.wakeups.inbox,
+            own=self.host.take_on,
+            sweep_every=settings.poll,
+        )
         self.edge = Edge(
             inbox=self.inbox,
             log=self.log,
             lease=self.lease,
             wakeups=self.wakeups,
+            takeover=self.takeover,
             tails=self.tails,
             host=self.host,
             adapter=adapter,
@@ -119,6 +139,8 @@ class Incarnation:
             raise DatabaseUnavailable(message)
         self._tasks = [
             asyncio.create_task(self.lease.run()),
+            asyncio.create_task(self.takeover.watch()),
+            asyncio.create_task(self.takeover.sweep_for_ever()),
             asyncio.create_task(self._every(settings.poll, self.host.poll)),
             asyncio.create_task(self._every(settings.idle_poll, self.host.survey)),
             asyncio.create_task(self._every(EVERY, self._sweep)),
@@ -130,11 +152,16 @@ class Incarnation:
         for task in self._tasks:
             task.cancel()
         self.tails.leave()
+        await self.takeover.close()
+        fenced = self.lease.state is LeaseState.FENCED
+        if not fenced:
+            await self.host.export()
         await self.host.close()
-        await self.wakeups.close()
-        if self.lease.state is not LeaseState.FENCED:
+        if not fenced:
             with contextlib.suppress(PgmcpError):
                 await self.line.set_state(NodeState.LEFT)
+                self.wakeups.orphans()
+        await self.wakeups.close()
         await self.line.close()
 
     def _on_fenced(self) -> None:
@@ -142,10 +169,15 @@ class Incarnation:
         self.tails.leave()
         self.over.set()
 
+    def _on_line_lost(self) -> None:
+        self.lease.hurry()
+
     def _hear(self, wake: Wake) -> None:
         if wake.everything:
             self.host.wake_all()
             self.tails.wake_all()
+        if wake.everything or wake.orphans:
+            self.takeover.orphaned()
         for session in wake.inboxes:
             self.host.wake(session)
         for session in wake.ended:

@@ -13,9 +13,11 @@ from pgmcp.types import (
     Accepted,
     Attachment,
     Claimed,
+    Condemned,
     Cursor,
     Entry,
     Established,
+    Inheritance,
     JournalEntry,
     Message,
     NewSession,
@@ -24,6 +26,7 @@ from pgmcp.types import (
     Ownership,
     Page,
     Principal,
+    RequestKey,
     SessionFacts,
     SessionKey,
     StreamId,
@@ -163,11 +166,61 @@ class Log(Protocol):
         ...
 
 
-class LeaseTable(Protocol):
-    """The node's own row, written on the line and nowhere else."""
+class Takeovers(Protocol):
+    """Deaths, and changes of owner after them."""
 
-    async def renew(self) -> bool:
-        """Prolong the lease; False when the row is not live any more: this node was declared dead."""
+    async def condemn(self, *, by_lease: bool, by_silence: bool) -> list[Condemned]:
+        """Declare nodes dead, in database time and for good.
+
+        Args:
+            by_lease: those whose lease ran out.
+            by_silence: those that have not renewed for a while and whose line has no backend any more.
+        """
+        ...
+
+    async def take(self, session: SessionKey) -> SessionFacts | None:
+        """Become the owner of a session whose owner is dead or left; who owns it now, None when it is over.
+
+        The change of owner locks the session's row, so that no write of the former owner follows it (G1). A node that
+        is not ready takes nothing, and whoever comes second sees the state from before: then the session is still
+        ``orphaned`` in the answer.
+        """
+        ...
+
+    async def take_orphans(self, most: int) -> list[Ownership]:
+        """Become the owner of sessions that have none alive and that somebody waits for; locked ones are skipped."""
+        ...
+
+    async def inherit(self, ownership: Ownership) -> Inheritance:
+        """Count an attempt to restore the session, then read what its earlier owners left.
+
+        Raises:
+            Fenced: the ownership is over.
+        """
+        ...
+
+    async def adopt(self, ownership: Ownership, fates: Sequence[tuple[RequestKey, bool]]) -> None:
+        """Claim inherited requests: to be run once more (True; counted before it is done), or to be ended.
+
+        Raises:
+            Fenced: the ownership is over.
+        """
+        ...
+
+    async def restored(self, ownership: Ownership) -> None:
+        """Note that the session was restored."""
+        ...
+
+
+class LeaseTable(Protocol):
+    """The node's own row, written on the line or, while that is down, on the pool."""
+
+    async def renew(self) -> float | None:
+        """Prolong the lease.
+
+        Returns:
+            the database's time in seconds; None when the row is not live any more: this node was declared dead.
+        """
         ...
 
     async def set_state(self, state: NodeState) -> bool:

@@ -83,6 +83,12 @@ class Settings(BaseSettings):
     deadline: float = Field(1.5, gt=0, description="Seconds after which one renewal counts as failed.")
     trust: float = Field(7.0, gt=0, description="Seconds for which a node may act on its last renewal.")
     ttl: float = Field(10.0, gt=0, description="Seconds for which a renewal keeps the lease.")
+    rerun: Names = Field(
+        (), description="Tools that may run again after their node died, as names or patterns (get_*)."
+    )
+    on_owner_change: Literal["restore", "end"] = Field(
+        "restore", description="What becomes of a session whose node died: restored elsewhere, or ended with 404."
+    )
     statement_timeout: float = Field(5.0, gt=0, description="Seconds that one database call may take.")
 
     def __init__(self, **values: Any) -> None:
@@ -106,6 +112,11 @@ class Settings(BaseSettings):
             )
             raise ValueError(message)
         return self
+
+    @property
+    def silence(self) -> float:
+        """Seconds without a renewal after which a node whose line has no backend any more counts as dead."""
+        return self.renew + 0.5
 
     @property
     def line_url(self) -> str:

@@ -86,12 +86,13 @@ class NewSession:
 
 @dataclass(frozen=True, slots=True)
 class SessionFacts:
-    """What an edge needs to know of a session; nothing in it changes but owner and epoch."""
+    """What an edge needs to know of a session; ``orphaned`` says that its owner is dead, left or removed."""
 
     session: SessionKey
     owner: NodeId
     epoch: int
     protocol_version: str | None
+    orphaned: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,10 +236,65 @@ class NodeRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class Condemned:
+    """A node that was declared dead, and whether its lease ran out or it was silent and its line gone."""
+
+    node: NodeId
+    name: str
+    cause: str
+
+
+@dataclass(frozen=True, slots=True)
+class Inherited:
+    """A request that an earlier owner may have started and did not finish."""
+
+    key: RequestKey
+    position: int
+    rpc_id: str
+    method: str
+    name: str | None
+    body: bytes
+    context: bytes
+    stream: StreamId | None
+    next_seq: int
+    runs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """An answer of the client (``method`` None) or one of its notifications, claimed or not, the newest first."""
+
+    position: int
+    method: str | None
+    body: bytes
+    claimed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Inheritance:
+    """What a new owner finds of a session.
+
+    ``attempt`` counts the restores that were begun and did not succeed, this one included; ``said`` holds questions,
+    cancels and progress of earlier owners on the streams of ``requests`` and on the standalone one, the newest first.
+    """
+
+    session_id: str
+    attempt: int
+    standalone: StreamId
+    next_seq: int
+    sinks: tuple[tuple[NodeId, StreamId], ...]
+    journal: tuple[JournalEntry, ...]
+    requests: tuple[Inherited, ...]
+    heard: tuple[Heard, ...]
+    said: tuple[tuple[StreamId, bytes], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Wake:
     """One wake-up for one node: ids only, meaning "look at the tables"."""
 
     inboxes: frozenset[SessionKey] = field(default_factory=frozenset)
     streams: frozenset[StreamId] = field(default_factory=frozenset)
     ended: frozenset[SessionKey] = field(default_factory=frozenset)
+    orphans: bool = False
     everything: bool = False

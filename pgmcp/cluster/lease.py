@@ -5,14 +5,18 @@ Invariants (G9):
   before the lease does: ``renew + 2 * deadline + margin <= trust < ttl`` (checked in the settings).
 - ``trusted`` is computed when it is asked, never by a timer: a process that was frozen knows before it acts.
 - Fenced is for good. The node joins again under a new id.
+- An observer may declare others dead only while its own renewals have not been interrupted: after an outage every live
+  node gets a whole ttl to renew. A failed renewal, one that came too late, a lost line, and database time that moved
+  against this node's clock interrupt the run.
 
 States::
 
     joining --renewed--> trusted --trust over--> suspended --renewed--> trusted
                             \\------ renewal hit no live row ------> fenced
 
-Failure handling: a failed renewal changes nothing by itself; the next one is tried after ``renew`` seconds. Suspended,
-a node starts and stores nothing but keeps its sockets; ``acting`` holds its writers until trust is back.
+Failure handling: a failed renewal changes nothing by itself; the next one is tried soon, and so it is when the line is
+lost: a lost line alone costs no node its life. Suspended, a node starts and stores nothing but keeps its sockets;
+``acting`` holds its writers until trust is back.
 """
 
 from __future__ import annotations
@@ -26,6 +30,12 @@ from pgmcp.clock import Clock
 from pgmcp.errors import DatabaseUnavailable, Fenced
 from pgmcp.ports import LeaseTable
 from pgmcp.settings import Settings
+
+AGAIN = 0.2
+"""Seconds after which a renewal that failed is tried again."""
+
+DRIFT = 1.0
+"""Seconds by which database time may move against this node's clock between two renewals."""
 
 
 class LeaseState(StrEnum):
@@ -50,7 +60,10 @@ class Lease:
         self._table, self._settings, self._clock, self._on_fenced = table, settings, clock, on_fenced
         self._trusted_until: float | None = None
         self._fenced = False
-        self._changed = asyncio.Event()
+        self._changed, self._hurry = asyncio.Event(), asyncio.Event()
+        self._run_since: float | None = None
+        self._interrupted = False
+        self._last: tuple[float, float] = (0.0, 0.0)
         self.ticked_at = clock.boottime()
 
     @property
@@ -85,11 +98,46 @@ class Lease:
         start = self._clock.boottime()
         if self._fenced:
             return
-        if await self._table.renew():
-            self._trusted_until = start + self._settings.trust
-            self._announce()
-        else:
+        try:
+            database_time = await self._table.renew()
+        except DatabaseUnavailable:
+            self.interrupt()
+            raise
+        if database_time is None:
             self.fence()
+            return
+        self._trusted_until = start + self._settings.trust
+        self._continue_run(start, database_time)
+        self._announce()
+
+    def _continue_run(self, start: float, database_time: float) -> None:
+        before, database_before = self._last
+        passed = start - before
+        if self._run_since is not None and (
+            passed > self._settings.renew + 2 * self._settings.deadline
+            or abs(database_time - database_before - passed) > DRIFT + self._settings.deadline
+        ):
+            self.interrupt()
+        if self._run_since is None:
+            self._run_since = start
+        self._last = (start, database_time)
+
+    def interrupt(self) -> None:
+        """Begin the run of good renewals anew, for it cannot be trusted to have had no break."""
+        self._interrupted = self._interrupted or self._run_since is not None
+        self._run_since = None
+
+    def hurry(self) -> None:
+        """The line was lost: renew at once."""
+        self.interrupt()
+        self._hurry.set()
+
+    def may_condemn(self) -> tuple[bool, bool]:
+        """Whether this node may declare others dead now: those whose lease ran out, and those that are silent."""
+        if self._run_since is None or not self.trusted:
+            return False, False
+        run = self._clock.boottime() - self._run_since
+        return run >= self._settings.ttl, run >= (self._settings.ttl if self._interrupted else self._settings.silence)
 
     def fence(self) -> None:
         """End this incarnation's right to act, for good."""
@@ -118,13 +166,16 @@ class Lease:
 
     async def run(self) -> None:
         """Renew for ever; ends when the node is fenced."""
+        pause = self._settings.renew
         while not self._fenced:
-            await self._clock.sleep(self._settings.renew)
+            await self._clock.wait(self._hurry, pause)
+            self._hurry.clear()
             self.ticked_at = self._clock.boottime()
             try:
                 await self.renew()
+                pause = self._settings.renew
             except DatabaseUnavailable:
-                continue
+                pause = min(AGAIN, self._settings.renew)
 
     def _announce(self) -> None:
         self._changed.set()

@@ -22,7 +22,7 @@ from pgmcp.errors import PgmcpError
 from pgmcp.ports import Notifier
 from pgmcp.types import NodeId, SessionKey, StreamId, Wake
 
-EVERYTHING = "*"
+EVERYTHING, ORPHANS = "*", "o"
 _INBOX, _END, _STREAM = re.compile("i[0-9]+"), re.compile("e[0-9]+"), re.compile("s[0-9a-f]{32}")
 LIMIT = 7_900
 BOUND = 10_000
@@ -81,6 +81,10 @@ class Wakeups:
         self._hear(Wake(ended=frozenset({session})))
         self._mark(None, f"e{session}")
 
+    def orphans(self) -> None:
+        """Tell every other node that there are sessions without an owner."""
+        self._mark(None, ORPHANS)
+
     def _mark(self, node: NodeId | None, word: str) -> None:
         self._dirty.setdefault(node, _Dirty()).add(word)
         if self._flusher is None:
@@ -121,4 +125,5 @@ def parse(payload: str) -> Wake:
         inboxes=frozenset(SessionKey(int(word[1:])) for word in words if _INBOX.fullmatch(word)),
         streams=frozenset(StreamId(UUID(word[1:])) for word in words if _STREAM.fullmatch(word)),
         ended=frozenset(SessionKey(int(word[1:])) for word in words if _END.fullmatch(word)),
+        orphans=ORPHANS in words,
     )

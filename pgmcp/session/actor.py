@@ -5,6 +5,7 @@ Invariants:
 - A message goes to exactly one stream: an answer and what belongs to a request to the request's stream, everything
   else to the standalone one.
 - What a handshake or a standing wish of the client establishes is in the journal before its answer is stored.
+- What the node itself asks a server session (a restore's replay) is answered to the node and nobody else.
 - A muted actor says nothing more. The SDK answers a stopping session's open requests with errors of its own, so an
   actor is muted before it is stopped.
 
@@ -20,6 +21,7 @@ import json
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from mcp_types.version import is_version_at_least
 
@@ -30,6 +32,7 @@ from pgmcp.session.adapter import Adapter, Incoming, Kind, Outgoing
 from pgmcp.session.caller import Caller
 from pgmcp.session.journal import handshake, journal_entries
 from pgmcp.session.questions import Questions, dump
+from pgmcp.session.state import SessionState
 from pgmcp.session.topics import topic_of
 from pgmcp.types import RESUMES, Claimed, Entry, NodeId, Outcome, Ownership, RequestKey, StreamId
 
@@ -46,6 +49,9 @@ REMEMBERED = 256
 STOP = 2.0
 """Seconds that a stopped server session may take to unwind."""
 
+ANSWER = 5.0
+"""Seconds that a server session may take to answer the node itself."""
+
 
 @dataclass(slots=True)
 class _Stream:
@@ -61,6 +67,7 @@ class _Call:
     body: bytes
     stream: _Stream
     can_ask: bool
+    floor: float | None = None
 
 
 class Actor:
@@ -68,6 +75,7 @@ class Actor:
 
     Args:
         ownership: the right under which everything is stored.
+        state: what the server's code knows and keeps of the session.
         standalone: the session's standalone stream and its next number.
         heard: called with sink and stream after an event was stored there.
         on_over: called once, when the server session has ended by itself or lost its ownership.
@@ -76,7 +84,7 @@ class Actor:
     def __init__(
         self,
         ownership: Ownership,
-        session_id: str,
+        state: SessionState,
         standalone: tuple[StreamId, int],
         *,
         adapter: Adapter,
@@ -87,13 +95,15 @@ class Actor:
         heard: Callable[[NodeId, StreamId], None],
         on_over: Callable[[Actor], None],
     ) -> None:
-        self.ownership, self.session_id = ownership, session_id
+        self.ownership, self.session_id, self.state = ownership, state.session_id, state
         self._adapter, self._inbox, self._log, self._clock = adapter, inbox, log, clock
         self._heard, self._on_over = heard, on_over
         self._standalone = _Stream(*standalone)
         self._streams: dict[StreamId, _Stream] = {}
         self._calls: dict[str, _Call] = {}
         self._questions = Questions(ids)
+        self._own: dict[str, asyncio.Future[dict[str, Any]]] = {}
+        self._floors: dict[str, float | None] = {}
         self._early_cancels: dict[str, float] = {}
         self._finished: dict[str, float] = {}
         self._closable = False
@@ -111,6 +121,9 @@ class Actor:
         except Exception:
             logger.exception("server session %s crashed", self.ownership.session)
         finally:
+            for answer in self._own.values():
+                if not answer.done():
+                    answer.set_exception(PgmcpError("The server session ended before it answered the node"))
             if not self._muted:
                 self.mute()
                 self._on_over(self)
@@ -126,6 +139,42 @@ class Actor:
             return
         self._task.cancel()
         await asyncio.wait({self._task}, timeout=STOP)
+
+    def speaks(self, version: str) -> None:
+        """Note the protocol version that the handshake settled."""
+        self._closable = is_version_at_least(version, RESUMES)
+
+    async def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Send the server a request of the node's own; its answer.
+
+        Raises:
+            TimeoutError: it took longer than ``ANSWER`` seconds.
+        """
+        rpc_id = f"pgmcp-{len(self._own)}"
+        answer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        self._own[json.dumps(rpc_id)] = answer
+        self._queue.put_nowait(Incoming(dump(request | {"id": rpc_id}), can_ask=False))
+        async with asyncio.timeout(ANSWER):
+            return await answer
+
+    def tell(self, notification: bytes) -> None:
+        """Send the server a notification of the node's own."""
+        self._queue.put_nowait(Incoming(notification))
+
+    async def withdraw(self, stream: StreamId, question: object, reason: str) -> None:
+        """Cancel a question that an earlier owner asked on a stream, or on the standalone one."""
+        where = self._standalone if stream == self._standalone.id else self._streams.get(stream)
+        if where is not None:
+            params = {"requestId": question, "reason": reason}
+            await self._store(where, dump({"jsonrpc": "2.0", "method": "notifications/cancelled", "params": params}))
+
+    def silence_until(self, rpc_id: str, progress: float | None) -> None:
+        """A request that runs again says nothing of its progress before it is further than it was."""
+        self._floors[rpc_id] = progress
+
+    def has(self, key: RequestKey) -> bool:
+        """Whether a request is being worked on: a crash of PostgreSQL may forget its claim, and give it out anew."""
+        return any(call.key == key for call in self._calls.values())
 
     def expect(self, claimed: Sequence[Claimed]) -> None:
         """Count the requests of each stream before the first of them can be finished: a batch shares one."""
@@ -173,14 +222,21 @@ class Actor:
 
     def _register(self, claimed: Claimed, rpc_id: str, stream_id: StreamId | None, *, can_ask: bool) -> _Stream:
         stream = self._standalone if stream_id is None else self._streams[stream_id]  # HTTP+SSE has but one
-        self._calls[rpc_id] = _Call(claimed.key, claimed.method or "", claimed.body, stream, can_ask)
+        floor = self._floors.pop(rpc_id, None)
+        self._calls[rpc_id] = _Call(claimed.key, claimed.method or "", claimed.body, stream, can_ask, floor)
         return stream
 
-    async def reject(self, claimed: Claimed, text: str) -> None:
-        """Answer a claimed request with an error, without the server; drop what is no request."""
+    async def reject(self, claimed: Claimed, text: str, data: dict[str, Any] | None = None) -> None:
+        """Answer a claimed and expected request with an error, without the server; drop what is no request."""
         if claimed.rpc_id is not None:
             self._register(claimed, claimed.rpc_id, claimed.stream, can_ask=False)
-            await self._refuse(claimed.rpc_id, INTERNAL_ERROR, text, Outcome.LOST)
+            await self._refuse(claimed.rpc_id, INTERNAL_ERROR, text, Outcome.LOST, data)
+
+    async def cancel(self, claimed: Claimed) -> None:
+        """End a claimed and expected request that its client has cancelled."""
+        if claimed.rpc_id is not None:
+            self._register(claimed, claimed.rpc_id, claimed.stream, can_ask=False)
+            await self._cancelled(claimed.rpc_id)
 
     def _deliver_cancel(self, body: bytes, caller: Caller) -> None:
         rpc_id = json.dumps((json.loads(body).get("params") or {}).get("requestId"))
@@ -211,7 +267,7 @@ class Actor:
         stream = self._standalone
         if outgoing.related is not None:
             call = self._calls.get(outgoing.related)
-            if call is None or not call.can_ask:
+            if call is None or not call.can_ask or _repeats(call, outgoing):
                 return  # answered already, or answered by plain JSON: there is nowhere to say it
             stream = call.stream
         message: bytes | None = outgoing.message
@@ -224,6 +280,11 @@ class Actor:
             await self._store(stream, message, topic=topic)
 
     async def _answer(self, outgoing: Outgoing) -> None:
+        own = self._own.get(outgoing.rpc_id or "")
+        if own is not None:
+            if not own.done():
+                own.set_result(json.loads(outgoing.message))
+            return
         call = self._calls.get(outgoing.rpc_id or "")
         if call is None:
             return
@@ -235,7 +296,7 @@ class Actor:
         try:
             if call.method == "initialize":
                 settled = handshake(call.body, result)
-                self._closable = is_version_at_least(settled.protocol_version, RESUMES)
+                self.speaks(settled.protocol_version)
                 await self._inbox.establish(self.ownership, settled)
             for entry in journal_entries(call.method, call.body, result):
                 await self._inbox.write_journal(self.ownership, entry)
@@ -245,11 +306,16 @@ class Actor:
     async def _cancelled(self, rpc_id: str) -> None:
         await self._refuse(rpc_id, REQUEST_CANCELLED, "Request cancelled", Outcome.CANCELLED)
 
-    async def _refuse(self, rpc_id: str, code: int, text: str, outcome: Outcome) -> None:
+    async def _refuse(
+        self, rpc_id: str, code: int, text: str, outcome: Outcome, data: dict[str, Any] | None = None
+    ) -> None:
         call = self._calls.get(rpc_id)
         if call is not None:
-            error = {"jsonrpc": "2.0", "id": json.loads(rpc_id), "error": {"code": code, "message": text}}
-            await self._finish(rpc_id, call, dump(error), outcome)
+            error: dict[str, Any] = {"code": code, "message": text}
+            if data is not None:
+                error["data"] = data
+            answer = dump({"jsonrpc": "2.0", "id": json.loads(rpc_id), "error": error})
+            await self._finish(rpc_id, call, answer, outcome)
 
     async def _finish(self, rpc_id: str, call: _Call, message: bytes, outcome: Outcome) -> None:
         if self._calls.get(rpc_id) is call:
@@ -295,3 +361,11 @@ class Actor:
             dropped = await self._log.drop_sink(self.ownership, stream)
             if dropped is not None and dropped[1] is not None:
                 self._heard(dropped[1], dropped[0])
+
+
+def _repeats(call: _Call, outgoing: Outgoing) -> bool:
+    """Whether a call that runs again says progress that its client has seen: it must only grow (MCP, "Progress")."""
+    if call.floor is None or outgoing.method != "notifications/progress":
+        return False
+    progress = (json.loads(outgoing.message).get("params") or {}).get("progress")
+    return isinstance(progress, (int, float)) and progress <= call.floor

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol
 
+from pgmcp.session.state import Hooks, SessionState
+
 
 class Kind(StrEnum):
     """What a server wrote."""
@@ -44,7 +46,8 @@ async def _nothing() -> None:
 class Incoming:
     """One client message for the server.
 
-    ``context`` is what ``Adapter.describe`` made of the HTTP exchange that brought it, on whichever node that was.
+    ``context`` is what ``Adapter.describe`` made of the HTTP exchange that brought it, on whichever node that was; None
+    for a message of the node's own, by which a session is restored.
     ``unanswered`` is awaited when the request settles without an answer; ``can_ask`` says whether the server may send
     requests on this request's stream.
     """
@@ -60,6 +63,8 @@ class Incoming:
 class Conversation(Protocol):
     """The two ends that an actor offers to an adapter."""
 
+    state: SessionState
+
     async def receive(self) -> Incoming | None:
         """The next client message; None at the end of the session."""
         ...
@@ -70,7 +75,9 @@ class Conversation(Protocol):
 
 
 class Adapter(Protocol):
-    """A served target."""
+    """A served target, and what its server does with its own memory when a session moves."""
+
+    hooks: Hooks
 
     def lifespan(self) -> AbstractAsyncContextManager[None]:
         """The server's own start and stop, once per process."""

@@ -4,10 +4,12 @@ Invariants:
 - Messages reach an actor only through the claim statement, in inbox order, one claim of a session at a time (a message
   that took a short cut in memory overtook an earlier, acknowledged one in 199 of 300 tries).
 - Trust is asked for right before messages are handed over (G9).
-- What a wake-up missed is found by ``poll`` (messages) and ``survey`` (ends).
+- A session that was taken over is restored before it takes messages; a few at a time.
+- What a wake-up missed is found by ``poll`` (messages, takeovers) and ``survey`` (ends).
 
 Failure handling: a claim that is refused means that the ownership is over: the actor is muted, then stopped. A server
-session that ends by itself is ended for its client too, on every node.
+session that ends by itself is ended for its client too, on every node. A restore that fails leaves the session without
+an actor; ``poll`` begins another one, until its attempts are used up.
 """
 
 from __future__ import annotations
@@ -20,16 +22,25 @@ from typing import Any
 
 from pgmcp.clock import Clock, Ids
 from pgmcp.errors import DatabaseUnavailable, Fenced, PgmcpError
-from pgmcp.ports import Inbox, Log, SecretBox
+from pgmcp.ports import Inbox, Log, SecretBox, Takeovers
 from pgmcp.session.actor import Actor
 from pgmcp.session.adapter import Adapter
 from pgmcp.session.caller import Caller, place
-from pgmcp.types import Claimed, NewSession, NodeId, Ownership, SessionKey, StreamId
+from pgmcp.session.restore import ATTEMPTS, Restore, SessionOver
+from pgmcp.session.state import KIND, SessionState, exported
+from pgmcp.settings import Settings
+from pgmcp.types import Claimed, Inheritance, NewSession, NodeId, Ownership, SessionKey, StreamId
 
 logger = logging.getLogger(__name__)
 
 TOUCH_EVERY = 60.0
 """Seconds between the writes that note which sessions were active."""
+
+RESTORES = 8
+"""Sessions that are restored at the same time."""
+
+EXPORT = 2.0
+"""Seconds that a server may take to export its memory of a session."""
 
 
 @dataclass(slots=True)
@@ -55,7 +66,9 @@ class Host:
         *,
         inbox: Inbox,
         log: Log,
+        takeovers: Takeovers,
         box: SecretBox,
+        settings: Settings,
         clock: Clock,
         ids: Ids,
         trusted: Callable[[], Coroutine[Any, Any, None]],
@@ -63,9 +76,11 @@ class Host:
         ended: Callable[[SessionKey], None],
     ) -> None:
         self._adapter, self._inbox, self._log, self._box = adapter, inbox, log, box
-        self._clock, self._ids = clock, ids
+        self._takeovers, self._settings, self._clock, self._ids = takeovers, settings, clock, ids
         self._trusted, self._heard, self._ended = trusted, heard, ended
         self._residents: dict[SessionKey, _Resident] = {}
+        self._restoring: set[SessionKey] = set()
+        self._room = asyncio.Semaphore(RESTORES)
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
@@ -80,10 +95,23 @@ class Host:
             DatabaseUnavailable: it could not be committed in time.
         """
         ownership = await self._inbox.open_session(new)
-        actor = Actor(
+        self._settle(self._actor(ownership, new.session_id, (new.standalone, 1)))
+        return ownership
+
+    def _actor(
+        self, ownership: Ownership, session_id: str, standalone: tuple[StreamId, int], left: Inheritance | None = None
+    ) -> Actor:
+        kept = {entry.detail: entry.body for entry in left.journal if entry.kind == KIND and entry.body} if left else {}
+        state = SessionState(
+            session_id,
+            lambda entry: self._inbox.write_journal(ownership, entry),
+            restored=left is not None,
+            kept=kept,
+        )
+        return Actor(
             ownership,
-            new.session_id,
-            (new.standalone, 1),
+            state,
+            standalone,
             adapter=self._adapter,
             inbox=self._inbox,
             log=self._log,
@@ -92,9 +120,60 @@ class Host:
             heard=self._heard,
             on_over=self._over,
         )
-        self._residents[ownership.session] = _Resident(actor)
+
+    def _settle(self, actor: Actor, *, taking: bool = False) -> _Resident:
+        resident = self._residents[actor.ownership.session] = _Resident(actor, taking=taking)
         actor.start()
-        return ownership
+        return resident
+
+    def take_on(self, ownership: Ownership) -> None:
+        """Restore a session that this node has taken over; harmless while that is done already."""
+        session = ownership.session
+        resident = self._residents.get(session)
+        if session not in self._restoring and (resident is None or resident.actor.ownership != ownership):
+            self._restoring.add(session)
+            self._spawn(self._restore(ownership))
+
+    async def _restore(self, ownership: Ownership) -> None:
+        session = ownership.session
+        try:
+            async with self._room:
+                self.drop(session)
+                await self._trusted()
+                left = await self._takeovers.inherit(ownership)
+                if left.attempt > ATTEMPTS or self._settings.on_owner_change == "end":
+                    logger.warning("session %s ends: it could not be restored, or is not to be", session)
+                    await self._end(ownership)
+                    return
+                await self._revive(ownership, left)
+                logger.info("session %s goes on here in epoch %d", session, ownership.epoch)
+        except SessionOver as over:
+            logger.warning("session %s ends: %s", session, over)
+            self.drop(session)
+            await self._end(ownership)
+        except Exception as error:
+            known = isinstance(error, PgmcpError)
+            logger.warning("session %s was not restored this time: %s", session, error, exc_info=not known)
+            self.drop(session)
+        finally:
+            self._restoring.discard(session)
+
+    async def _revive(self, ownership: Ownership, left: Inheritance) -> None:
+        actor = self._actor(ownership, left.session_id, (left.standalone, left.next_seq), left)
+        resident = self._settle(actor, taking=True)
+        restore = Restore(
+            actor,
+            left,
+            takeovers=self._takeovers,
+            rerun=self._settings.rerun,
+            hooks=self._adapter.hooks,
+            hand_over=self._hand_over,
+        )
+        await restore.run()
+        for sink, stream in left.sinks:
+            self._heard(sink, stream)  # whoever wrote there last may have died before it said so
+        resident.taking = False
+        self.wake(ownership.session)
 
     def wake(self, session: SessionKey) -> None:
         """A session's inbox may have messages."""
@@ -119,16 +198,17 @@ class Host:
             self._spawn(resident.actor.stop())
 
     async def poll(self) -> None:
-        """Look for messages that no wake-up announced.
+        """Look for messages that no wake-up announced, and for takeovers whose reply was lost.
 
         Raises:
             DatabaseUnavailable: not now.
         """
         for ownership in await self._inbox.unclaimed():
-            if ownership.session in self._residents:
+            resident = self._residents.get(ownership.session)
+            if resident is not None and resident.actor.ownership == ownership:
                 self.wake(ownership.session)
             else:
-                await self._end(ownership)
+                self.take_on(ownership)
 
     async def survey(self) -> None:
         """Drop the actors whose session ended, or went elsewhere, without our hearing of it.
@@ -154,6 +234,19 @@ class Host:
         if active:
             await self._inbox.touch([resident.actor.ownership for resident in active])
 
+    async def export(self) -> None:
+        """Have the server export what it remembers of each session, for their next owners."""
+        export = self._adapter.hooks.export
+        if export is None:
+            return
+        for resident in list(self._residents.values()):
+            try:
+                async with asyncio.timeout(EXPORT):
+                    entry = exported(await export(resident.actor.state))
+                    await self._inbox.write_journal(resident.actor.ownership, entry)
+            except Exception:
+                logger.exception("session %s leaves its memory behind", resident.actor.ownership.session)
+
     async def close(self) -> None:
         """Mute every actor, then stop them all."""
         residents, self._residents = self._residents, {}
@@ -169,7 +262,8 @@ class Host:
         try:
             while resident.dirty and self._residents.get(session) is resident:
                 resident.dirty = False
-                messages = await self._inbox.claim(resident.actor.ownership)
+                claimed_now = await self._inbox.claim(resident.actor.ownership)
+                messages = [message for message in claimed_now if not resident.actor.has(message.key)]
                 resident.actor.expect(messages)
                 for claimed in messages:
                     await self._hand_over(resident.actor, claimed)
@@ -195,7 +289,10 @@ class Host:
         await actor.deliver(claimed, Caller.unpack(packed))
 
     def _over(self, actor: Actor) -> None:
-        if self._residents.pop(actor.ownership.session, None) is not None:
+        session = actor.ownership.session
+        if session in self._restoring:  # the restore fails, and may be tried again
+            self.drop(session)
+        elif self._residents.pop(session, None) is not None:
             self._spawn(self._end(actor.ownership))
             self._spawn(actor.stop())
 

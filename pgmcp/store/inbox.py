@@ -115,7 +115,7 @@ class TableInbox:
         )
         if not rows:
             raise _unknown()
-        return _facts(rows[0], rows[0]["id"])
+        return facts_of(rows[0], rows[0]["id"])
 
     async def accept(self, messages: Sequence[Message]) -> Accepted:
         """See ``Inbox.accept``."""
@@ -126,7 +126,7 @@ class TableInbox:
             if rows[0]["session"] is None:
                 raise _unknown()
             if all(row["accepted"] for row in rows):
-                return Accepted(_facts(rows[0], rows[0]["session"]), messages[0].stream, joined=False)
+                return Accepted(facts_of(rows[0], rows[0]["session"]), messages[0].stream, joined=False)
             known = next((row for row in rows if row["known_id"] is not None), None)
             if known is None and any(row["full"] for row in rows):
                 limit = self._settings.max_in_flight
@@ -138,7 +138,7 @@ class TableInbox:
                 await self._clock.sleep(0.01)
                 continue
             if known["same"] and len(messages) == 1:
-                return Accepted(_facts(known, known["session"]), StreamId(known["known_stream"]), joined=True)
+                return Accepted(facts_of(known, known["session"]), StreamId(known["known_stream"]), joined=True)
             if not known["finished"]:
                 message = "A request with this id is still running; use another id."
                 raise DuplicateRequest(message)
@@ -209,7 +209,7 @@ class TableInbox:
             for (session, epoch), group in groupby(rows, key=lambda row: (row["session"], row["epoch"]))
         }
         return [
-            taken.get((claim.ownership.session, claim.ownership.epoch), _over(claim.ownership))
+            taken.get((claim.ownership.session, claim.ownership.epoch), over(claim.ownership))
             if newest[claim.ownership.session] is claim
             else []
             for claim in claims
@@ -241,7 +241,7 @@ class TableInbox:
             return await self._database.fetch(name, ownership.session, self._node, ownership.epoch, *args)
 
         if not await self._database.retry(once, patience=self._hold):
-            raise _over(ownership)
+            raise over(ownership)
 
     async def owned(self) -> set[Ownership]:
         """See ``Inbox.owned``."""
@@ -269,11 +269,14 @@ class TableInbox:
             "end_owned_session", ownership.session, self._node, ownership.epoch, patience=self._hold
         )
         if rows[0]["elsewhere"]:
-            raise _over(ownership)
+            raise over(ownership)
 
 
-def _facts(row: asyncpg.Record, session: int) -> SessionFacts:
-    return SessionFacts(SessionKey(session), NodeId(row["owner"]), row["epoch"], row["protocol_version"])
+def facts_of(row: asyncpg.Record, session: int) -> SessionFacts:
+    """What a row says of its session."""
+    return SessionFacts(
+        SessionKey(session), NodeId(row["owner"]), row["epoch"], row["protocol_version"], row["orphaned"]
+    )
 
 
 def _claimed(row: asyncpg.Record) -> Claimed:
@@ -299,5 +302,6 @@ def _unknown() -> SessionUnknown:
     return SessionUnknown("Session not found")
 
 
-def _over(ownership: Ownership) -> Fenced:
+def over(ownership: Ownership) -> Fenced:
+    """The error for an ownership that is over."""
     return Fenced(f"This node does not own session {ownership.session} in epoch {ownership.epoch} any more.")

@@ -6,8 +6,8 @@ Invariants:
 - Every call has a deadline. A line on which one failed is aborted, not closed: closing waits for the dead peer.
 
 Failure handling: a lost line is reopened with a backoff of at most half a second, for as long as the node runs.
-Meanwhile the node polls, and stays trusted until its trust ends. A line whose own notification does not come back
-within the deadline is lost too, whatever the socket says.
+Meanwhile the node polls and renews on the pool; where that fails too, it stays trusted until its trust ends. A line
+whose own notification does not come back within the deadline is lost too, whatever the socket says.
 """
 
 from __future__ import annotations
@@ -52,6 +52,8 @@ class Line:
         node: whose channel and row this is.
         on_payload: called with each wake-up's payload.
         on_reset: called after each (re)opening, when LISTEN is in force: read everything again.
+        on_lost: called when the line is lost.
+        database: the pool, for renewals while the line is down.
     """
 
     def __init__(
@@ -63,9 +65,12 @@ class Line:
         *,
         on_payload: Callable[[str], None],
         on_reset: Callable[[], None],
+        on_lost: Callable[[], None],
+        database: Database,
     ) -> None:
         self._settings, self._node, self._clock, self._ids = settings, node, clock, ids
-        self._on_payload, self._on_reset = on_payload, on_reset
+        self._on_payload, self._on_reset, self._tell_lost = on_payload, on_reset, on_lost
+        self._database = database
         self._connection: asyncpg.Connection | None = None
         self._started_at: datetime | None = None
         self._turn = asyncio.Lock()
@@ -99,14 +104,25 @@ class Line:
                 await self._keeper
         self._drop()
 
-    async def renew(self) -> bool:
+    async def renew(self) -> float | None:
         """See ``LeaseTable.renew``.
 
         Raises:
-            DatabaseUnavailable: the line is down or did not answer within the deadline.
+            DatabaseUnavailable: there was no answer within the deadline.
         """
-        rows = await self._ask("renew", self._node, self._settings.ttl, self._started_at)
-        return bool(rows)
+        if self._connection is not None:
+            rows = await self._ask("renew", self._node, self._settings.ttl, self._started_at)
+        else:
+            rows = await self._renew_on_pool()
+        return rows[0]["at"] if rows else None
+
+    async def _renew_on_pool(self) -> list[asyncpg.Record]:
+        try:
+            async with asyncio.timeout(self._settings.deadline):
+                return await self._database.ask("renew", self._node, self._settings.ttl, None)
+        except TimeoutError as error:
+            message = "Neither the line nor the pool answered in time."
+            raise DatabaseUnavailable(message) from error
 
     async def set_state(self, state: NodeState) -> bool:
         """See ``LeaseTable.set_state``.
@@ -148,6 +164,7 @@ class Line:
                 tries = 0
                 continue
             self._drop()
+            self._tell_lost()
             await self._clock.sleep(self._ids.jitter(REOPEN[min(tries, len(REOPEN) - 1)]))
             tries += 1
             with contextlib.suppress(*TROUBLE, asyncpg.PostgresError):

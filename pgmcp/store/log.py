@@ -21,6 +21,7 @@ from pgmcp.clock import Clock
 from pgmcp.errors import Fenced, PgmcpError, SessionBusy, SessionUnknown
 from pgmcp.store.database import Database
 from pgmcp.store.group import Group
+from pgmcp.store.inbox import facts_of
 from pgmcp.types import (
     PAGE,
     PAGE_BYTES,
@@ -137,7 +138,7 @@ class TableLog:
             message = "Session not found"
             raise SessionUnknown(message)
         row = rows[0]
-        facts = SessionFacts(SessionKey(row["session"]), NodeId(row["owner"]), row["epoch"], row["protocol_version"])
+        facts = facts_of(row, row["session"])
         if row["stream"] is None:
             return facts
         return Attachment(

@@ -72,6 +72,7 @@ nodes = Table(
     Column("version", Text, nullable=False),
     Column("schema_revision", Text, nullable=False),
     Column("capacity", Integer, nullable=False),
+    Column("cause", Text),
     CheckConstraint("state in ('joining', 'ready', 'draining', 'left', 'dead')", name="state"),
     postgresql_with={"fillfactor": "50"},
 )

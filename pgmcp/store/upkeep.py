@@ -41,3 +41,5 @@ class Upkeep:
             for _ in range(ROUNDS):
                 if not await self._database.ask(name, self._settings.retention):
                     break
+        for name in ("prune_nodes", "prune_takeovers"):
+            await self._database.ask(name)

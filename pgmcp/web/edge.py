@@ -8,6 +8,7 @@ from mcp_types.version import is_version_at_least
 
 from pgmcp.clock import Clock, Ids
 from pgmcp.cluster.lease import Lease
+from pgmcp.cluster.takeover import Takeover
 from pgmcp.cluster.wakeups import Wakeups
 from pgmcp.ports import Inbox, Log, SecretBox
 from pgmcp.session.adapter import Adapter
@@ -40,6 +41,7 @@ class Edge:
     log: Log
     lease: Lease
     wakeups: Wakeups
+    takeover: Takeover
     tails: Tails
     host: Host
     adapter: Adapter
@@ -94,7 +96,9 @@ class Edge:
                 )
             )
         accepted = await self.inbox.accept(messages)
-        if not accepted.joined:
+        if accepted.facts.orphaned:
+            self.takeover.touch(accepted.facts.session)
+        elif not accepted.joined:
             self.wakeups.inbox(accepted.facts.owner, accepted.facts.session)
         return accepted
 
@@ -106,8 +110,11 @@ class Edge:
             stream: None: the session's standalone stream.
         """
         attached = await self.log.attach(session_id, call.principal, stream)
+        facts = attached.facts if isinstance(attached, Attachment) else attached
         if isinstance(attached, Attachment) and attached.replaced is not None:
             self.wakeups.stream(attached.replaced, attached.stream)
+        if facts.orphaned:
+            self.takeover.touch(facts.session)
         return attached
 
     def exchange(

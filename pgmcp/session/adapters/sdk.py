@@ -25,9 +25,13 @@ from starlette.authentication import AuthCredentials
 from starlette.requests import Request
 
 from pgmcp.session.adapter import Conversation, Incoming, Kind, Outgoing
+from pgmcp.session.state import Hooks, current
 
 _TEXTS = ("method", "scheme", "http_version", "path", "root_path")
 _BYTES = ("raw_path", "query_string")
+
+RESTORING = {"type": "http", "method": "POST", "path": "/", "query_string": b"", "headers": [(b"pgmcp-restored", b"1")]}
+"""What a message that the node itself replays came with: server code can tell by the header, and has no caller."""
 
 
 class _Reader:
@@ -42,6 +46,7 @@ class _Reader:
         if incoming is None:
             raise StopAsyncIteration
         request, self.last_context = _rebuild(incoming.context)
+        self.last_context.run(current.set, self._conversation.state)
         return SessionMessage(
             jsonrpc_message_adapter.validate_python(pydantic_core.from_json(incoming.body), by_name=False),
             _metadata(incoming, request),
@@ -86,10 +91,11 @@ class SdkAdapter:
 
     Args:
         server: the low-level server; an ``MCPServer`` has one inside.
+        hooks: what the server does with its own memory when a session moves.
     """
 
-    def __init__(self, server: Server[Any]) -> None:
-        self._server = server
+    def __init__(self, server: Server[Any], hooks: Hooks) -> None:
+        self._server, self.hooks = server, hooks
         self._state: Any = None
 
     def lifespan(self) -> AbstractAsyncContextManager[None]:
@@ -140,7 +146,7 @@ def _rebuild(context: Mapping[str, Any] | None) -> tuple[Request | None, context
     """The request as the handler would see it on the node where it arrived, and the context to run the handler in."""
     variables = contextvars.copy_context()
     if context is None:
-        return None, variables
+        return Request(RESTORING), variables
     scope: dict[str, Any] = {"type": "http", "asgi": {"version": "3.0"}, "state": {}}
     scope |= {key: context[key] for key in _TEXTS if key in context}
     scope |= {key: context[key].encode("latin-1") for key in _BYTES if key in context}

@@ -25,6 +25,7 @@ from starlette.types import ASGIApp
 from pgmcp.errors import TargetError
 from pgmcp.session.adapter import Adapter
 from pgmcp.session.adapters.sdk import SdkAdapter
+from pgmcp.session.state import hooks_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,7 @@ def target_of(served: object, path: str) -> Target:
     server: Server[Any] = served.session_manager.app
     endpoint = next(route for route in whole.routes if isinstance(route, Route) and route.path == path)
     return Target(
-        adapter=SdkAdapter(server),
+        adapter=SdkAdapter(server, hooks_of(served)),
         protect=lambda app: _protected(app, whole, endpoint),
         routes=[route for route in whole.routes if route is not endpoint],
     )

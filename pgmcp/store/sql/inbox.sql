@@ -25,7 +25,7 @@ with counted as materialized (
 select found.id, found.epoch, counted.everybody, counted.own from counted left join found on true;
 
 -- name: find_session
-select id, owner, epoch, protocol_version
+select id, owner, epoch, protocol_version, false as orphaned
 from {schema}.sessions
 where session_id = $1
   and transport = 'streamable'
@@ -106,13 +106,14 @@ with guard as materialized (
     on conflict (id) do nothing
 )
 select
-    m.session, m.owner, m.epoch, m.protocol_version,
+    m.session, m.owner, m.epoch, m.protocol_version, (o.state in ('joining', 'ready', 'draining')) is not true as orphaned,
     stored.id is not null or k.id = a.id
         or exists (select from {schema}.requests r where r.id = a.id) as accepted,
     m.excess as full,
     k.id as known_id, k.stream as known_stream, k.same, k.finished, k.attached
 from asked a
 left join mine m on m.n = a.n
+left join {schema}.nodes o on o.node_id = m.owner
 left join stored on stored.id = a.id
 left join known k on k.n = a.n
 order by a.n;
@@ -152,10 +153,11 @@ left join {schema}.streams st on st.id = m.stream
 order by h.id, m.position;
 
 -- name: unclaimed
--- Sessions of this owner with messages that nobody has claimed: the answer to a lost wake-up.
+-- Sessions of this owner with work that it has not claimed: the answer to a lost wake-up, or to a lost reply to a takeover.
 select distinct s.id, s.epoch
 from {schema}.requests r join {schema}.sessions s on s.id = r.session
-where r.claimed_epoch is null and r.finished_at is null and s.owner = $1 and s.state = 'live';
+where (r.claimed_epoch is null or r.claimed_epoch < s.epoch)
+  and r.finished_at is null and s.owner = $1 and s.state = 'live';
 
 -- name: free_request_id
 -- The answer was not fetched and its id is wanted for another request.

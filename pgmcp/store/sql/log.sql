@@ -1,7 +1,7 @@
 -- name: append
 -- fence: owner and epoch on the sessions row, FOR KEY SHARE, in id order; then the streams' rows in id order.
 -- An entry is stored only where its stream stands at the expected number; an answer only together with the
--- compare-and-set that finishes its request. A repeat finds its own events and reports them as stored. An event with a
+-- compare-and-set that finishes its request (whose claim a crash of PostgreSQL may have forgotten). A repeat finds its own events and reports them as stored. An event with a
 -- topic replaces a waiting one of the same topic; $10 of them may wait. "is true" keeps the planner from reading every
 -- session of the owner.
 with guard as materialized (
@@ -29,7 +29,7 @@ with guard as materialized (
     from fit f
     join locked l on l.id = f.stream and l.session = f.session and not l.closed
     left join {schema}.requests q
-        on q.id = f.finishes and q.claimed_epoch = f.epoch and q.finished_at is null
+        on q.id = f.finishes and coalesce(q.claimed_epoch, f.epoch) = f.epoch and q.finished_at is null
     group by f.stream, l.kind, l.delivered_seq, l.next_seq
     having min(f.seq) = l.next_seq
        and max(f.seq) - min(f.seq) + 1 = count(*)
@@ -38,7 +38,7 @@ with guard as materialized (
     update {schema}.requests q
     set finished_at = clock_timestamp(), outcome = f.outcome, open = m.kind = 'request'
     from fit f join moving m on m.stream = f.stream
-    where q.id = f.finishes and q.claimed_epoch = f.epoch and q.finished_at is null
+    where q.id = f.finishes and coalesce(q.claimed_epoch, f.epoch) = f.epoch and q.finished_at is null
     returning q.stream
 ), moved as (
     update {schema}.streams st
@@ -128,8 +128,11 @@ select
     coalesce(target.full, false) as full,
     held.id as session, held.session_id, held.owner, held.epoch, held.protocol_version,
     taken.id as stream, taken.kind, taken.sink_epoch, taken.next_seq, taken.delivered_seq, taken.floor_seq,
-    taken.closed, target.sink as replaced
-from held left join taken on true left join target on true;
+    taken.closed, target.sink as replaced, (o.state in ('joining', 'ready', 'draining')) is not true as orphaned
+from held
+left join taken on true
+left join target on true
+left join {schema}.nodes o on o.node_id = held.owner;
 
 -- name: release
 -- An edge notes how far it carried streams and, unless it keeps them ($5), lets go of them; an answer written to its end

@@ -5,14 +5,16 @@ values ($1, $2, $3, 'joining', clock_timestamp() + make_interval(secs => $4), $5
 on conflict (node_id) do nothing;
 
 -- name: renew
--- One autocommit statement in database time; no row means that the node was declared dead.
+-- One autocommit statement in database time; no row means that the node was declared dead. $3 is when the line's backend
+-- started. On the pool, while the line is down, it is null: that backend may serve others after the node's death, so only
+-- the lease can tell then.
 update {schema}.nodes
 set renewed_at = clock_timestamp(),
     expires_at = clock_timestamp() + make_interval(secs => $2),
-    line_pid = pg_backend_pid(),
+    line_pid = case when $3::timestamptz is not null then pg_backend_pid() end,
     line_started_at = $3
 where node_id = $1 and state in ('joining', 'ready', 'draining')
-returning state;
+returning extract(epoch from renewed_at)::float8 as at;
 
 -- name: set_state
 update {schema}.nodes set state = $2

@@ -1,0 +1,157 @@
+"""Takeover: who died, and which of their sessions this node takes.
+
+Invariants:
+- Nobody is declared dead inside an outage: only a node whose own renewals had no break may say so (see ``Lease``).
+- A session is taken by whoever needs it (``touch``: a client asked for it here) and by a sweep on every node, for those
+  that somebody waits for. There is no leader; the session's row decides who comes first.
+- A node that is not trusted, is full, or is not ready (the table looks at that) takes nothing.
+
+Failure handling: a touch that cannot take the session tells every node that there are orphans. What a lost wake-up, or
+a race with the death itself, left behind, the next sweep finds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from pgmcp.clock import Clock, Ids
+from pgmcp.cluster.lease import Lease
+from pgmcp.errors import PgmcpError
+from pgmcp.ports import Takeovers
+from pgmcp.types import NodeId, Ownership, SessionFacts, SessionKey
+
+logger = logging.getLogger(__name__)
+
+WATCH = 0.3
+"""Seconds between two looks for dead nodes."""
+
+SPREAD = 0.1
+"""Seconds within which the nodes begin to sweep when one has died, so that each gets some of its sessions."""
+
+TRIES = 3
+"""Times that a touch looks: whoever comes second sees the former owner at first."""
+
+SOME = 16
+"""Sessions that one sweep statement takes."""
+
+
+class Takeover:
+    """One incarnation's part in taking over what others left.
+
+    Args:
+        node: who takes.
+        table: deaths and changes of owner.
+        lease: whether this node may act, and declare others dead.
+        room: how many more sessions this node may own.
+        tell: tells every other node that there are orphans.
+        wake: tells the owner of a session that it has messages.
+        own: called with each session that this node has taken.
+        sweep_every: seconds between sweeps that nobody asked for.
+    """
+
+    def __init__(
+        self,
+        node: NodeId,
+        table: Takeovers,
+        lease: Lease,
+        clock: Clock,
+        ids: Ids,
+        *,
+        room: Callable[[], int],
+        tell: Callable[[], None],
+        wake: Callable[[NodeId, SessionKey], None],
+        own: Callable[[Ownership], None],
+        sweep_every: float,
+    ) -> None:
+        self._node, self._table, self._lease, self._clock, self._ids = node, table, lease, clock, ids
+        self._room, self._tell, self._wake, self._own = room, tell, wake, own
+        self._sweep_every = sweep_every
+        self._orphans = asyncio.Event()
+        self._touched: dict[SessionKey, asyncio.Task[None]] = {}
+
+    async def watch(self) -> None:
+        """Look for dead nodes, for ever."""
+        while True:
+            await self._clock.sleep(self._ids.jitter(WATCH))
+            try:
+                await self._condemn()
+            except PgmcpError as error:
+                logger.info("nobody could be declared dead: %s", error)
+
+    async def _condemn(self) -> None:
+        by_lease, by_silence = self._lease.may_condemn()
+        if not by_lease and not by_silence:
+            return
+        dead = await self._table.condemn(by_lease=by_lease, by_silence=by_silence)
+        for node in dead:
+            why = "its lease ran out" if node.cause == "lease" else "it is silent and its connection is gone"
+            logger.warning("node %s (%s) is dead: %s", node.name, node.node, why)
+        if dead:
+            self._tell()
+            self._orphans.set()
+
+    def orphaned(self) -> None:
+        """There are sessions without an owner: sweep soon."""
+        self._orphans.set()
+
+    async def sweep_for_ever(self) -> None:
+        """Take orphans that somebody waits for, when told that there are some and every ``sweep_every`` seconds."""
+        while True:
+            if await self._clock.wait(self._orphans, self._ids.jitter(self._sweep_every)):
+                self._orphans.clear()
+                await self._clock.sleep(self._ids.jitter(SPREAD) - SPREAD / 2)
+            try:
+                await self.sweep()
+            except PgmcpError as error:
+                logger.info("orphans are looked for again later: %s", error)
+
+    async def sweep(self) -> None:
+        """Take orphans that somebody waits for, until there are none or this node is full.
+
+        Raises:
+            DatabaseUnavailable: not now.
+        """
+        while self._lease.trusted and (room := self._room()) > 0:
+            taken = await self._table.take_orphans(min(SOME, room))
+            for ownership in taken:
+                self._own(ownership)
+            if not taken:
+                return
+
+    def touch(self, session: SessionKey) -> None:
+        """A client needs this orphan here, now."""
+        if session not in self._touched:
+            task = asyncio.create_task(self._take(session))
+            self._touched[session] = task
+            task.add_done_callback(lambda _: self._touched.pop(session, None))
+
+    async def _take(self, session: SessionKey) -> None:
+        try:
+            for _ in range(TRIES):
+                if not self._lease.trusted or self._room() <= 0:
+                    break
+                facts = await self._table.take(session)
+                if facts is None:
+                    return
+                if not facts.orphaned:
+                    self._own_or_wake(facts)
+                    return
+            self._tell()
+        except PgmcpError as error:
+            logger.warning("session %s could not be taken over: %s", session, error)
+
+    def _own_or_wake(self, facts: SessionFacts) -> None:
+        if facts.owner == self._node:
+            self._own(Ownership(facts.session, facts.epoch))
+        else:
+            self._wake(facts.owner, facts.session)
+
+    async def close(self) -> None:
+        """Take nothing more."""
+        tasks = list(self._touched.values())
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)

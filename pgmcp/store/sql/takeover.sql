@@ -1,0 +1,198 @@
+-- name: condemn
+-- Death, in database time: one guarded statement, after which the node's own renewal hits no live row. $2: this observer
+-- may say so of a lease that ran out; $3: of a node that was silent for $4 seconds and whose line has no backend any more
+-- (a backend_start that this role may not see counts as alive). A row that is being renewed is locked, and skipped.
+with suspects as materialized (
+    select n.node_id,
+        case when n.expires_at < clock_timestamp() then 'lease' else 'silence' end as cause
+    from {schema}.nodes n
+    where n.node_id <> $1
+      and n.state in ('joining', 'ready', 'draining')
+      and (
+          $2 and n.expires_at < clock_timestamp()
+          or $3 and n.line_pid is not null
+              and n.renewed_at < clock_timestamp() - make_interval(secs => $4)
+              and not exists (
+                  select from pg_stat_activity a
+                  where a.pid = n.line_pid and (a.backend_start is null or a.backend_start = n.line_started_at)
+              )
+      )
+    order by n.node_id
+    for no key update of n skip locked
+)
+update {schema}.nodes n
+set state = 'dead', cause = s.cause
+from suspects s
+where n.node_id = s.node_id
+  and exists (
+      select from {schema}.nodes me where me.node_id = $1 and me.state in ('joining', 'ready', 'draining')
+  )
+returning n.node_id, n.name, n.cause;
+
+-- name: take_session
+-- fence: the session's row FOR UPDATE; what is in flight is read by later statements only. A node that is dead, left or
+-- removed never comes back under its id, so its row needs no lock. A repeat finds itself as the owner and takes nothing.
+with guard as materialized (
+    select set_config('lock_timeout', '250ms', true)
+), held as materialized (
+    select s.id, s.session_id, s.owner, s.epoch, coalesce(n.cause, n.state, 'removed') as reason
+    from guard, {schema}.sessions s
+    left join {schema}.nodes n on n.node_id = s.owner
+    where s.id = $1
+      and s.state = 'live'
+      and (n.state in ('joining', 'ready', 'draining')) is not true
+      and exists (select from {schema}.nodes me where me.node_id = $2 and me.state = 'ready')
+    for update of s
+), taken as (
+    update {schema}.sessions s
+    set owner = $2, epoch = held.epoch + 1
+    from held where s.id = held.id
+    returning s.id, s.epoch
+), noted as (
+    insert into {schema}.takeovers (session, session_id, from_node, to_node, epoch, reason)
+    select held.id, held.session_id, held.owner, $2, taken.epoch, held.reason
+    from held join taken on taken.id = held.id
+)
+select s.id, case when taken.id is null then s.owner else $2 end as owner,
+    coalesce(taken.epoch, s.epoch) as epoch, s.protocol_version,
+    taken.id is null and (n.state in ('joining', 'ready', 'draining')) is not true as orphaned
+from {schema}.sessions s
+left join taken on taken.id = s.id
+left join {schema}.nodes n on n.node_id = s.owner
+where s.id = $1 and s.state = 'live';
+
+-- name: take_orphans
+-- fence: the sessions' rows FOR UPDATE, locked ones skipped. Only those that somebody waits for: work in flight, a stream
+-- that a live node carries, a subscription. $2 is how many at most.
+with held as materialized (
+    select s.id, s.session_id, s.owner, s.epoch, coalesce(n.cause, n.state) as reason
+    from {schema}.nodes n
+    join {schema}.sessions s on s.owner = n.node_id and s.state = 'live'
+    where n.state in ('left', 'dead')
+      and exists (select from {schema}.nodes me where me.node_id = $1 and me.state = 'ready')
+      and (
+          exists (select from {schema}.requests r where r.session = s.id and r.finished_at is null)
+          or exists (
+              select from {schema}.streams st join {schema}.nodes k on k.node_id = st.sink
+              where st.session = s.id and not st.closed and k.state in ('joining', 'ready', 'draining')
+          )
+          or exists (select from {schema}.journal j where j.session = s.id and j.kind = 'subscription')
+      )
+    order by s.id
+    limit $2
+    for update of s skip locked
+), taken as (
+    update {schema}.sessions s
+    set owner = $1, epoch = held.epoch + 1
+    from held where s.id = held.id
+    returning s.id, s.epoch
+), noted as (
+    insert into {schema}.takeovers (session, session_id, from_node, to_node, epoch, reason)
+    select held.id, held.session_id, held.owner, $1, taken.epoch, held.reason
+    from held join taken on taken.id = held.id
+)
+select id, epoch from taken;
+
+-- name: begin_restore
+-- fence: owner and epoch on the sessions row. The attempt is counted before it is made.
+update {schema}.sessions s
+set restores = s.restores + 1
+where s.id = $1 and s.owner = $2 and s.epoch = $3 and s.state = 'live'
+returning s.session_id, s.restores;
+
+-- name: end_restore
+-- fence: owner and epoch on the sessions row.
+update {schema}.sessions s
+set restores = 0
+where s.id = $1 and s.owner = $2 and s.epoch = $3
+returning s.id;
+
+-- name: inherited_journal
+select kind, detail, body from {schema}.journal where session = $1 order by written_at, kind, detail;
+
+-- name: inherited_streams
+select id, kind, next_seq, sink from {schema}.streams
+where session = $1 and (kind = 'standalone' or sink is not null);
+
+-- name: inherited_requests
+-- What an earlier owner may have started: what it claimed, and, since claims commit asynchronously, whatever was accepted
+-- before PostgreSQL last came up (the statistics are reset when it recovers from a crash).
+select r.id, r.position, r.rpc_id, r.method, r.name, r.body, r.context, r.stream, r.runs, st.next_seq
+from {schema}.requests r
+left join {schema}.streams st on st.id = r.stream
+where r.session = $1
+  and r.rpc_id is not null
+  and r.finished_at is null
+  and (
+      r.claimed_epoch < $2
+      or r.claimed_epoch is null and r.accepted_at < greatest(
+          pg_postmaster_start_time(), (select stats_reset from pg_stat_bgwriter)
+      )
+  )
+order by r.position;
+
+-- name: inherited_heard
+-- What the client has said besides requests, as far as it matters for those that an earlier owner left: answers, cancels,
+-- and the end of the handshake. The newest first.
+select position, method, body, claimed_epoch is not null as claimed from {schema}.requests
+where session = $1
+  and rpc_id is null
+  and (method is null or method in ('notifications/cancelled', 'notifications/initialized'))
+order by position desc
+limit 1000;
+
+-- name: inherited_said
+-- What an earlier owner has said on these streams, as far as it matters: questions, cancels of its own, progress. The
+-- newest first.
+select st.id as stream, e.message
+from unnest($1::uuid[]) as st (id)
+cross join lateral (
+    select q.seq, q.message from {schema}.events q
+    where q.stream = st.id
+      and (
+          position('"id":'::bytea in q.message) > 0 and position('"method":'::bytea in q.message) > 0
+          or position('"notifications/cancelled"'::bytea in q.message) > 0
+          or position('"notifications/progress"'::bytea in q.message) > 0
+      )
+    order by q.seq desc
+    limit 1000
+) e;
+
+-- name: adopt
+-- fence: owner and epoch on the sessions row, FOR KEY SHARE. What an earlier owner may have started is this one's now, to
+-- be run once more ($5) or to be ended; a run is counted before it is made, and a repeat finds it counted.
+with guard as materialized (
+    select set_config('lock_timeout', '250ms', true)
+), held as materialized (
+    select s.id, s.epoch from guard, {schema}.sessions s
+    where s.id = $1 and s.owner = $2 and s.epoch = $3 and s.state = 'live'
+    for key share of s
+), adopted as (
+    update {schema}.requests r
+    set claimed_epoch = held.epoch, claimed_at = clock_timestamp(),
+        runs = greatest(r.runs, 1) + case when a.again then 1 else 0 end
+    from held, unnest($4::uuid[], $5::boolean[]) as a (id, again)
+    where r.id = a.id and r.session = held.id and r.finished_at is null
+      and coalesce(r.claimed_epoch, 0) < held.epoch
+)
+select id from held;
+
+-- name: prune_nodes
+-- Rows of nodes that are over are kept for people: the last 25, for a week at most; and while they own sessions.
+delete from {schema}.nodes n
+where n.state in ('left', 'dead')
+  and not exists (select from {schema}.sessions s where s.owner = n.node_id)
+  and (
+      n.renewed_at < clock_timestamp() - interval '7 days'
+      or n.node_id not in (
+          select k.node_id from {schema}.nodes k where k.state in ('left', 'dead') order by k.renewed_at desc limit 25
+      )
+  );
+
+-- name: prune_takeovers
+delete from {schema}.takeovers
+where id in (
+    select id from {schema}.takeovers where at < clock_timestamp() - interval '7 days' order by id limit 500
+    for update skip locked
+)
+returning 1;

@@ -1,0 +1,115 @@
+"""Deaths and changes of owner.
+
+Invariants:
+- Death is one guarded statement in database time; a row that is dead or left never comes back to life.
+- A change of owner locks the session's row ``FOR UPDATE`` and grows the epoch; what is in flight is read by statements
+  that begin after it was committed, so that they see all that the former owner could store (G1).
+- Restores and runs are counted before they are begun.
+
+Failure handling: every statement finds its own work when it is repeated. A change of owner whose reply was lost is
+found by ``Inbox.unclaimed`` of the new owner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import asyncpg
+
+from pgmcp.store.database import Database
+from pgmcp.store.inbox import facts_of, over
+from pgmcp.types import (
+    Condemned,
+    Heard,
+    Inheritance,
+    Inherited,
+    JournalEntry,
+    NodeId,
+    Ownership,
+    RequestKey,
+    SessionFacts,
+    SessionKey,
+    StreamId,
+)
+
+
+class TableTakeovers:
+    """The ``Takeovers`` port on PostgreSQL, for one node."""
+
+    def __init__(self, database: Database, node: NodeId) -> None:
+        self._database, self._node = database, node
+        self._hold = database.settings.hold
+
+    async def condemn(self, *, by_lease: bool, by_silence: bool) -> list[Condemned]:
+        """See ``Takeovers.condemn``."""
+        rows = await self._database.ask("condemn", self._node, by_lease, by_silence, self._database.settings.silence)
+        return [Condemned(NodeId(row["node_id"]), row["name"], row["cause"]) for row in rows]
+
+    async def take(self, session: SessionKey) -> SessionFacts | None:
+        """See ``Takeovers.take``."""
+        rows = await self._persist("take_session", session, self._node)
+        return facts_of(rows[0], rows[0]["id"]) if rows else None
+
+    async def take_orphans(self, most: int) -> list[Ownership]:
+        """See ``Takeovers.take_orphans``."""
+        rows = await self._database.ask("take_orphans", self._node, most)
+        return [Ownership(SessionKey(row["id"]), row["epoch"]) for row in rows]
+
+    async def inherit(self, ownership: Ownership) -> Inheritance:
+        """See ``Takeovers.inherit``."""
+        session = ownership.session
+        begun = await self._persist("begin_restore", session, self._node, ownership.epoch)
+        streams = await self._persist("inherited_streams", session)
+        standalone = next((row for row in streams if row["kind"] == "standalone"), None)
+        if not begun or standalone is None:
+            raise over(ownership)
+        journal = await self._persist("inherited_journal", session)
+        requests = tuple(
+            Inherited(
+                key=RequestKey(row["id"]),
+                position=row["position"],
+                rpc_id=row["rpc_id"],
+                method=row["method"],
+                name=row["name"],
+                body=row["body"],
+                context=row["context"],
+                stream=None if row["stream"] is None else StreamId(row["stream"]),
+                next_seq=row["next_seq"] or 1,
+                runs=row["runs"],
+            )
+            for row in await self._persist("inherited_requests", session, ownership.epoch)
+        )
+        spoken = {standalone["id"], *(request.stream for request in requests if request.stream is not None)}
+        said = await self._persist("inherited_said", list(spoken))
+        heard = await self._persist("inherited_heard", session)
+        return Inheritance(
+            session_id=begun[0]["session_id"],
+            attempt=begun[0]["restores"],
+            standalone=StreamId(standalone["id"]),
+            next_seq=standalone["next_seq"],
+            sinks=tuple((NodeId(row["sink"]), StreamId(row["id"])) for row in streams if row["sink"] is not None),
+            journal=tuple(JournalEntry(row["kind"], row["detail"], row["body"]) for row in journal),
+            requests=requests,
+            heard=tuple(Heard(row["position"], row["method"], row["body"], row["claimed"]) for row in heard),
+            said=tuple((StreamId(row["stream"]), row["message"]) for row in said),
+        )
+
+    async def adopt(self, ownership: Ownership, fates: Sequence[tuple[RequestKey, bool]]) -> None:
+        """See ``Takeovers.adopt``."""
+        rows = await self._persist(
+            "adopt",
+            ownership.session,
+            self._node,
+            ownership.epoch,
+            [key for key, _ in fates],
+            [again for _, again in fates],
+        )
+        if not rows:
+            raise over(ownership)
+
+    async def restored(self, ownership: Ownership) -> None:
+        """See ``Takeovers.restored``."""
+        await self._persist("end_restore", ownership.session, self._node, ownership.epoch)
+
+    async def _persist(self, name: str, *args: object) -> list[asyncpg.Record]:
+        return await self._database.persist(name, *args, patience=self._hold)

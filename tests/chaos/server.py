@@ -1,0 +1,118 @@
+"""The server of these tests. Each run of a tool leaves a line in a file outside of the cluster: the truth."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from mcp.server.mcpserver import Context, MCPServer
+from mcp_types import ToolAnnotations
+from pydantic import BaseModel
+
+from pgmcp import SessionState, keep_memory, session_state
+
+mcp = MCPServer("chaos", log_level="WARNING")
+SAFE, IDEMPOTENT = ToolAnnotations(read_only_hint=True), ToolAnnotations(idempotent_hint=True)
+counts: dict[str, int] = {}
+
+
+def note(what: str, text: str) -> None:
+    """Leave a line: what happened, in which call, in which process."""
+    line = json.dumps([what, text, os.getpid()]) + "\n"
+    with Path(os.environ["CHAOS_TRUTH"]).open("a") as truth:
+        truth.write(line)
+
+
+async def work(text: str, seconds: float) -> str:
+    note("start", text)
+    await asyncio.sleep(seconds)
+    note("end", text)
+    return text
+
+
+@mcp.tool(annotations=SAFE, structured_output=False)
+async def safe(text: str, seconds: float = 0) -> str:
+    """Return the text after a while."""
+    return await work(text, seconds)
+
+
+@mcp.tool(annotations=IDEMPOTENT, structured_output=False)
+async def repeatable(text: str, seconds: float = 0) -> str:
+    """Return the text after a while."""
+    return await work(text, seconds)
+
+
+@mcp.tool(structured_output=False)
+async def unsafe(text: str, seconds: float = 0) -> str:
+    """Return the text after a while."""
+    return await work(text, seconds)
+
+
+@mcp.tool(structured_output=False)
+async def named(text: str, seconds: float = 0) -> str:
+    """Return the text after a while; only the operator says that it is safe."""
+    return await work(text, seconds)
+
+
+@mcp.tool(annotations=SAFE, structured_output=False)
+async def deadly(text: str) -> str:
+    """Take the node down."""
+    note("start", text)
+    os._exit(1)
+
+
+@mcp.tool(annotations=SAFE, structured_output=False)
+async def steps(text: str, count: int, seconds: float, ctx: Context) -> str:
+    """Report progress step by step."""
+    note("start", text)
+    for step in range(1, count + 1):
+        await asyncio.sleep(seconds)
+        await ctx.report_progress(step, count)
+    note("end", text)
+    return text
+
+
+class Confirmation(BaseModel):
+    ok: bool
+
+
+@mcp.tool(annotations=SAFE, structured_output=False)
+async def ask(text: str, ctx: Context) -> str:
+    """Ask the user."""
+    note("start", text)
+    answer = await ctx.elicit(text, Confirmation)
+    note("end", text)
+    return f"{text}: {answer.action}"
+
+
+@mcp.tool()
+async def count() -> dict[str, Any]:
+    """Count in memory and in what is kept."""
+    state = session_state()
+    await state.put("count", state.get("count", 0) + 1)
+    counts[state.session_id] = counts.get(state.session_id, 0) + 1
+    return {"memory": counts[state.session_id], "kept": state.get("count"), "restored": state.restored}
+
+
+@mcp.tool(structured_output=False)
+async def poison() -> str:
+    """From now on no process survives the restore of this session."""
+    await session_state().put("poison", True)
+    return "poisoned"
+
+
+async def export(state: SessionState) -> int:
+    return counts.get(state.session_id, 0)
+
+
+async def restore(state: SessionState, exported: int | None) -> None:
+    note("restore", state.session_id)
+    if state.get("poison"):
+        os._exit(1)
+    counts[state.session_id] = exported or 0
+
+
+keep_memory(mcp, export=export, restore=restore)
