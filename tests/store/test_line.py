@@ -31,6 +31,7 @@ class Ears:
     node: NodeId
     heard: list[str] = field(default_factory=list)
     resets: int = 0
+    losses: int = 0
 
     async def until_heard(self, payload: str) -> None:
         async def there() -> bool:
@@ -53,8 +54,19 @@ def ears(address: str, node: NodeId | None = None, **settings: Any) -> Ears:
     def reset() -> None:
         found.resets += 1
 
+    def lost() -> None:
+        found.losses += 1
+
+    given = Settings(database_url=address, **settings)
     line = Line(
-        Settings(database_url=address, **settings), node, Clock(), Ids(), on_payload=heard.append, on_reset=reset
+        given,
+        node,
+        Clock(),
+        Ids(),
+        on_payload=heard.append,
+        on_reset=reset,
+        on_lost=lost,
+        database=Database(given, Clock()),
     )
     found = Ears(line, node, heard)
     return found

@@ -162,7 +162,7 @@ def test_up_down_up_leaves_nothing_behind(empty_database: str) -> None:
     before = ask(empty_database, OBJECTS)
     migrations.upgrade(empty_database, "pgmcp")
     full = ask(empty_database, OBJECTS)
-    for target in ("base", "-1"):
+    for target in ("base", f"-{len(migrations.history(empty_database, 'pgmcp'))}"):
         migrations.downgrade(empty_database, "pgmcp", target)
         assert ask(empty_database, OBJECTS) == before
         assert migrations.current(empty_database, "pgmcp") is None
@@ -170,7 +170,7 @@ def test_up_down_up_leaves_nothing_behind(empty_database: str) -> None:
         assert ask(empty_database, OBJECTS) == full
     migrations.upgrade(empty_database, "pgmcp")
     assert migrations.current(empty_database, "pgmcp") == migrations.head()
-    assert [each.applied for each in migrations.history(empty_database, "pgmcp")] == [True]
+    assert [each.applied for each in migrations.history(empty_database, "pgmcp")] == [True, True]
 
 
 def test_the_offline_scripts_do_the_same(empty_database: str) -> None:
@@ -345,9 +345,9 @@ async def test_a_database_that_is_behind_is_told_from_one_that_is_ahead(
     empty_database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await asyncio.to_thread(migrations.upgrade, empty_database, "pgmcp")
-    monkeypatch.setattr(migrations, "head", lambda: "0002")
+    monkeypatch.setattr(migrations, "head", lambda: "9999")
     connection = await asyncpg.connect(empty_database, timeout=10)
-    with pytest.raises(SchemaError, match=r"at revision 0001, this build needs 0002. Run `pgmcp db upgrade`"):
+    with pytest.raises(SchemaError, match=r"at revision 0002, this build needs 9999. Run `pgmcp db upgrade`"):
         await migrations.understood(connection, "pgmcp")
     await connection.close()
 
@@ -398,6 +398,8 @@ def test_something_of_the_user_that_depends_on_a_view_stops_the_way_down(empty_d
     ask(empty_database, "create view public.mine as select node_name from pgmcp.live_nodes")
     with pytest.raises(SchemaError, match="drop that first"):
         migrations.downgrade(empty_database, "pgmcp", "base")
+    assert migrations.current(empty_database, "pgmcp") == "0001", "each migration is a step of its own"
+    migrations.upgrade(empty_database, "pgmcp")
     assert migrations.check(empty_database, "pgmcp") == []
 
 
