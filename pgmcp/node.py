@@ -142,6 +142,7 @@ class Incarnation:
             asyncio.create_task(self.takeover.watch()),
             asyncio.create_task(self.takeover.sweep_for_ever()),
             asyncio.create_task(self._every(settings.poll, self.host.poll)),
+            asyncio.create_task(self._every(settings.poll, self._look_while_deaf)),
             asyncio.create_task(self._every(settings.idle_poll, self.host.survey)),
             asyncio.create_task(self._every(EVERY, self._sweep)),
             asyncio.create_task(self._every(TOUCH_EVERY, self.host.note_activity)),
@@ -185,6 +186,10 @@ class Incarnation:
         self.tails.wake(wake.streams)
         if wake.ended:
             self.tails.end(wake.ended)
+
+    async def _look_while_deaf(self) -> None:
+        if not self.line.up:
+            self._hear(Wake(everything=True))
 
     async def _sweep(self) -> None:
         for session in await self._upkeep.expire():

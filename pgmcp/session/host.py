@@ -80,6 +80,7 @@ class Host:
         self._trusted, self._heard, self._ended = trusted, heard, ended
         self._residents: dict[SessionKey, _Resident] = {}
         self._restoring: set[SessionKey] = set()
+        self._looking: asyncio.Task[None] | None = None
         self._room = asyncio.Semaphore(RESTORES)
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -179,11 +180,26 @@ class Host:
         """A session's inbox may have messages."""
         resident = self._residents.get(session)
         if resident is None:
+            if session not in self._restoring:
+                self._look()  # the reply to a takeover was lost, or a restore failed
             return
         resident.dirty = resident.active = True
         if not resident.taking:
             resident.taking = True
             self._spawn(self._take(session, resident))
+
+    def _look(self) -> None:
+        """Poll now, unless that is being done."""
+        if self._looking is None:
+            self._looking = asyncio.create_task(self._polled())
+
+    async def _polled(self) -> None:
+        try:
+            await self.poll()
+        except PgmcpError as error:
+            logger.info("messages are looked for again later: %s", error)
+        finally:
+            self._looking = None
 
     def wake_all(self) -> None:
         """Wake-ups may have been lost: look at every inbox."""
@@ -253,10 +269,11 @@ class Host:
         for resident in residents.values():
             resident.actor.mute()
         await asyncio.gather(*(resident.actor.stop() for resident in residents.values()))
-        for task in list(self._tasks):
+        tasks = [*self._tasks, *([self._looking] if self._looking else [])]
+        for task in tasks:
             task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
+        if tasks:
+            await asyncio.wait(tasks)
 
     async def _take(self, session: SessionKey, resident: _Resident) -> None:
         try:

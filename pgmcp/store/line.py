@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import socket
 from collections.abc import Callable, Sequence
 from datetime import datetime
@@ -28,6 +29,8 @@ from pgmcp.settings import Settings
 from pgmcp.store.database import TROUBLE, Database
 from pgmcp.store.statements import statement
 from pgmcp.types import NodeId, NodeState
+
+logger = logging.getLogger(__name__)
 
 PROBE = "probe:"
 PROBE_EVERY = 5.0
@@ -161,8 +164,12 @@ class Line:
         tries = 0
         while True:
             if await self._alive():
+                if tries:
+                    logger.info("the line to PostgreSQL is open again")
                 tries = 0
                 continue
+            if not tries:
+                logger.warning("the line to PostgreSQL was lost; it is being reopened, and the node polls meanwhile")
             self._drop()
             self._tell_lost()
             await self._clock.sleep(self._ids.jitter(REOPEN[min(tries, len(REOPEN) - 1)]))

@@ -36,10 +36,10 @@ class Upkeep:
         return [SessionKey(row["id"]) for row in rows]
 
     async def prune(self) -> None:
-        """Remove finished streams, messages and delivered events that are older than the retention."""
+        """Remove finished streams, messages and delivered events that are older than the retention, and old nodes."""
         for name in ("prune_streams", "prune_messages", "prune_standalone"):
             for _ in range(ROUNDS):
                 if not await self._database.ask(name, self._settings.retention):
                     break
-        for name in ("prune_nodes", "prune_takeovers"):
+        for name in ("drop_dead_sinks", "prune_nodes", "prune_takeovers"):
             await self._database.ask(name)

@@ -17,6 +17,19 @@ where id in (
 )
 returning id;
 
+-- name: drop_dead_sinks
+-- fence: the sink's node is over and never comes back under its id; whoever attached since has put its own there.
+update {schema}.streams
+set sink = null
+where id in (
+    select st.id from {schema}.streams st
+    join {schema}.nodes n on n.node_id = st.sink and n.state in ('left', 'dead')
+    order by st.id
+    limit 500
+    for no key update of st skip locked
+)
+returning 1;
+
 -- name: prune_streams
 delete from {schema}.streams
 where id in (
