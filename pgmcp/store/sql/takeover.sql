@@ -34,14 +34,18 @@ returning n.node_id, n.name, n.cause;
 -- removed never comes back under its id, so its row needs no lock. A repeat finds itself as the owner and takes nothing.
 with guard as materialized (
     select set_config('lock_timeout', '250ms', true)
-), held as materialized (
-    select s.id, s.session_id, s.owner, s.epoch, coalesce(n.cause, n.state, 'removed') as reason
-    from guard, {schema}.sessions s
+), seen as materialized (
+    select s.id, s.epoch, coalesce(n.cause, n.state, 'removed') as reason
+    from {schema}.sessions s
     left join {schema}.nodes n on n.node_id = s.owner
     where s.id = $1
-      and s.state = 'live'
       and (n.state in ('joining', 'ready', 'draining')) is not true
       and exists (select from {schema}.nodes me where me.node_id = $2 and me.state = 'ready')
+), held as materialized (
+    -- whoever waited for the lock and finds another epoch has come too late
+    select s.id, s.session_id, s.owner, s.epoch, seen.reason
+    from guard, seen join {schema}.sessions s on s.id = seen.id and s.epoch = seen.epoch
+    where s.state = 'live'
     for update of s
 ), taken as (
     update {schema}.sessions s
