@@ -36,6 +36,9 @@ TRIES = 3
 SOME = 16
 """Sessions that one sweep statement takes."""
 
+SHARE = 0.05
+"""Seconds that a sweep pauses after so many, for other nodes to take theirs."""
+
 
 class Takeover:
     """One incarnation's part in taking over what others left.
@@ -117,8 +120,10 @@ class Takeover:
             taken = await self._table.take_orphans(min(SOME, room))
             for ownership in taken:
                 self._own(ownership)
-            if not taken:
+            if len(taken) < SOME:
                 return
+            self._tell()  # there may be more than one node should have
+            await self._clock.sleep(self._ids.jitter(SHARE))
 
     def touch(self, session: SessionKey) -> None:
         """A client needs this orphan here, now."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import pytest
 from hypothesis import given
@@ -16,6 +16,7 @@ from pgmcp.types import NodeState
 from tests.harness.clock import FakeClock, settle
 
 SETTINGS = Settings()
+Interrupt = Callable[["Scene"], Awaitable[None]]
 
 
 class Row:
@@ -212,3 +213,94 @@ def test_settings_that_keep_it_are_taken(ttl: float, share: float) -> None:
 
 def test_the_defaults_keep_it() -> None:
     assert (SETTINGS.renew, SETTINGS.deadline, SETTINGS.trust, SETTINGS.ttl) == (1.0, 1.5, 7.0, 10.0)
+
+
+# -- who may declare others dead ---------------------------------------------------------------------------------------
+
+
+async def renewing(scene: Scene, seconds: float) -> None:
+    """Time passes, with a good renewal each second."""
+    for _ in range(round(seconds)):
+        await scene.lease.renew()
+        await scene.clock.advance(1)
+
+
+async def test_a_fresh_node_may_soon_speak_of_silence_and_later_of_leases(scene: Scene) -> None:
+    assert scene.lease.may_condemn() == (False, False)
+    await renewing(scene, 1)
+    assert scene.lease.may_condemn() == (False, False)
+    await renewing(scene, 1)
+    assert scene.lease.may_condemn() == (False, True)
+    await renewing(scene, SETTINGS.ttl - 2)
+    assert scene.lease.may_condemn() == (True, True)
+
+
+async def interrupted_by_failure(scene: Scene) -> None:
+    scene.row.away = True
+    with pytest.raises(DatabaseUnavailable):
+        await scene.lease.renew()
+    scene.row.away = False
+
+
+async def interrupted_by_line(scene: Scene) -> None:
+    scene.lease.hurry()
+
+
+async def interrupted_by_pause(scene: Scene) -> None:
+    scene.clock.jump(SETTINGS.renew + 2 * SETTINGS.deadline + 0.1)
+
+
+async def interrupted_by_database_time(scene: Scene) -> None:
+    scene.row.drift += 60
+
+
+@pytest.mark.parametrize(
+    "interrupt",
+    [interrupted_by_failure, interrupted_by_line, interrupted_by_pause, interrupted_by_database_time],
+    ids=lambda each: each.__name__.removeprefix("interrupted_by_"),
+)
+async def test_whoever_was_interrupted_waits_for_a_whole_ttl(scene: Scene, interrupt: Interrupt) -> None:
+    """After an outage every live node gets the time of a lease to renew; until then its silence means nothing."""
+    await renewing(scene, 30)
+    await interrupt(scene)
+    await renewing(scene, SETTINGS.ttl - 1)
+    assert scene.lease.may_condemn() == (False, False)
+    await renewing(scene, 2)
+    assert scene.lease.may_condemn() == (True, True)
+
+
+async def test_database_time_that_runs_a_little_apart_interrupts_nothing(scene: Scene) -> None:
+    for _ in range(30):
+        scene.row.drift += 0.3
+        await renewing(scene, 1)
+    assert scene.lease.may_condemn() == (True, True)
+
+
+async def test_whoever_is_not_trusted_declares_nobody_dead(scene: Scene) -> None:
+    await renewing(scene, 30)
+    scene.clock.jump(SETTINGS.trust)
+    assert scene.lease.may_condemn() == (False, False)
+    await scene.lease.renew()
+    scene.lease.fence()
+    assert scene.lease.may_condemn() == (False, False)
+
+
+async def test_a_lost_line_is_a_reason_to_renew_at_once(scene: Scene) -> None:
+    running = asyncio.create_task(scene.lease.run())
+    await scene.clock.advance(0.3)
+    before = scene.row.renewals
+    scene.lease.hurry()
+    await settle()
+    assert scene.row.renewals == before + 1
+    running.cancel()
+
+
+async def test_a_failed_renewal_is_tried_again_soon(scene: Scene) -> None:
+    running = asyncio.create_task(scene.lease.run())
+    scene.row.away = True
+    await scene.clock.advance(SETTINGS.renew)
+    before = scene.row.renewals
+    scene.row.away = False
+    await scene.clock.advance(0.3)
+    assert (scene.row.renewals, scene.lease.trusted) == (before + 1, True)
+    running.cancel()

@@ -30,8 +30,8 @@ from pgmcp.session.state import Hooks, current
 _TEXTS = ("method", "scheme", "http_version", "path", "root_path")
 _BYTES = ("raw_path", "query_string")
 
-RESTORING = {"type": "http", "method": "POST", "path": "/", "query_string": b"", "headers": [(b"pgmcp-restored", b"1")]}
-"""What a message that the node itself replays came with: server code can tell by the header, and has no caller."""
+RESTORED = "pgmcp-restored"
+"""The header by which server code can tell a message that the node itself replays: it has no caller."""
 
 
 class _Reader:
@@ -45,8 +45,9 @@ class _Reader:
         incoming = await self._conversation.receive()
         if incoming is None:
             raise StopAsyncIteration
-        request, self.last_context = _rebuild(incoming.context)
-        self.last_context.run(current.set, self._conversation.state)
+        state = self._conversation.state
+        request, self.last_context = _rebuild(incoming.context or _replayed(state.session_id))
+        self.last_context.run(current.set, state)
         return SessionMessage(
             jsonrpc_message_adapter.validate_python(pydantic_core.from_json(incoming.body), by_name=False),
             _metadata(incoming, request),
@@ -132,7 +133,7 @@ class SdkAdapter:
         return described
 
 
-def _metadata(incoming: Incoming, request: Request | None) -> ServerMessageMetadata:
+def _metadata(incoming: Incoming, request: Request) -> ServerMessageMetadata:
     return ServerMessageMetadata(
         request_context=request,
         close_sse_stream=incoming.close_stream,
@@ -142,11 +143,15 @@ def _metadata(incoming: Incoming, request: Request | None) -> ServerMessageMetad
     )
 
 
-def _rebuild(context: Mapping[str, Any] | None) -> tuple[Request | None, contextvars.Context]:
+def _replayed(session_id: str) -> Mapping[str, Any]:
+    """What a message that the node itself replays came with: many servers know their sessions by the header."""
+    headers = [["mcp-session-id", session_id], [RESTORED, "1"]]
+    return {"method": "POST", "path": "/", "query_string": "", "headers": headers}
+
+
+def _rebuild(context: Mapping[str, Any]) -> tuple[Request, contextvars.Context]:
     """The request as the handler would see it on the node where it arrived, and the context to run the handler in."""
     variables = contextvars.copy_context()
-    if context is None:
-        return Request(RESTORING), variables
     scope: dict[str, Any] = {"type": "http", "asgi": {"version": "3.0"}, "state": {}}
     scope |= {key: context[key] for key in _TEXTS if key in context}
     scope |= {key: context[key].encode("latin-1") for key in _BYTES if key in context}
