@@ -73,6 +73,12 @@ def cpu(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / TICKS
 
 
+def core_time(pid: int) -> tuple[float, float]:
+    """Seconds for which a process's main thread had a core, and for which it waited for one."""
+    fields = Path(f"/proc/{pid}/schedstat").read_text("ascii").split()
+    return int(fields[0]) / 1e9, int(fields[1]) / 1e9
+
+
 def family_cpu(parent: int) -> float:
     """Seconds of CPU that a process, its living children and those that it has waited for have used."""
     total = 0.0

@@ -41,6 +41,7 @@ from pgmcp.store.secrets import KeyRing
 from pgmcp.store.takeover import TableTakeovers
 from pgmcp.store.upkeep import EVERY, Upkeep
 from pgmcp.types import VERSION, NodeId, NodeRecord, NodeState, Wake
+from pgmcp.web.admission import Admission
 from pgmcp.web.application import Application, host_rules
 from pgmcp.web.edge import Edge
 from pgmcp.web.legacy import SseMessages, SseStream
@@ -113,6 +114,7 @@ class Incarnation:
             wakeups=self.wakeups,
             takeover=self.takeover,
             tails=self.tails,
+            admission=Admission(clock),
             host=self.host,
             adapter=adapter,
             box=box,
@@ -152,7 +154,7 @@ class Incarnation:
         """Stop everything: exchanges end with their final chunk, actors are muted, the row says that we left."""
         for task in self._tasks:
             task.cancel()
-        self.tails.leave()
+        self.edge.leave()
         await self.takeover.close()
         fenced = self.lease.state is LeaseState.FENCED
         if not fenced:
@@ -167,7 +169,7 @@ class Incarnation:
 
     def _on_fenced(self) -> None:
         logger.warning("node %s was declared dead by the cluster; it joins again", self.node_id)
-        self.tails.leave()
+        self.edge.leave()
         self.over.set()
 
     def _on_line_lost(self) -> None:
@@ -336,7 +338,7 @@ class Node:
     def stop_streams(self) -> None:
         """End every exchange with its final chunk, so that the HTTP server can stop."""
         if self._incarnation is not None:
-            self._incarnation.tails.leave()
+            self._incarnation.edge.leave()
 
     def stalled(self) -> float:
         """See ``Pulse.stalled``."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from mcp.server.auth.middleware.bearer_auth import AuthenticatedUser, authorization_context
@@ -81,3 +83,27 @@ class Call:
     async def send_response(self, response: Response) -> None:
         """Answer with a whole response."""
         await response(self.request.scope, self.receive, self.send)
+
+
+class Watch:
+    """Notices a client's disconnect while something else is awaited; the body of its request was read before.
+
+    Args:
+        on_gone: called when the client has gone.
+    """
+
+    def __init__(self, receive: Receive, on_gone: Callable[[], None]) -> None:
+        self._receive, self._on_gone = receive, on_gone
+        self._task: asyncio.Task[None] | None = None
+
+    def __enter__(self) -> None:
+        self._task = asyncio.create_task(self._watch())
+
+    def __exit__(self, *_: object) -> None:
+        if self._task is not None:
+            self._task.cancel()
+
+    async def _watch(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            continue
+        self._on_gone()

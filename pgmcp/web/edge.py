@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 
 from mcp_types.version import is_version_at_least
@@ -27,6 +28,7 @@ from pgmcp.types import (
     StreamId,
     StreamKind,
 )
+from pgmcp.web.admission import Admission
 from pgmcp.web.call import SESSION_ID, Call
 from pgmcp.web.exchange import Exchange
 from pgmcp.web.tails import Tail, Tails
@@ -43,6 +45,7 @@ class Edge:
     wakeups: Wakeups
     takeover: Takeover
     tails: Tails
+    admission: Admission
     host: Host
     adapter: Adapter
     box: SecretBox
@@ -58,6 +61,22 @@ class Edge:
             transport=transport,
             standalone=self.new_stream(),
         )
+
+    def turn(self, post: Post, call: Call, session_id: str) -> AbstractAsyncContextManager[None]:
+        """A turn of the session for a POST: see ``Admission.turn``."""
+        limits = self.settings
+        return self.admission.turn(
+            (call.principal, session_id),
+            call.receive,
+            asks=bool(post.requests),
+            most=limits.max_streams,
+            patience=limits.hold,
+        )
+
+    def leave(self) -> None:
+        """End every exchange, and refuse what waits for its turn."""
+        self.tails.leave()
+        self.admission.leave()
 
     def new_stream(self) -> StreamId:
         """An id for a stream; whoever waits for it subscribes before the stream exists."""

@@ -16,9 +16,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
 
 from starlette.types import Receive, Send
 
@@ -28,6 +27,7 @@ from pgmcp.errors import DatabaseUnavailable, NodeNotReady, PgmcpError, SessionU
 from pgmcp.ports import Log
 from pgmcp.settings import Settings
 from pgmcp.types import Cursor, Event, Page, StreamId, StreamKind
+from pgmcp.web.call import Watch
 from pgmcp.web.tails import Tail
 from pgmcp.web.wire import INTERNAL_ERROR, Refusal
 
@@ -313,8 +313,8 @@ class Exchange:
 
     # -- the client's side -----------------------------------------------------------------------------------------
 
-    def _watching(self) -> _Watch:
-        return _Watch(self._receive, self._on_gone)
+    def _watching(self) -> Watch:
+        return Watch(self._receive, self._on_gone)
 
     def _on_gone(self) -> None:
         self._gone = True
@@ -328,26 +328,6 @@ class Exchange:
         with suppress(PgmcpError, TimeoutError):
             async with asyncio.timeout(DROP):
                 await self._log.release(Cursor(self._tail.stream, self._sink_epoch, carried))
-
-
-class _Watch:
-    """Notices a client's disconnect while the response is being written."""
-
-    def __init__(self, receive: Callable[[], Awaitable[Any]], on_gone: Callable[[], None]) -> None:
-        self._receive, self._on_gone = receive, on_gone
-        self._task: asyncio.Task[None] | None = None
-
-    def __enter__(self) -> None:
-        self._task = asyncio.create_task(self._watch())
-
-    def __exit__(self, *_: object) -> None:
-        if self._task is not None:
-            self._task.cancel()
-
-    async def _watch(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
-            continue
-        self._on_gone()
 
 
 def _is_answer(event: Event) -> bool:

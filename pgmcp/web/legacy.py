@@ -109,5 +109,6 @@ class SseMessages(Endpoint):
         post = parse_post(body, edge.settings.max_batch, edge.settings.max_depth)
         if post.batch:
             raise Refusal(400, "HTTP+SSE has no batches; POST one message")
-        await edge.accept(post, call, session_id, None, "sse")
-        await call.send_response(PlainTextResponse("Accepted", 202))
+        async with edge.turn(post, call, session_id):
+            await edge.accept(post, call, session_id, None, "sse")
+            await call.send_response(PlainTextResponse("Accepted", 202))

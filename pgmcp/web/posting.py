@@ -46,10 +46,12 @@ class Posting:
                 if not room:  # answers that nobody reads hold their streams, though nothing is in flight any more
                     message = f"This session has {most} streams open; close one before you open another."
                     raise SessionBusy(message)
-                await self._requests(post, session_id)
+                async with self._edge.turn(post, self._call, session_id):
+                    await self._requests(post, session_id)
         else:
-            await self._edge.accept(post, self._call, session_id, None)
-            await self._call.respond(202)
+            async with self._edge.turn(post, self._call, session_id):
+                await self._edge.accept(post, self._call, session_id, None)
+                await self._call.respond(202)
 
     async def _check_batch(self, session_id: str) -> None:
         facts = await self._edge.inbox.find(session_id, self._call.principal)

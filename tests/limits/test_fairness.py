@@ -1,0 +1,254 @@
+"""A session that floods waits for itself: who gets which slot, in which order, and that every slot comes back."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+from collections.abc import AsyncIterator, Callable, Sequence
+
+import pytest
+from starlette.requests import ClientDisconnect
+
+from pgmcp.clock import Clock
+from pgmcp.errors import NodeNotReady, SessionBusy
+from pgmcp.types import Accepted, Message
+from pgmcp.web.admission import ALONE, SHARE, SLOTS, Admission
+from tests.harness.clients import RawSession
+from tests.harness.clock import FakeClock, settle
+from tests.harness.cluster import RunningNode, cluster, eventually
+
+LONG = 3600.0
+
+
+class Exchanges:
+    """Exchanges that last until the test ends them; ``begun`` and ``running`` are in the order of their turns."""
+
+    def __init__(self, clock: Clock | None = None, young: float = LONG) -> None:
+        self.admission = Admission(clock or FakeClock(), young)
+        self.begun: list[str] = []
+        self.running: dict[str, asyncio.Event] = {}
+        self.gone: dict[str, asyncio.Event] = {}
+        self.tasks: dict[str, asyncio.Task[None]] = {}
+
+    async def begin(self, *names: str, asks: bool = True, most: int = 100, patience: float = LONG) -> None:
+        """Begin exchanges; the session of ``a1`` is ``a``."""
+        for name in names:
+            self.gone[name] = asyncio.Event()
+            work = self._exchange(name, asks=asks, most=most, patience=patience)
+            self.tasks[name] = asyncio.create_task(work)
+        await settle()
+
+    async def _exchange(self, name: str, *, asks: bool, most: int, patience: float) -> None:
+        async def receive() -> dict[str, str]:
+            await self.gone[name].wait()
+            return {"type": "http.disconnect"}
+
+        async with self.admission.turn(name[0], receive, asks=asks, most=most, patience=patience):
+            self.begun.append(name)
+            self.running[name] = asyncio.Event()
+            try:
+                await self.running[name].wait()
+            finally:
+                del self.running[name]
+
+    async def end(self, name: str) -> None:
+        """End one exchange."""
+        self.running[name].set()
+        await settle()
+
+    async def all_end(self) -> None:
+        """End one exchange after another, always the oldest, until there is none."""
+        while self.running:
+            await self.end(next(iter(self.running)))
+
+
+@pytest.fixture
+async def exchanges() -> AsyncIterator[Exchanges]:
+    exchanges = Exchanges()
+    yield exchanges
+    await exchanges.all_end()
+    await asyncio.gather(*exchanges.tasks.values(), return_exceptions=True)
+    assert (exchanges.admission.free, len(exchanges.admission)) == (SLOTS, 0)
+    assert not exchanges.admission._lines
+    assert not exchanges.admission._turns
+
+
+def many(session: str, count: int) -> list[str]:
+    return [f"{session}{number}" for number in range(count)]
+
+
+async def test_a_flood_waits_for_itself_only(exchanges):
+    await exchanges.begin("b0", *many("a", 50))
+    assert exchanges.begun == ["b0", *many("a", SHARE)]
+    await exchanges.begin(*many("c", SHARE))
+    assert exchanges.begun[-SHARE:] == many("c", SHARE)
+    assert len(exchanges.admission) == 50 - SHARE
+
+
+async def test_lines_take_turns_when_every_slot_is_held(exchanges):
+    floods = "abcdef"
+    for session in floods:
+        await exchanges.begin(*many(session, 30))
+    assert len(exchanges.running) == SLOTS
+    await exchanges.begin("x0", "x1")
+    ended = 0
+    while "x0" not in exchanges.begun:
+        await exchanges.end(next(iter(exchanges.running)))
+        ended += 1
+    assert ended <= len(floods) + 1  # one turn of each line
+    while "x1" not in exchanges.begun:
+        await exchanges.end(next(iter(exchanges.running)))
+        ended += 1
+    assert ended <= 2 * (len(floods) + 1)
+
+
+async def test_a_line_keeps_its_order(exchanges):
+    await exchanges.begin("b0", *many("a", 50), *many("b", 50)[1:])
+    await exchanges.all_end()
+    for session in "ab":
+        assert [name for name in exchanges.begun if name[0] == session] == many(session, 50)
+
+
+async def test_cancels_and_answers_wait_behind_no_request_but_a_flood_of_them_waits(exchanges):
+    await exchanges.begin("b0", *many("a", 50))
+    notes = [f"a-note{number}" for number in range(50)]
+    await exchanges.begin(*notes, asks=False)
+    assert [name for name in exchanges.begun if name in notes] == notes[:SHARE]
+
+
+async def test_who_is_alone_for_long_may_have_every_slot():
+    clock = FakeClock()
+    exchanges = Exchanges(clock)
+    await exchanges.begin(*many("a", 50))
+    assert len(exchanges.running) == SLOTS  # nobody else was here ever
+    await exchanges.begin("b0")
+    assert "b0" not in exchanges.running
+    await exchanges.end("a0")
+    assert "b0" in exchanges.running
+    for name in many("a", SLOTS + 1)[1:SLOTS]:
+        await exchanges.end(name)
+    assert len(exchanges.running) == SHARE + 1
+    await exchanges.end("b0")
+    await exchanges.begin("a50")
+    clock.now += ALONE + 1
+    assert len(exchanges.running) == SHARE
+    await exchanges.begin("a51")
+    assert len(exchanges.running) == SLOTS
+    await exchanges.all_end()
+
+
+async def test_long_calls_hold_no_slot():
+    exchanges = Exchanges(young=0.001)
+    await exchanges.begin("b0", *many("a", 50))
+    await eventually(lambda: len(exchanges.running) == 51, "all of them run")
+    await eventually(lambda: exchanges.admission.free == SLOTS, "none of them holds a slot")
+    await exchanges.all_end()
+    assert exchanges.admission.free == SLOTS  # and none gives it back twice
+
+
+async def test_who_goes_away_leaves_its_place(exchanges):
+    await exchanges.begin("b0", *many("a", SHARE + 3))
+    first, second, third = many("a", SHARE + 3)[-3:]
+    exchanges.gone[first].set()
+    exchanges.tasks[second].cancel()
+    await settle()
+    with pytest.raises(ClientDisconnect):
+        await exchanges.tasks[first]
+    assert len(exchanges.admission) == 1
+    await exchanges.end("a0")
+    assert third in exchanges.running
+
+
+@pytest.mark.parametrize("turns", range(4))
+async def test_a_slot_that_is_given_to_whom_just_goes_is_passed_on(exchanges, turns):
+    await exchanges.begin("b0", *many("a", SHARE + 2))
+    leaving, next_one = many("a", SHARE + 2)[-2:]
+    exchanges.running["a0"].set()
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    exchanges.tasks[leaving].cancel()
+    await settle()
+    assert leaving not in exchanges.running
+    assert next_one in exchanges.running
+
+
+async def test_waiting_is_bounded(exchanges):
+    await exchanges.begin("b0", *many("a", SHARE + 5), most=5)
+    await exchanges.begin("a-more", most=5)
+    with pytest.raises(SessionBusy, match="5 messages"):
+        await exchanges.tasks["a-more"]
+    await exchanges.begin("a-late", patience=0.001)
+    with pytest.raises(NodeNotReady, match="try again"):
+        await exchanges.tasks["a-late"]
+    assert len(exchanges.admission) == 5
+
+
+async def test_a_node_that_leaves_keeps_nobody_waiting(exchanges):
+    await exchanges.begin("b0", *many("a", SHARE + 1))
+    exchanges.admission.leave()
+    with pytest.raises(NodeNotReady, match="leaving"):
+        await exchanges.tasks[f"a{SHARE}"]
+
+
+# -- on a node ---------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def gate(node: RunningNode, session: RawSession | str) -> Callable[[], int]:
+    """Requests of one session stay in acceptance, and keep their slots, until the context ends."""
+    inbox, admission, opened, inside = node.incarnation.inbox, node.incarnation.edge.admission, asyncio.Event(), set()
+    accept = inbox.accept
+    gated = session if isinstance(session, str) else session.session_id
+
+    async def accept_later(messages: Sequence[Message]) -> Accepted:
+        if messages[0].session_id == gated and messages[0].rpc_id is not None:
+            inside.add(messages[0].key)
+            await opened.wait()
+        return await accept(messages)
+
+    inbox.accept, admission._young = accept_later, LONG
+    try:
+        yield lambda: len(inside)
+    finally:
+        opened.set()
+        inbox.accept = accept
+
+
+async def test_others_get_through_beside_a_flood(database, talker):
+    async with cluster(database, talker, 2) as nodes, RawSession() as flood, RawSession() as other:
+        await flood.open(nodes[0].url)
+        await other.open(nodes[1].url)
+        assert (await other.call(nodes[0].url, "ping"))["result"] == {}
+        admission = nodes[0].incarnation.edge.admission
+        with gate(nodes[0], flood) as inside:
+            calls = [asyncio.create_task(flood.call(nodes[0].url, "ping")) for _ in range(50)]
+            await eventually(lambda: len(admission) == 50 - SHARE, "the flood waits")
+            for node in nodes:  # where the flood is, and where it is not
+                assert (await other.call(node.url, "ping"))["result"] == {}
+            assert (await flood.notify(nodes[0].url, "notifications/x")).status == 202
+            assert (await flood.call(nodes[1].url, "ping"))["result"] == {}
+            assert (inside(), len(admission)) == (SHARE, 50 - SHARE)
+            for call in calls[-10:]:
+                call.cancel()  # hangs up
+            await eventually(lambda: len(admission) <= 50 - SHARE - 10, "those that hung up have gone")
+        answers = await asyncio.gather(*calls[:-10])
+        assert all(answer["result"] == {} for answer in answers)
+        await eventually(lambda: admission.free == SLOTS, "every slot is back")
+
+
+async def test_others_get_through_beside_a_flood_over_http_sse(database, talker):
+    async with cluster(database, talker, 1) as nodes, RawSession(path="/sse") as older, RawSession() as other:
+        [node] = nodes
+        await other.open(node.url)
+        stream = await older.get(node.url)
+        endpoint = await stream.next()
+        older.path, ids = endpoint.data, itertools.count(1)
+        admission = node.incarnation.edge.admission
+        with gate(node, older.path.partition("=")[2]) as inside:
+            posts = [asyncio.create_task(older.request(node.url, "ping", request_id=next(ids))) for _ in range(50)]
+            await eventually(lambda: len(admission) == 50 - SHARE, "the flood waits")
+            assert (await other.call(node.url, "ping"))["result"] == {}
+            assert inside() == SHARE
+        assert {post.status for post in await asyncio.gather(*posts)} == {202}
+        await eventually(lambda: admission.free == SLOTS, "every slot is back")
