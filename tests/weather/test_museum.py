@@ -1,7 +1,6 @@
 """What others shipped (the bug museum), each with a test that would have caught it.
 
-Most of it is shown elsewhere; ``ELSEWHERE`` names the tests, and a test here sees to it that they exist. Left out are
-those that need takeover, drain or a promotion.
+Most of it is shown elsewhere; ``ELSEWHERE`` names the tests, and a test here sees to it that they exist.
 """
 
 from __future__ import annotations
@@ -54,11 +53,17 @@ ELSEWHERE = {
     "16 procrastinate: a heartbeat that hits no row": (
         "tests/cluster/test_trust.py::test_a_node_that_was_declared_dead_stops_and_joins_again"
     ),
+    "17 Hatchet: a zombie is put back": (
+        "tests/cluster/test_trust.py::test_a_node_that_was_declared_dead_stops_and_joins_again"
+    ),
     "18 River: connected, and nothing comes": (
         "tests/store/test_line.py::test_a_proxy_that_stalls_after_connect_holds_nobody_for_ever"
     ),
     "19 River: a backoff longer than the lease": (
         "tests/unit/test_lease.py::test_settings_that_break_the_timing_rule_are_refused"
+    ),
+    "22 pgqueuer: more orphans than may be recovered at once": (
+        "tests/cluster/test_restore.py::test_many_sessions_are_taken_by_all_who_are_left"
     ),
     "23 greptimedb: an advisory lock is kept": (
         "tests/store/test_statements.py::test_no_lock_and_no_setting_outlives_its_transaction"
@@ -66,6 +71,10 @@ ELSEWHERE = {
     "24 authentik: migrating through pgbouncer": (
         "tests/store/test_pooler.py::test_a_transaction_pooler_is_refused_for_migrations_but_not_for_reading"
     ),
+    "25 River, Oban: rows that vanish on promotion": (
+        "tests/store/test_migrations.py::test_migrations_build_exactly_what_the_metadata_says"
+    ),
+    "27 Patroni: frozen past the lease, then back": "tests/cluster/test_trust.py::test_a_zombie_can_store_nothing",
     "29 River: channels without the schema": (
         "tests/weather/test_isolation.py::test_two_clusters_in_one_postgres_do_not_hear_each_other"
     ),
@@ -74,6 +83,9 @@ ELSEWHERE = {
     ),
     "32 recall.ai: NOTIFY serialises the instance": (
         "tests/weather/test_isolation.py::test_a_storm_of_wake_ups_is_one_notify_at_a_time"
+    ),
+    "33 DBOS: a migration that was cut off": (
+        "tests/store/test_migrations.py::test_a_run_that_is_cut_off_leaves_nothing_and_can_be_repeated"
     ),
 }
 UPDATED = "notifications/resources/updated"
@@ -246,3 +258,39 @@ def test_museum_30_nobody_listens_on_a_pool_connection():
     assert found == {"store/line.py"}
     assert "pool" not in inspect.getsource(line_module.Line._connect)
     assert Settings(database_url="postgresql://a/b", listen_url="postgresql://c/d").line_url == "postgresql://c/d"
+
+
+async def test_museum_20_a_call_that_outlasts_the_lease_of_its_living_node_is_not_rescued(database, ledger, tables):
+    """River and Oban rescue what is old; here age means nothing as long as the owner lives."""
+    lease = {"renew": 0.1, "deadline": 0.2, "trust": 0.8, "ttl": 1.0, "poll": 0.1}
+    async with cluster(database, ledger.server, 3, **lease) as nodes, sessions(nodes, 1) as (session,):
+        calling = asyncio.create_task(session.call_tool(nodes[1].url, "wait", text="long"))
+        ticks = [node.incarnation.lease for node in nodes]
+        started = ticks[0].ticked_at
+        await eventually(lambda: all(lease.ticked_at > started + 2.5 for lease in ticks), "more than two leases pass")
+        ledger.gate.set()
+        await calling
+        assert ledger.ran == ["long"]
+        assert await tables.value("select count(*) from pgmcp.takeovers") == 0
+        assert await tables.value("select max(epoch) from pgmcp.sessions") == 1
+
+
+async def test_museum_26_nobody_ever_sees_an_empty_cluster(database, ledger, tables):
+    """JGroups: a table that is rewritten is empty for a moment, and everybody thinks that he is alone."""
+    seen: list[int] = []
+    done = asyncio.Event()
+
+    async def look() -> None:
+        while not done.is_set():
+            seen.append(await tables.value("select count(*) from pgmcp.live_nodes"))
+
+    async with cluster(database, ledger.server, 1, renew=0.1):
+        looking = asyncio.create_task(look())
+        for _ in range(4):
+            async with cluster(database, ledger.server, 3, renew=0.1):
+                pass
+        done.set()
+        await looking
+    assert min(seen) >= 1
+    assert max(seen) >= 3
+    assert await tables.value("select count(*) from pgmcp.nodes where state = 'left'") == 13
