@@ -1,6 +1,6 @@
 """What server code can know and keep of its session across a change of owner (G13).
 
-A server's memory dies with its node. What it puts here is stored under the owner's fence before ``put`` returns, and is
+A server's memory dies with its node. What it puts here is stored under the owner's fence before ``set`` returns, and is
 there on the next owner. What lies in memory only can be exported when a node leaves in an orderly way, and is handed to
 the server again on the next one.
 
@@ -41,11 +41,11 @@ class SessionState:
         self.session_id, self.restored = session_id, restored
         self._write, self._kept = write, dict(kept or {})
 
-    def get(self, key: str, default: Any = None) -> Any:
+    async def get(self, key: str, default: Any = None) -> Any:
         """The value of a key, or the default."""
         return json.loads(self._kept[key]) if key in self._kept else default
 
-    async def put(self, key: str, value: Any) -> None:
+    async def set(self, key: str, value: Any) -> None:
         """Keep a JSON value; it is stored when this returns.
 
         Raises:
@@ -54,7 +54,7 @@ class SessionState:
         """
         body = _encoded(value)
         if key not in self._kept and len(self._kept) >= KEYS:
-            message = f"This session keeps {KEYS} values already; delete one before you put another."
+            message = f"This session keeps {KEYS} values already; delete one before you set another."
             raise StateRefused(message)
         if not key or len(key) > KEY_LENGTH or "\0" in key or not key.isprintable():
             message = f"A key has 1 to {KEY_LENGTH} printable characters."
@@ -76,8 +76,11 @@ class SessionState:
 current: ContextVar[SessionState] = ContextVar("pgmcp_session_state")
 
 
-def session_state() -> SessionState:
+def session_state(ctx: object = None) -> SessionState:
     """The session whose message is being handled.
+
+    Args:
+        ctx: the handler's context, in whichever style the server is written; the session is found without it, too.
 
     Raises:
         NoSession: this is no handler of a session that pgmcp serves.

@@ -92,15 +92,15 @@ async def ask(text: str, ctx: Context) -> str:
 async def count() -> dict[str, Any]:
     """Count in memory and in what is kept."""
     state = session_state()
-    await state.put("count", state.get("count", 0) + 1)
+    await state.set("count", await state.get("count", 0) + 1)
     counts[state.session_id] = counts.get(state.session_id, 0) + 1
-    return {"memory": counts[state.session_id], "kept": state.get("count"), "restored": state.restored}
+    return {"memory": counts[state.session_id], "kept": await state.get("count"), "restored": state.restored}
 
 
 @mcp.tool(structured_output=False)
 async def poison() -> str:
     """From now on no process survives the restore of this session."""
-    await session_state().put("poison", True)
+    await session_state().set("poison", True)
     return "poisoned"
 
 
@@ -110,7 +110,7 @@ async def export(state: SessionState) -> int:
 
 async def restore(state: SessionState, exported: int | None) -> None:
     note("restore", state.session_id)
-    if state.get("poison"):
+    if await state.get("poison"):
         os._exit(1)
     counts[state.session_id] = exported or 0
 

@@ -44,9 +44,9 @@ class Memory:
             """Count in memory and in what is kept."""
             state = session_state()
             counts[state.session_id] = counts.get(state.session_id, 0) + 1
-            await state.put("count", state.get("count", 0) + 1)
+            await state.set("count", await state.get("count", 0) + 1)
             assert ctx.request_context.request is not None
-            return {"memory": counts[state.session_id], "kept": state.get("count"), "restored": state.restored}
+            return {"memory": counts[state.session_id], "kept": await state.get("count"), "restored": state.restored}
 
         async def export(state: SessionState) -> int:
             self.exported.append(counts[state.session_id])
@@ -145,9 +145,9 @@ async def test_a_new_build_with_another_name_goes_on(database: str, caplog: pyte
     caplog.set_level("INFO", "pgmcp")
     names = iter(["one", "two"])
     memory = Memory(hooks=False)
-    async with two(database, lambda: memory.server(next(names)), renew=0.1) as (nodes, tables), RawSession() as session:
+    async with two(database, lambda: memory.server(next(names))) as (nodes, _), RawSession() as session:
         await session.open(nodes[0].url)
-        await bury(tables, nodes[0])
+        await nodes[0].node._exit()
         assert (await counted(session, nodes[1].url))["restored"]
     assert "goes on with another serverInfo" in caplog.text
 
@@ -195,7 +195,7 @@ async def test_a_restore_that_fails_is_tried_again_and_then_given_up(database: s
 
         async def restore(state: SessionState, _: object) -> None:
             tries.append(state.session_id)
-            if state.get("count") or len(tries) < 3:
+            if await state.get("count") or len(tries) < 3:
                 message = "not this time"
                 raise RuntimeError(message)
 

@@ -26,31 +26,35 @@ class Scene:
 
 async def test_what_is_put_is_stored_and_there() -> None:
     scene = Scene(old=b'{"a":1}')
-    await scene.state.put("new", [1, None, "ü"])
-    assert (scene.state.get("old"), scene.state.get("new"), scene.state.get("none", 5)) == ({"a": 1}, [1, None, "ü"], 5)
+    await scene.state.set("new", [1, None, "ü"])
+    assert (await scene.state.get("old"), await scene.state.get("new"), await scene.state.get("none", 5)) == (
+        {"a": 1},
+        [1, None, "ü"],
+        5,
+    )
     assert scene.written == [JournalEntry("state", "new", b'[1, null, "\\u00fc"]')]
     await scene.state.delete("old")
     await scene.state.delete("never")
-    assert scene.state.get("old") is None
+    assert await scene.state.get("old") is None
     assert scene.written[1:] == [JournalEntry("state", "old")]
 
 
 async def test_values_are_the_callers_own() -> None:
     scene, value = Scene(), [1]
-    await scene.state.put("list", value)
+    await scene.state.set("list", value)
     value.append(2)
-    scene.state.get("list").append(3)
-    assert scene.state.get("list") == [1]
+    (await scene.state.get("list")).append(3)
+    assert await scene.state.get("list") == [1]
 
 
 async def test_what_was_not_stored_is_not_there() -> None:
     scene = Scene(kept=b"1")
     scene.fenced = True
     with pytest.raises(Fenced):
-        await scene.state.put("kept", 2)
+        await scene.state.set("kept", 2)
     with pytest.raises(Fenced):
         await scene.state.delete("kept")
-    assert scene.state.get("kept") == 1
+    assert await scene.state.get("kept") == 1
 
 
 @pytest.mark.parametrize(
@@ -69,19 +73,19 @@ async def test_what_was_not_stored_is_not_there() -> None:
 async def test_what_cannot_be_kept_is_refused_and_nothing_is_stored(key: str, value: Any) -> None:
     scene = Scene()
     with pytest.raises(StateRefused):
-        await scene.state.put(key, value)
+        await scene.state.set(key, value)
     assert scene.written == []
 
 
 async def test_there_is_a_bound_and_known_keys_may_change_at_it() -> None:
     scene = Scene()
     for number in range(KEYS):
-        await scene.state.put(f"k{number}", number)
+        await scene.state.set(f"k{number}", number)
     with pytest.raises(StateRefused):
-        await scene.state.put("one more", 1)
-    await scene.state.put("k0", "changed")
+        await scene.state.set("one more", 1)
+    await scene.state.set("k0", "changed")
     await scene.state.delete("k1")
-    await scene.state.put("one more", 1)
+    await scene.state.set("one more", 1)
 
 
 def test_outside_of_a_session_there_is_none() -> None:
