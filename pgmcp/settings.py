@@ -70,6 +70,7 @@ class Settings(BaseSettings):
     max_in_flight: int = Field(100, gt=0, description="Requests of one session that may be unfinished.")
     max_streams: int = Field(100, gt=0, description="Streams of one session that may be open at once.")
     max_waiting_events: int = Field(256, gt=0, description="Standalone notifications that wait for a listener.")
+    read_timeout: float = Field(30.0, gt=0, description="Seconds for which a client may take to send its body.")
     write_timeout: float = Field(30.0, gt=0, description="Seconds for which a client may not read from its stream.")
     idle_timeout: float = Field(1800.0, gt=0, description="Seconds after which an unused session ends.")
     max_age: float = Field(7 * 86400.0, gt=0, description="Seconds after which any session ends.")
