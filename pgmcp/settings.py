@@ -60,6 +60,7 @@ class Settings(BaseSettings):
     forwarded_allow_ips: str = Field("127.0.0.1", description="Proxies whose X-Forwarded headers are believed.")
     response: Literal["sse", "json", "auto"] = Field("sse", description="How a POST is answered.")
     log_format: Literal["text", "json"] = Field("text", description="How log lines look.")
+    access_log: bool = Field(False, description="Write a line for each HTTP exchange, at its end.")
     hold: float = Field(25.0, gt=0, description="Seconds for which a POST is held while the database is away.")
     resume_hold: float = Field(55.0, gt=0, description="Seconds for which a GET is held while the database is away.")
     max_body: int = Field(4 * 1024 * 1024, gt=0, description="Bytes that a request body may have.")

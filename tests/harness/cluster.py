@@ -67,10 +67,10 @@ async def running_node(
 
 
 @contextlib.asynccontextmanager
-async def serving(app: Any) -> AsyncIterator[str]:
+async def serving(app: Any, *, access_log: bool = False, log_level: str = "warning") -> AsyncIterator[str]:
     """Run any ASGI application on a free port; where it listens."""
     config = uvicorn.Config(
-        app, port=0, access_log=False, log_level="warning", lifespan="on", timeout_graceful_shutdown=2
+        app, port=0, access_log=access_log, log_level=log_level, lifespan="on", timeout_graceful_shutdown=2
     )
     server = uvicorn.Server(config)
     server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign,assignment]
