@@ -18,6 +18,7 @@ from pgmcp.node import Incarnation, Node
 from pgmcp.session.adapters.target import load
 from pgmcp.settings import Settings
 from pgmcp.types import SessionKey
+from tests.harness.pooler import way_to
 
 START = 20.0
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -58,12 +59,13 @@ async def running_node(
     database: str, served: object, name: str, clock: Clock, ids: Ids | None = None, **settings: Any
 ) -> AsyncIterator[RunningNode]:
     """Run one node on a free port until the context ends."""
-    node = Node(Settings(database_url=database, node_name=name, port=0, **settings), served, clock=clock, ids=ids)
-    async with serving(node.application()) as url:
-        try:
-            yield RunningNode(node, url)
-        finally:
-            node.stop_streams()
+    with way_to(database, settings) as way:
+        node = Node(Settings(node_name=name, port=0, **way), served, clock=clock, ids=ids)
+        async with serving(node.application()) as url:
+            try:
+                yield RunningNode(node, url)
+            finally:
+                node.stop_streams()
 
 
 @contextlib.asynccontextmanager
