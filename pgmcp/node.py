@@ -56,6 +56,9 @@ REJOIN = 0.5
 
 CAPACITY = 10_000
 
+KEEP_ALIVE = 75
+"""Seconds for which an idle HTTP connection stays: longer than in balancers, or they POST into one that just closes."""
+
 
 class Incarnation:
     """One stay of a node in the cluster, from joining to leaving or being declared dead."""
@@ -418,6 +421,7 @@ def serve(settings: Settings, target: str, *, shared_port: bool = False) -> int:
         access_log=False,
         log_config=None,
         forwarded_allow_ips=settings.forwarded_allow_ips,
+        timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=5,
     )
     server = _HttpServer(config, node.stop_streams)

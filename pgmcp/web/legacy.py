@@ -94,9 +94,9 @@ class SseStream(Endpoint):
             try:
                 await exchange.stream(look=True, preface=f"{retry}event: endpoint\r\ndata: {where}\r\n\r\n".encode())
             finally:
-                await exchange.release()
-                with suppress(PgmcpError):
+                with suppress(PgmcpError):  # before it lets go, or a sweep in between would find an old, idle session
                     await edge.inbox.used(attached.facts.session)
+                await exchange.release()
 
 
 class SseMessages(Endpoint):

@@ -14,7 +14,7 @@ import asyncpg
 import uvicorn
 
 from pgmcp.clock import Clock, Ids
-from pgmcp.node import Incarnation, Node
+from pgmcp.node import KEEP_ALIVE, Incarnation, Node
 from pgmcp.session.adapters.target import load
 from pgmcp.settings import Settings
 from pgmcp.types import SessionKey
@@ -72,7 +72,13 @@ async def running_node(
 async def serving(app: Any, *, access_log: bool = False, log_level: str = "warning") -> AsyncIterator[str]:
     """Run any ASGI application on a free port; where it listens."""
     config = uvicorn.Config(
-        app, port=0, access_log=access_log, log_level=log_level, lifespan="on", timeout_graceful_shutdown=2
+        app,
+        port=0,
+        access_log=access_log,
+        log_level=log_level,
+        lifespan="on",
+        timeout_keep_alive=KEEP_ALIVE,
+        timeout_graceful_shutdown=2,
     )
     server = uvicorn.Server(config)
     server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign,assignment]

@@ -127,6 +127,27 @@ async def test_an_http_sse_session_waits_a_minute_for_its_client(database, talke
 
 
 @both
+async def test_a_sweep_right_when_an_http_sse_client_goes(database, talker, edge):
+    """The session was in use until that moment, however long ago its last message was."""
+    async with cluster(database, talker, 2) as nodes, tables_of(database) as tables, RawSession(path="/sse") as client:
+        log, swept = nodes[edge].incarnation.log, []
+        release = log.release
+
+        async def then_sweep(cursor, **how):
+            held = await release(cursor, **how)
+            swept.append(await upkeep(nodes[1 - edge]).expire())
+            return held
+
+        log.release = then_sweep
+        stream = await client.get(nodes[edge].url)
+        await stream.next()
+        await age(tables, 120, "sessions.last_active_at")
+        await stream.close()
+        await eventually(lambda: swept, "its stream is let go")
+        assert swept == [[]]
+
+
+@both
 async def test_what_is_finished_goes_and_what_lives_stays(database, talker, edge):
     async with cluster(database, talker, 2, retention=60) as nodes, tables_of(database) as tables, RawSession() as live:
         await live.open(nodes[0].url)
