@@ -294,7 +294,6 @@ async def test_what_is_pruned_before_it_is_read_is_no_gap_either(database, talke
 
         log.read = late
         resumed = await session.get(base, first)
-        await session.call_tool(nodes[1 - edge].url, "note", first=3, count=1)
         await resumed.rest()
         assert resumed.messages == []
         assert (await session.get(base, first)).status == 204
