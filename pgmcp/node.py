@@ -26,8 +26,9 @@ from pgmcp.cluster.lease import Lease, LeaseState
 from pgmcp.cluster.takeover import Takeover
 from pgmcp.cluster.wakeups import Wakeups, parse
 from pgmcp.errors import DatabaseUnavailable, NodeNotReady, PgmcpError, SettingsError
+from pgmcp.ops.access import AccessLog
 from pgmcp.ops.health import health_routes
-from pgmcp.ops.logs import configure
+from pgmcp.ops.logs import configure, mask_session_ids
 from pgmcp.session.adapter import Adapter
 from pgmcp.session.adapters.target import load, target_of
 from pgmcp.session.host import TOUCH_EVERY, Host
@@ -54,6 +55,9 @@ REJOIN = 0.5
 """Seconds between attempts to join again."""
 
 CAPACITY = 10_000
+
+KEEP_ALIVE = 75
+"""Seconds for which an idle HTTP connection stays: longer than in balancers, or they POST into one that just closes."""
 
 
 class Incarnation:
@@ -257,7 +261,11 @@ class Node:
             openapi_config=None,
             logging_config=None,
         )
-        return Application(self.endpoints(), self._target.routes, litestar, self.running)
+        return Application(self.endpoints(), self._target.routes, litestar, self.running, self.logged)
+
+    def logged(self, app: ASGIApp) -> ASGIApp:
+        """An application behind the access log, if that is wanted."""
+        return AccessLog(app, self._clock) if self.settings.access_log else app
 
     def incarnation(self) -> Incarnation:
         """The present incarnation.
@@ -285,6 +293,7 @@ class Node:
             SchemaError: the schema is not the one that this build understands.
         """
         self._started = True
+        mask_session_ids()  # whoever runs the HTTP server
         async with contextlib.AsyncExitStack() as stack:
             try:
                 await self._start(stack)
@@ -412,6 +421,7 @@ def serve(settings: Settings, target: str, *, shared_port: bool = False) -> int:
         access_log=False,
         log_config=None,
         forwarded_allow_ips=settings.forwarded_allow_ips,
+        timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=5,
     )
     server = _HttpServer(config, node.stop_streams)

@@ -132,7 +132,7 @@ class Log(Protocol):
         ...
 
     async def read(self, cursor: Cursor) -> Page:
-        """What follows the cursor, while this node is still the stream's sink (G3)."""
+        """What follows the cursor, while this node is still the stream's sink and nothing of it was pruned (G3)."""
         ...
 
     async def attach(

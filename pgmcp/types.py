@@ -178,7 +178,7 @@ class Event:
 class Page:
     """What a stream holds after a cursor.
 
-    ``attached`` is False when another edge carries the stream now or the stream is gone;
+    ``attached`` is False when another edge carries the stream now, or what follows the cursor is gone;
     ``closed`` says that nothing will follow these events, ``more`` that another look finds others at once.
     """
 

@@ -1,6 +1,8 @@
 """One PostgreSQL for the whole run, and a database of its own for each test that asks for one.
 
 ``PGMCP_PG_BIN`` chooses the server's version, ``PGMCP_TEST_PG`` a server that runs already (a superuser's URL).
+``PGMCP_TEST_POOLER=1`` puts pgbouncer in transaction mode before everything but the line, in every test that runs nodes
+or stores in its own process.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from pytest_postgresql.factories import postgresql_noproc
 
 from pgmcp.embedded import EmbeddedPostgres
 from pgmcp.store import migrations
+from tests.harness.pooler import SWITCH
 
 ADDRESS = "PGMCP_TEST_PG"
 SETTINGS = {"max_connections": "200", "shared_buffers": "128MB", "max_wal_size": "2GB"}
@@ -94,3 +97,10 @@ async def empty_database() -> AsyncIterator[str]:
     """The address of a database of the test's own in which nothing is."""
     async for address in _temporary("template1"):
         yield address
+
+
+@pytest.fixture(params=["straight", "pooled"])
+def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs a test twice: straight to PostgreSQL, and with everything but the line through a transaction pooler."""
+    if request.param == "pooled":
+        monkeypatch.setenv(SWITCH, "1")

@@ -82,7 +82,11 @@ def arguments(given: Mapping[str, Any]) -> list[str]:
     """The given options as arguments of another pgmcp process; secrets are left out (see ``environment``)."""
     parts: list[str] = []
     for name, value in given.items():
-        if name not in SECRET:
+        if name in SECRET:
+            continue
+        if isinstance(value, bool):
+            parts.append(flag(name) if value else _no(name))
+        else:
             parts += [flag(name), ",".join(value) if isinstance(value, tuple) else str(value)]
     return parts
 
@@ -92,13 +96,17 @@ def environment(given: Mapping[str, Any]) -> dict[str, str]:
     return {variable(name): str(value) for name, value in given.items() if name in SECRET}
 
 
+def _no(name: str) -> str:
+    return f"--no-{flag(name)[2:]}"
+
+
 def _option(name: str, field: FieldInfo) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
     shown = "" if default in ("", None) else f"; default {default}"
     text = f"{field.description} [{variable(name)}{shown}]"
     kind = field.annotation
     if kind is bool:
-        return click.option(f"{flag(name)}/--no-{flag(name)[2:]}", name, default=None, help=text)
+        return click.option(f"{flag(name)}/{_no(name)}", name, default=None, help=text)
     return click.option(flag(name), name, type=_type(kind), default=None, help=text)
 
 

@@ -99,7 +99,10 @@ class TableLog:
         last = self._last.pop((cursor.stream, cursor.sink_epoch), None)
         if last is not None and last.seq == cursor.after + 1:
             return Page(attached=True, closed=True, events=(last,))
-        return await self._reads.put(cursor, patience=self._resume_hold)
+        page = await self._reads.put(cursor, patience=self._resume_hold)
+        if page.closed:
+            self._last.pop((cursor.stream, cursor.sink_epoch), None)  # it was kept while this was read
+        return page
 
     async def _send_reads(self, cursors: Sequence[Cursor]) -> list[Page | PgmcpError]:
         rows = await self._database.fetch(

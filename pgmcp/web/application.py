@@ -26,6 +26,7 @@ class Application:
         routes: the served server's other routes.
         litestar: everything else: health, operations, lifespan, and "not found".
         lifespan: runs the node, for applications that this one is mounted in (they get the server's lifespan events).
+        around: goes around the whole.
     """
 
     def __init__(
@@ -34,13 +35,18 @@ class Application:
         routes: Sequence[BaseRoute],
         litestar: Litestar,
         lifespan: Callable[[], AbstractAsyncContextManager[None]],
+        around: Callable[[ASGIApp], ASGIApp],
     ) -> None:
         self._endpoints, self._routes, self._litestar = dict(endpoints), list(routes), litestar
         self.lifespan = lifespan
         self._others = Starlette(routes=self._routes)
+        self._whole = around(self._hand_over)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Hand an exchange, or the lifespan, to whom it belongs."""
+        """Answer an exchange, or run the lifespan."""
+        await self._whole(scope, receive, send)
+
+    async def _hand_over(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._choose(scope)(scope, receive, send)
 
     def _choose(self, scope: Scope) -> ASGIApp:

@@ -52,25 +52,36 @@ class Call:
         found = authorization_context(user)
         return Principal(found["client_id"], found["issuer"], found["subject"])
 
-    async def body(self, limit: int) -> bytes:
+    async def body(self, limit: int, seconds: float) -> bytes:
         """Read the body.
 
         Args:
             limit: bytes that it may have.
+            seconds: how long it may take to arrive.
 
         Raises:
-            Refusal: 413, as soon as it is known to be larger.
+            Refusal: 413, as soon as it is known to be larger; 408, it did not arrive in time.
         """
         text = f"The body has more than {limit} bytes"
         declared = self.header("content-length")
         if declared.isascii() and declared.isdigit() and int(declared) > limit:
             raise Refusal(413, text)
         body = bytearray()
-        async for chunk in self.request.stream():
-            body += chunk
-            if len(body) > limit:
-                raise Refusal(413, text)
+        try:
+            async with asyncio.timeout(seconds):
+                async for chunk in self.request.stream():
+                    body += chunk
+                    if len(body) > limit:
+                        raise Refusal(413, text)
+        except TimeoutError:
+            late = f"The body did not arrive within {seconds:g} s; nothing was stored, send it again"
+            raise Refusal(408, late, headers=self._closing) from None
         return bytes(body)
+
+    @property
+    def _closing(self) -> dict[str, str]:
+        """What makes an HTTP/1.1 server close a connection, instead of waiting for the rest of the body."""
+        return {"connection": "close"} if self.request.scope["http_version"].startswith("1") else {}
 
     async def respond(self, status: int) -> None:
         """Answer without a body and without a content type."""

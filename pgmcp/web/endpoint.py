@@ -1,4 +1,4 @@
-"""What every endpoint does before it answers: body limit, Host and Origin, trust; and how errors are said.
+"""What every endpoint does before it answers: the body's limits, Host and Origin, trust; and how errors are said.
 
 Failure handling: a database that is away holds the exchange (``hold``, ``resume_hold``), then it is 503 with
 ``Retry-After``; so it is on a node that has no trust yet or lost its incarnation.
@@ -87,14 +87,14 @@ class Endpoint(ABC):
             await call.refuse(_refusal(error))
 
     async def _checked(self, call: Call) -> None:
-        request = call.request
-        body = await call.body(self._settings.max_body) if request.method == "POST" else b""
+        request, limits = call.request, self._settings
+        body = await call.body(limits.max_body, limits.read_timeout) if request.method == "POST" else b""
         problem = await self._security.validate_request(request, is_post=request.method == "POST")
         if problem is not None:
             await call.send_response(problem)
             return
         edge = self._edge()
-        if not await edge.lease.trusted_within(self._settings.hold):
+        if not await edge.lease.trusted_within(limits.hold):
             message = "This node has lost touch with the cluster; try again or ask another one."
             raise NodeNotReady(message)
         await self.answer(edge, call, body)

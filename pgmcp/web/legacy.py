@@ -7,7 +7,7 @@ other.
 
 Failure handling: a broken connection does not end the session at once. A client that comes back with the
 ``Last-Event-ID`` of a live session (a browser's EventSource does) goes on with it, on any node; others get a new
-session, and the old one expires.
+session, and the old one expires. So does one whose next events were pruned: never a silent gap (G3).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from starlette.responses import PlainTextResponse
 
 from pgmcp.errors import PgmcpError, SessionUnknown
 from pgmcp.settings import Settings
-from pgmcp.types import Attachment, StreamKind
+from pgmcp.types import Attachment, Cursor, StreamKind
 from pgmcp.web.call import LAST_EVENT_ID, Call
 from pgmcp.web.edge import Edge
 from pgmcp.web.endpoint import Endpoint, cursor
@@ -68,7 +68,12 @@ class SseStream(Endpoint):
             attached = await edge.attach(call, None, stream)
         except (Refusal, SessionUnknown):
             return None, 0  # an EventSource that is refused never comes back
-        return (attached, after) if isinstance(attached, Attachment) else (None, 0)
+        if not isinstance(attached, Attachment):
+            return None, 0
+        if after < attached.floor_seq:
+            await edge.log.release(Cursor(attached.stream, attached.sink_epoch, after))
+            return None, 0  # what it has not seen is not there any more
+        return attached, after
 
     async def _carry(self, edge: Edge, call: Call, attached: Attachment, after: int) -> None:
         root = call.request.scope.get("root_path", "").rstrip("/")
@@ -89,9 +94,9 @@ class SseStream(Endpoint):
             try:
                 await exchange.stream(look=True, preface=f"{retry}event: endpoint\r\ndata: {where}\r\n\r\n".encode())
             finally:
-                await exchange.release()
-                with suppress(PgmcpError):
+                with suppress(PgmcpError):  # before it lets go, or a sweep in between would find an old, idle session
                     await edge.inbox.used(attached.facts.session)
+                await exchange.release()
 
 
 class SseMessages(Endpoint):

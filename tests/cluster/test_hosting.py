@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
 from litestar import Litestar, get
 from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
@@ -31,6 +32,18 @@ def in_starlette(database: str) -> Any:
     )
 
 
+def in_fastapi(database: str) -> Any:
+    mcp = Cluster(database).app(everything())
+    app = FastAPI(lifespan=lambda _: mcp.lifespan())
+
+    @app.get("/own", response_class=PlainTextResponse)
+    async def own() -> str:
+        return "own"
+
+    app.mount("/tools", mcp)
+    return app
+
+
 def in_litestar(database: str) -> Any:
     @get("/own", sync_to_thread=False)
     def own() -> str:
@@ -39,13 +52,18 @@ def in_litestar(database: str) -> Any:
     return Litestar(route_handlers=[own], plugins=[ClusterPlugin(everything(), database)], openapi_config=None)
 
 
+everywhere = pytest.mark.parametrize(
+    ("build", "prefix"), [(plain, ""), (in_starlette, "/tools"), (in_fastapi, "/tools"), (in_litestar, "")]
+)
+
+
 @contextlib.asynccontextmanager
 async def two(build: Callable[[str], Any], database: str) -> AsyncIterator[tuple[str, str]]:
     async with serving(build(database)) as one, serving(build(database)) as other:
         yield one, other
 
 
-@pytest.mark.parametrize(("build", "prefix"), [(plain, ""), (in_starlette, "/tools"), (in_litestar, "")])
+@everywhere
 async def test_it_works_there(build, prefix, database):
     async with two(build, database) as (one, other), RawSession(path=f"{prefix}/mcp") as session:
         await session.open(one, other)
@@ -56,7 +74,7 @@ async def test_it_works_there(build, prefix, database):
                 assert (await client.get(f"{one}/own")).text == "own"
 
 
-@pytest.mark.parametrize(("build", "prefix"), [(plain, ""), (in_starlette, "/tools"), (in_litestar, "")])
+@everywhere
 async def test_http_and_sse_names_an_endpoint_that_is_there(build, prefix, database):
     async with (
         two(build, database) as (one, other),

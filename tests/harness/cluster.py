@@ -14,10 +14,11 @@ import asyncpg
 import uvicorn
 
 from pgmcp.clock import Clock, Ids
-from pgmcp.node import Incarnation, Node
+from pgmcp.node import KEEP_ALIVE, Incarnation, Node
 from pgmcp.session.adapters.target import load
 from pgmcp.settings import Settings
 from pgmcp.types import SessionKey
+from tests.harness.pooler import way_to
 
 START = 20.0
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -58,19 +59,26 @@ async def running_node(
     database: str, served: object, name: str, clock: Clock, ids: Ids | None = None, **settings: Any
 ) -> AsyncIterator[RunningNode]:
     """Run one node on a free port until the context ends."""
-    node = Node(Settings(database_url=database, node_name=name, port=0, **settings), served, clock=clock, ids=ids)
-    async with serving(node.application()) as url:
-        try:
-            yield RunningNode(node, url)
-        finally:
-            node.stop_streams()
+    with way_to(database, settings) as way:
+        node = Node(Settings(node_name=name, port=0, **way), served, clock=clock, ids=ids)
+        async with serving(node.application()) as url:
+            try:
+                yield RunningNode(node, url)
+            finally:
+                node.stop_streams()
 
 
 @contextlib.asynccontextmanager
-async def serving(app: Any) -> AsyncIterator[str]:
+async def serving(app: Any, *, access_log: bool = False, log_level: str = "warning") -> AsyncIterator[str]:
     """Run any ASGI application on a free port; where it listens."""
     config = uvicorn.Config(
-        app, port=0, access_log=False, log_level="warning", lifespan="on", timeout_graceful_shutdown=2
+        app,
+        port=0,
+        access_log=access_log,
+        log_level=log_level,
+        lifespan="on",
+        timeout_keep_alive=KEEP_ALIVE,
+        timeout_graceful_shutdown=2,
     )
     server = uvicorn.Server(config)
     server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign,assignment]

@@ -30,6 +30,7 @@ from pgmcp.types import (
     SessionKey,
     StreamId,
 )
+from tests.harness.pooler import way_to
 
 BOUND = 10.0
 LOOK = 0.002
@@ -58,12 +59,14 @@ async def store(
 ) -> AsyncIterator[Store]:  # fmt: skip
     """One node's store."""
     node, clock = node or NodeId(IDS.uuid()), Clock()
-    database = Database(Settings(database_url=address, **settings), clock)
-    await database.open()
-    try:
-        yield Store(node, database, TableInbox(database, node, clock, ids, gate), TableLog(database, node, clock, gate))
-    finally:
-        await database.close()
+    with way_to(address, settings) as way:
+        database = Database(Settings(**way), clock)
+        await database.open()
+        inbox, log = TableInbox(database, node, clock, ids, gate), TableLog(database, node, clock, gate)
+        try:
+            yield Store(node, database, inbox, log)
+        finally:
+            await database.close()
 
 
 @dataclass(slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pgmcp.store.upkeep import Upkeep
-from tests.harness.clients import RawSession
+from tests.harness.clients import RawExchange, RawSession
 from tests.harness.cluster import RunningNode, Tables, cluster, eventually, tables_of
 
 both = pytest.mark.parametrize("edge", [0, 1])
@@ -127,6 +127,27 @@ async def test_an_http_sse_session_waits_a_minute_for_its_client(database, talke
 
 
 @both
+async def test_a_sweep_right_when_an_http_sse_client_goes(database, talker, edge):
+    """The session was in use until that moment, however long ago its last message was."""
+    async with cluster(database, talker, 2) as nodes, tables_of(database) as tables, RawSession(path="/sse") as client:
+        log, swept = nodes[edge].incarnation.log, []
+        release = log.release
+
+        async def then_sweep(cursor, **how):
+            held = await release(cursor, **how)
+            swept.append(await upkeep(nodes[1 - edge]).expire())
+            return held
+
+        log.release = then_sweep
+        stream = await client.get(nodes[edge].url)
+        await stream.next()
+        await age(tables, 120, "sessions.last_active_at")
+        await stream.close()
+        await eventually(lambda: swept, "its stream is let go")
+        assert swept == [[]]
+
+
+@both
 async def test_what_is_finished_goes_and_what_lives_stays(database, talker, edge):
     async with cluster(database, talker, 2, retention=60) as nodes, tables_of(database) as tables, RawSession() as live:
         await live.open(nodes[0].url)
@@ -177,6 +198,105 @@ async def test_what_is_finished_goes_and_what_lives_stays(database, talker, edge
         assert onward.status == 200
         await live.call_tool(base, "note", first=7, count=1)
         assert (await onward.message("notifications/message"))["params"]["data"] == "7"
+
+
+class EventSource:
+    """An HTTP+SSE client that comes back with what it has, as a browser's does."""
+
+    def __init__(self, client: RawSession) -> None:
+        self._client = client
+        self.stream: RawExchange
+        self.where = ""
+
+    async def get(self, base: str, last: str | None = None) -> None:
+        self.stream = await self._client.get(base, last)
+        self.where = str((await self.stream.next()).data)
+        self.stream.seen.clear()
+
+    async def post(self, base: str, method: str, rpc_id: str | None = None, /, **params: object) -> None:
+        message = {"jsonrpc": "2.0", "method": method, "params": params} | ({} if rpc_id is None else {"id": rpc_id})
+        async with RawSession(path=self.where) as poster:
+            assert (await poster.post(base, message)).status == 202
+
+    async def open(self, base: str) -> None:
+        await self.get(base)
+        info = {"name": "raw", "version": "1"}
+        await self.post(base, "initialize", "i", protocolVersion="2024-11-05", capabilities={}, clientInfo=info)
+        await self.stream.response("i")
+        await self.post(base, "notifications/initialized")
+
+    async def call(self, base: str, name: str, **arguments: object) -> None:
+        await self.post(base, "tools/call", "c", name=name, arguments=arguments)
+        await self.stream.response("c")
+
+
+@both
+async def test_an_http_sse_client_whose_events_were_pruned_starts_anew(database, talker, edge):
+    """Never a silent gap: it gets another session, and the old one expires."""
+    async with (
+        cluster(database, talker, 2, retention=60) as nodes,
+        tables_of(database) as tables,
+        RawSession(path="/sse") as client,
+    ):
+        base, other = nodes[edge].url, nodes[1 - edge].url
+        source = EventSource(client)
+        await source.open(nodes[0].url)
+        old, early = source.where, source.stream.last_event_id
+        await source.call(other, "update", uris=["a://1"])
+        last = source.stream.last_event_id
+        await source.stream.close()
+        await eventually(lambda: is_(tables, SINKS, 0), "the stream is released")
+        # what gives way to a newer one before it was delivered leaves no gap
+        await source.post(base, "tools/call", "c", name="update", arguments={"uris": ["a://1", "a://2", "a://1"]})
+        await eventually(lambda: is_(tables, "select count(*) from pgmcp.events where seq > 3", 3), "answered")
+        await age(tables, 61, "events.stored_at")
+        await upkeep(nodes[1 - edge]).prune()
+        assert await tables.value("select floor_seq from pgmcp.streams") == 3
+        await source.get(base, last)
+        assert source.where == old
+        await source.stream.response("c")
+        assert [message["params"]["uri"] for message in source.stream.messages[:-1]] == ["a://2", "a://1"]
+        await source.get(other, early)
+        assert source.where != old
+        await eventually(lambda: is_(tables, SINKS, 1), "the old stream is carried by nobody")
+        with pytest.raises(TimeoutError):
+            await source.stream.next(0.3)
+        await age(tables, 61, "sessions.last_active_at")
+        assert len(await upkeep(nodes[edge]).expire()) == 1
+        async with RawSession(path=old) as poster:
+            assert (await poster.request(base, "ping")).status == 404
+
+
+@both
+async def test_what_is_pruned_before_it_is_read_is_no_gap_either(database, talker, edge):
+    """A sweep falls between the attach and the read: the stream ends, and the client is told the truth next time."""
+    async with (
+        cluster(database, talker, 2, retention=60) as nodes,
+        tables_of(database) as tables,
+        RawSession() as session,
+    ):
+        await session.open(nodes[0].url)
+        base = nodes[edge].url
+        listening = await session.get(base)
+        await session.call_tool(base, "note", first=0, count=3)
+        for _ in range(3):
+            await listening.message("notifications/message")
+        first = listening.seen[1].id
+        await listening.close()
+        await eventually(lambda: is_(tables, SINKS, 0), "the stream is released")
+        await age(tables, 61, "events.stored_at")
+        log = nodes[edge].incarnation.log
+        read = log.read
+
+        async def late(cursor):
+            await upkeep(nodes[1 - edge]).prune()
+            return await read(cursor)
+
+        log.read = late
+        resumed = await session.get(base, first)
+        await resumed.rest()
+        assert resumed.messages == []
+        assert (await session.get(base, first)).status == 204
 
 
 @both

@@ -77,7 +77,10 @@ async def test_two_hundred_sessions_at_once(database, caplog):
         async with asyncio.timeout(60), asyncio.TaskGroup() as group:
             for number in range(COUNT):
                 group.create_task(life(nodes, number, meeting))
-        await eventually(lambda: not any(held(nodes).values()), "nothing is held")
+        try:
+            await eventually(lambda: not any(held(nodes).values()), "nothing is held", 20)
+        except AssertionError as error:
+            raise AssertionError(held(nodes)) from error
         assert await tables.counts() == rows
         gc.collect()
         await eventually(lambda: len(asyncio.all_tasks()) <= tasks, "no more tasks than before")

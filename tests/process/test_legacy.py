@@ -50,7 +50,9 @@ async def shared_database(template: NoopExecutor) -> AsyncIterator[str]:
 def members(shared_database: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[NodeProcess]]:
     """Three nodes on one database."""
     logs = tmp_path_factory.mktemp("logs")
-    with nodes("examples/everything.py:mcp", 3, database_url=shared_database, log_dir=logs) as started:
+    with nodes(
+        "examples/everything.py:mcp", 3, database_url=shared_database, log_dir=logs, args=["--access-log"]
+    ) as started:
         yield started
 
 
@@ -424,7 +426,7 @@ async def test_logs_have_no_session_id(bases: Sequence[str], members: Sequence[N
         secret = client.session_id.rpartition("-")[2]
     assert len(secret) == 32
     for node in members:
-        assert node.log, "the node logs nothing at all"
+        assert "pgmcp.access: POST /messages/ 202 in " in node.log
         assert secret not in node.log
         assert "session_id=" not in node.log
 

@@ -34,6 +34,8 @@ from tests.harness.stores import (
     take_over,
 )
 
+through_both = pytest.mark.usefixtures("either_way")
+
 ROWS = {
     "session": "select from pgmcp.sessions where id = $1 for update",
     "stream": "select from pgmcp.streams where session = $1 for update",
@@ -168,6 +170,7 @@ def is_over(result: object, write: Write) -> bool:
     return isinstance(result, Fenced) or (write in {drop_sink, touch} and result is None)
 
 
+@through_both
 @at_the_session
 async def test_a_write_that_waits_for_the_takeover_stores_nothing(scene: Scene, write: Write, row: str) -> None:
     async with scene.holder.transaction():
@@ -180,6 +183,7 @@ async def test_a_write_that_waits_for_the_takeover_stores_nothing(scene: Scene, 
     await check_streams(scene.taker)
 
 
+@through_both
 @at_each_row
 async def test_a_write_held_at_a_row_is_stored_before_the_takeover_or_not_at_all(
     scene: Scene, write: Write, row: str
@@ -200,6 +204,7 @@ async def test_a_write_held_at_a_row_is_stored_before_the_takeover_or_not_at_all
     await check_streams(scene.taker)
 
 
+@through_both
 @at_other_rows
 async def test_a_write_held_until_it_gives_way_is_not_stored_after_the_takeover(
     scene: Scene, write: Write, row: str
@@ -237,6 +242,7 @@ async def test_a_write_that_waits_for_the_end_stores_nothing(scene: Scene, write
     assert await row_counts(scene.taker) == dict.fromkeys(HELD, 0)
 
 
+@through_both
 async def test_a_group_stores_what_is_still_owned_and_refuses_the_rest(scene: Scene) -> None:
     """One statement carries entries of two sessions; one of them goes to another owner while it waits."""
     kept = await opened(scene.owner)
@@ -289,6 +295,7 @@ async def test_a_stream_takes_events_of_its_own_session_only(scene: Scene) -> No
 # Accepting belongs to no owner, and is ordered with every change of owner all the same.
 
 
+@through_both
 async def test_accepting_beside_a_takeover_returns_the_owner_that_holds_after_it(scene: Scene) -> None:
     async with scene.holder.transaction():
         await take_over(scene.holder, scene.session.key, scene.other.node)

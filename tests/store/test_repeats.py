@@ -29,6 +29,7 @@ from tests.harness.stores import (
     store,
 )
 
+through_both = pytest.mark.usefixtures("either_way")
 each_cut = pytest.mark.parametrize("where", list(Cut), ids=["before", "after"])
 
 
@@ -96,6 +97,7 @@ async def test_the_proxy_cuts_where_it_says(scene: Scene) -> None:
         assert (await row_counts(scene.eyes))["journal"] == there
 
 
+@through_both
 @each_cut
 async def test_open_session(scene: Scene, where: Cut) -> None:
     new = NewSession(IDS.token(), ANONYMOUS, "streamable", StreamId(IDS.uuid()))
@@ -105,6 +107,7 @@ async def test_open_session(scene: Scene, where: Cut) -> None:
     assert (await row_counts(scene.eyes))["sessions"] == 2
 
 
+@through_both
 @each_cut
 @pytest.mark.parametrize("rpc_id", ["2", None], ids=["request", "notification"])
 async def test_accept(scene: Scene, where: Cut, rpc_id: str | None) -> None:
@@ -129,6 +132,7 @@ async def test_accept_of_a_batch(scene: Scene, where: Cut) -> None:
     assert (await row_counts(scene.eyes))["requests"] == 4
 
 
+@through_both
 @each_cut
 async def test_claim(scene: Scene, where: Cut) -> None:
     messages = [request(scene.session, "2"), request(scene.session, None), request(scene.session, "3")]
@@ -140,6 +144,7 @@ async def test_claim(scene: Scene, where: Cut) -> None:
     assert await scene.node.inbox.claim(scene.session.ownership) == []
 
 
+@through_both
 @each_cut
 @pytest.mark.parametrize("finishing", [False, True], ids=["event", "answer"])
 async def test_append(scene: Scene, where: Cut, finishing: bool) -> None:
@@ -154,6 +159,7 @@ async def test_append(scene: Scene, where: Cut, finishing: bool) -> None:
     assert tuple(row) == (0 if finishing else 1, finishing, 2)
 
 
+@through_both
 @each_cut
 async def test_append_of_a_group(scene: Scene, where: Cut) -> None:
     """The first append holds the group's turn, the others are one statement, which is repeated whole."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import statistics
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from itertools import chain
 
 import asyncpg
 import pytest
@@ -20,12 +22,15 @@ UPDATED = "notifications/resources/updated"
 BY_NOTIFY = 1.0
 """Seconds for a call that nobody had to poll for."""
 
+LOCK_WAIT = 0.25
+"""Seconds for which a statement waits for a lock."""
+
 KILL = {
-    "the first node's line": "= 'pgmcp n1 line'",
-    "the second node's line": "= 'pgmcp n2 line'",
-    "every line": "like 'pgmcp % line'",
-    "every pool": "in ('pgmcp n1', 'pgmcp n2')",
-    "everything": "like 'pgmcp %'",
+    "the first node's line": "application_name = 'pgmcp n1 line'",
+    "the second node's line": "application_name = 'pgmcp n2 line'",
+    "every line": "application_name like 'pgmcp % line'",
+    "every pool": "application_name in ('pgmcp n1', 'pgmcp n2', '')",  # a pooler's backends have no names
+    "everything": "application_name like 'pgmcp %' or application_name = ''",
 }
 
 
@@ -60,7 +65,12 @@ async def crosswise(nodes: Sequence[RunningNode], opened: Sequence[RawSession], 
     )
 
 
-@pytest.mark.parametrize("killed", KILL.values(), ids=KILL.keys())
+@pytest.mark.parametrize(
+    ("killed", "either_way"),
+    [*((killed, "straight") for killed in KILL), ("every pool", "pooled")],
+    indirect=["either_way"],
+)
+@pytest.mark.usefixtures("either_way")
 async def test_backends_are_terminated_while_calls_run(database, ledger, tables, killed):
     """Nobody polls here within the bound of a call: what is lost with a connection is found by its replacement."""
     async with cluster(database, ledger.server, 2, poll=60) as nodes:
@@ -71,7 +81,7 @@ async def test_backends_are_terminated_while_calls_run(database, ledger, tables,
             nonlocal gone
             gone += await tables.value(
                 "select count(*) filter (where pg_terminate_backend(pid)) from pg_stat_activity "
-                f"where datname = current_database() and application_name {killed}"
+                f"where datname = current_database() and pid <> pg_backend_pid() and ({KILL[killed]})"
             )
 
         async with load(nodes, ledger, weather, each=15):
@@ -178,17 +188,18 @@ async def test_an_outage_longer_than_the_hold_is_said(database, ledger, tables):
         RawSession() as fresh,
     ):
         before, rows = identities(nodes), await tables.counts()
-        for weather in ("refusing", "black_hole"):
+        for turn, weather in enumerate(("refusing", "black_hole"), 1):
             setattr(proxy, weather, True)
             if weather == "refusing":
                 proxy.cut_all()
             start = time.monotonic()
+            calls = [
+                (session, node.url, "tools/call", {"name": "run", "arguments": {"text": f"{weather} {number} {place}"}})
+                for number, session in enumerate(opened)
+                for place, node in zip("ab", nodes, strict=True)
+            ]
             answers = await asyncio.gather(
-                *(
-                    session.request(node.url, "tools/call", {"name": "run", "arguments": {"text": "never"}})
-                    for session in opened
-                    for node in nodes
-                ),
+                *(session.request(*call, request_id=str(call)) for session, *call in calls),
                 *(session.notify(nodes[0].url, "notifications/initialized") for session in opened),
                 *(session.get(nodes[1].url) for session in opened),
                 fresh.initialize(nodes[0].url),
@@ -200,11 +211,11 @@ async def test_an_outage_longer_than_the_hold_is_said(database, ledger, tables):
             setattr(proxy, weather, False)
             proxy.cut_all()
             await eventually(lambda: all(node.incarnation.line.up for node in nodes), "the lines are up")
-            for session in opened:
-                for node in nodes:
-                    await run(session, node.url, "ever")
-            assert await tables.value("select count(*) from pgmcp.requests where body like '%never%'::bytea") == 0
-            assert set(ledger.ran) == {"ever"}
+            for session, *call in calls:  # some may have been accepted after all, in the very moment of the return
+                again = await session.request(*call, request_id=str(call))
+                assert "result" in await again.response(str(call))
+            assert len(ledger.ran) == 4 * turn
+            assert ledger.twice == []
         counts = await tables.counts()
         assert {name: counts[name] for name in ("sessions", "nodes")} == {
             name: rows[name] for name in ("sessions", "nodes")
@@ -255,14 +266,11 @@ async def locked(database: str, tables: Tables, opened: Sequence[RawSession]) ->
 async def test_locked_sessions_wait_alone(database, ledger, tables, count):
     async with cluster(database, ledger.server, 2) as nodes, sessions(nodes, count + 4) as opened:
         guilty, strangers = opened[:count], opened[count:]
-        took: list[float] = []
-        end = asyncio.get_running_loop().time() + 1
 
-        async def stranger(number: int, session: RawSession) -> None:
-            turn = 0
-            while asyncio.get_running_loop().time() < end:
-                took.append(await run(session, nodes[(number + turn) % 2].url, f"s{number}/{turn}"))
-                turn += 1
+        async def stranger(number: int, session: RawSession, text: str) -> list[float]:
+            return [await run(session, nodes[(number + n) % 2].url, f"{text}{number}/{n}") for n in range(12)]
+
+        alone = await asyncio.gather(*(stranger(*pair, "a") for pair in enumerate(strangers)))
 
         async with asyncio.TaskGroup() as group:
             async with locked(database, tables, guilty):
@@ -271,15 +279,16 @@ async def test_locked_sessions_wait_alone(database, ledger, tables, count):
                     for number, session in enumerate(guilty)
                     for place, node in zip("ab", nodes, strict=True)
                 ]
-                others = [group.create_task(stranger(*pair)) for pair in enumerate(strangers)]
-                await asyncio.wait(others)
+                beside = await asyncio.gather(*(stranger(*pair, "s") for pair in enumerate(strangers)))
                 assert not any(call.done() for call in calls)
                 assert not any(text.startswith("g") for text in ledger.ran)
             await asyncio.wait(calls, timeout=3)
             assert all(call.done() for call in calls)
         assert ledger.twice == []
-        assert len(ledger.ran) == len(took) + len(calls)
-        assert max(took) < 0.7, sorted(took)[-5:]
+        usual, took = sorted(chain(*alone)), sorted(chain(*beside))
+        assert len(ledger.ran) == len(usual) + len(took) + len(calls)
+        # The first ones meet the lock, and a busy machine may stall some; if strangers had to wait, most would.
+        assert statistics.median(took) < statistics.median(usual) + LOCK_WAIT, took
 
 
 async def test_without_any_wake_up_polls_are_enough(database, ledger):

@@ -75,10 +75,12 @@ left join moved v on v.id = a.stream
 order by a.n;
 
 -- name: read_streams
--- What each stream holds after the reader's cursor, while the reader is still its sink.
+-- What each stream holds after the reader's cursor, while the reader is still its sink and nothing after its cursor was
+-- pruned.
 select a.n, st.closed, st.next_seq, e.seq, e.message
 from unnest($1::uuid[], $2::bigint[], $3::bigint[]) with ordinality as a (stream, sink_epoch, after, n)
 join {schema}.streams st on st.id = a.stream and st.sink = $4 and st.sink_epoch = a.sink_epoch
+    and st.floor_seq <= a.after
 left join lateral (
     -- at most $5 events and, unless the first is larger, $6 bytes; the sizes are known without reading the messages
     select e.seq, e.message

@@ -1,0 +1,85 @@
+"""A client that sends its body slowly holds its exchange for a bounded time, and nothing of what it sent is stored."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from contextlib import asynccontextmanager
+from urllib.parse import urlsplit
+
+import pytest
+
+from tests.harness.clients import RawSession
+from tests.harness.cluster import cluster, tables_of
+
+both = pytest.mark.parametrize("edge", [0, 1])
+TIMEOUT, PACE = 0.5, 0.05
+PING = b'{"jsonrpc": "2.0", "id": "slow", "method": "ping"}'
+OPEN = {
+    "length": [f"content-length: {len(PING)}"],
+    "chunked": ["transfer-encoding: chunked"],
+}
+
+
+@asynccontextmanager
+async def sending(base: str, path: str, *headers: str):
+    """A POST of which only the headers are sent."""
+    at = urlsplit(base)
+    reader, writer = await asyncio.open_connection(at.hostname, at.port)
+    accept = "accept: application/json, text/event-stream"
+    head = [f"POST {path} HTTP/1.1", f"host: {at.netloc}", accept, "content-type: application/json", *headers]
+    writer.write("\r\n".join([*head, "", ""]).encode())
+    try:
+        yield reader, writer
+    finally:
+        writer.close()
+        await asyncio.gather(writer.wait_closed(), return_exceptions=True)
+
+
+async def drip(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, pieces: list[bytes]) -> bytes:
+    """Send one piece at each pace until the answer begins; after the last one, wait for it."""
+    first = asyncio.create_task(reader.read(1))
+    for piece in pieces:
+        writer.write(piece)
+        if (await asyncio.wait({first}, timeout=PACE))[0]:
+            break
+    return await asyncio.wait_for(first, 10)
+
+
+@both
+@pytest.mark.parametrize("how", OPEN)
+@pytest.mark.parametrize("endless", [False, True], ids=["silent", "dripping"])
+async def test_a_body_that_arrives_slowly(database, talker, edge, how, endless):
+    async with (
+        cluster(database, talker, 2, read_timeout=TIMEOUT) as nodes,
+        tables_of(database) as tables,
+        RawSession() as session,
+    ):
+        await session.open(nodes[0].url)
+        before = await tables.value("select count(*) from pgmcp.requests")
+        piece = b"1\r\n \r\n" if how == "chunked" else b" "
+        loop, base = asyncio.get_running_loop(), nodes[edge].url
+        for path in ("/mcp", "/messages/?session_id=x"):
+            start = loop.time()
+            async with sending(base, path, f"mcp-session-id: {session.session_id}", *OPEN[how]) as (reader, writer):
+                begun = await drip(reader, writer, [piece] * (40 if endless else 1))
+                answer = begun + await asyncio.wait_for(reader.read(), 2)  # to its end: the connection is closed
+            assert TIMEOUT <= loop.time() - start < TIMEOUT + 4
+            head, _, body = answer.partition(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 408 ")
+            error = json.loads(body)["error"]
+            assert (error["code"], "0.5 s" in error["message"]) == (-32600, True)
+            assert (await session.call(base, "ping"))["result"] == {}
+        assert await tables.value("select count(*) from pgmcp.requests") == before + 2  # the pings
+
+
+@both
+async def test_a_body_in_pieces_that_arrives_in_time(database, talker, edge):
+    async with cluster(database, talker, 2) as nodes, RawSession() as session:
+        await session.open(nodes[0].url)
+        headers = [f"mcp-session-id: {session.session_id}", *OPEN["length"], "connection: close"]
+        async with sending(nodes[edge].url, "/mcp", *headers) as (reader, writer):
+            begun = await drip(reader, writer, [PING[n : n + 10] for n in range(0, len(PING), 10)])
+            answer = begun + await asyncio.wait_for(reader.read(), 10)
+        assert answer.startswith(b"HTTP/1.1 200 ")
+        assert b'"result":{}' in answer
