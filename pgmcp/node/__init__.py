@@ -1,0 +1,7 @@
+"""The composition root: everything that makes a node, put together and run."""
+
+from pgmcp.node.incarnation import Incarnation
+from pgmcp.node.node import Node
+from pgmcp.node.server import KEEP_ALIVE, serve, shared_socket
+
+__all__ = ["KEEP_ALIVE", "Incarnation", "Node", "serve", "shared_socket"]

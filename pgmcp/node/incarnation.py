@@ -1,0 +1,191 @@
+"""One stay of a node in the cluster.
+
+An incarnation has an id, a line, a lease, the actors that it owns and the streams that it carries. When the cluster has
+declared it dead, all of that is muted and dropped at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from pgmcp.clock import Clock, Ids
+from pgmcp.cluster.lease import Lease, LeaseState
+from pgmcp.cluster.takeover import Takeover
+from pgmcp.cluster.wakeups import Wakeups, parse
+from pgmcp.errors import DatabaseUnavailable, PgmcpError
+from pgmcp.session.adapter import Adapter
+from pgmcp.session.host import TOUCH_EVERY, Host
+from pgmcp.settings import Settings
+from pgmcp.store.database import Database
+from pgmcp.store.inbox import TableInbox
+from pgmcp.store.line import Line, TableNotifier
+from pgmcp.store.log import TableLog
+from pgmcp.store.nodes import join
+from pgmcp.store.secrets import KeyRing
+from pgmcp.store.takeover import TableTakeovers
+from pgmcp.store.upkeep import EVERY, Upkeep
+from pgmcp.types import VERSION, NodeId, NodeRecord, NodeState, Wake
+from pgmcp.web.admission import Admission
+from pgmcp.web.edge import Edge
+from pgmcp.web.tails import Tails
+
+logger = logging.getLogger(__name__)
+
+CAPACITY = 10_000
+"""Sessions that a node may own."""
+
+
+class Incarnation:
+    """One stay of a node in the cluster, from joining to leaving or being declared dead."""
+
+    def __init__(
+        self, settings: Settings, database: Database, box: KeyRing, adapter: Adapter, clock: Clock, ids: Ids
+    ) -> None:
+        self.node_id = NodeId(ids.uuid())
+        self._settings, self._database, self._clock, self._ids = settings, database, clock, ids
+        self.over = asyncio.Event()
+        self.line = Line(
+            settings,
+            self.node_id,
+            clock,
+            ids,
+            on_payload=lambda payload: self._hear(parse(payload)),
+            on_reset=lambda: self._hear(Wake(everything=True)),
+            on_lost=self._on_line_lost,
+            database=database,
+        )
+        self.lease = Lease(self.line, settings, clock, self._on_fenced)
+        self.tails = Tails()
+        self._upkeep = Upkeep(database)
+        self.wakeups = Wakeups(self.node_id, TableNotifier(database), clock, self._hear)
+        self.inbox = TableInbox(database, self.node_id, clock, ids, self.lease.acting)
+        self.log = TableLog(database, self.node_id, clock, self.lease.acting)
+        takeovers = TableTakeovers(database, self.node_id)
+        self.host = Host(
+            adapter,
+            inbox=self.inbox,
+            log=self.log,
+            takeovers=takeovers,
+            box=box,
+            settings=settings,
+            clock=clock,
+            ids=ids,
+            trusted=self.lease.acting,
+            heard=self.wakeups.stream,
+            ended=self.wakeups.ended,
+        )
+        self.takeover = Takeover(
+            self.node_id,
+            takeovers,
+            self.lease,
+            clock,
+            ids,
+            room=lambda: CAPACITY - self.host.sessions,
+            tell=self.wakeups.orphans,
+            wake=self.wakeups.inbox,
+            own=self.host.take_on,
+            sweep_every=settings.poll,
+        )
+        self.edge = Edge(
+            inbox=self.inbox,
+            log=self.log,
+            lease=self.lease,
+            wakeups=self.wakeups,
+            takeover=self.takeover,
+            tails=self.tails,
+            admission=Admission(clock),
+            host=self.host,
+            adapter=adapter,
+            box=box,
+            settings=settings,
+            clock=clock,
+            ids=ids,
+        )
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def join(self, schema_revision: str) -> None:
+        """Enter the cluster: row, line, first renewal, ready.
+
+        Raises:
+            DatabaseUnavailable: PostgreSQL cannot be reached.
+        """
+        settings = self._settings
+        address = settings.address or f"{settings.host}:{settings.port}"
+        record = NodeRecord(self.node_id, settings.node_name, address, VERSION, schema_revision, CAPACITY)
+        await join(self._database, record)
+        await self.line.open()
+        await self.lease.renew()
+        if not await self.line.set_state(NodeState.READY):
+            message = "This node's row vanished while it joined; it tries again."
+            raise DatabaseUnavailable(message)
+        self._tasks = [
+            asyncio.create_task(self.lease.run()),
+            asyncio.create_task(self.takeover.watch()),
+            asyncio.create_task(self.takeover.sweep_for_ever()),
+            asyncio.create_task(self._every(settings.poll, self.host.poll)),
+            asyncio.create_task(self._every(settings.poll, self._look_while_deaf)),
+            asyncio.create_task(self._every(settings.idle_poll, self.host.survey)),
+            asyncio.create_task(self._every(EVERY, self._sweep)),
+            asyncio.create_task(self._every(TOUCH_EVERY, self.host.note_activity)),
+        ]
+
+    async def leave(self) -> None:
+        """Stop everything: exchanges end with their final chunk, actors are muted, the row says that we left."""
+        for task in self._tasks:
+            task.cancel()
+        self.edge.leave()
+        await self.takeover.close()
+        fenced = self.lease.state is LeaseState.FENCED
+        if not fenced:
+            await self.host.export()
+        await self.host.close()
+        if not fenced:
+            with contextlib.suppress(PgmcpError):
+                await self.line.set_state(NodeState.LEFT)
+                self.wakeups.orphans()
+        await self.wakeups.close()
+        await self.line.close()
+
+    def _on_fenced(self) -> None:
+        logger.warning("node %s was declared dead by the cluster; it joins again", self.node_id)
+        self.edge.leave()
+        self.over.set()
+
+    def _on_line_lost(self) -> None:
+        self.lease.hurry()
+
+    def _hear(self, wake: Wake) -> None:
+        if wake.everything:
+            self.host.wake_all()
+            self.tails.wake_all()
+        if wake.everything or wake.orphans:
+            self.takeover.orphaned()
+        for session in wake.inboxes:
+            self.host.wake(session)
+        for session in wake.ended:
+            self.host.drop(session)
+        self.tails.wake(wake.streams)
+        if wake.ended:
+            self.tails.end(wake.ended)
+
+    async def _look_while_deaf(self) -> None:
+        if not self.line.up:
+            self._hear(Wake(everything=True))
+
+    async def _sweep(self) -> None:
+        for session in await self._upkeep.expire():
+            self.wakeups.ended(session)
+        await self._upkeep.prune()
+
+    async def _every(self, seconds: float, work: Callable[[], Any]) -> None:
+        while True:
+            await self._clock.sleep(self._ids.jitter(seconds))
+            if self.lease.trusted:
+                try:
+                    await work()
+                except PgmcpError as error:
+                    logger.info("%s is tried again later: %s", work.__name__, error)

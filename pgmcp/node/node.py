@@ -1,0 +1,190 @@
+"""One node: builds its parts and starts and stops them in order.
+
+A node lives through one or more incarnations, over the same pool and the same served server: when the cluster has
+declared one dead, the node joins again as a new one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+
+from litestar import Litestar
+from litestar.handlers import HTTPRouteHandler
+from starlette.types import ASGIApp
+
+from pgmcp.clock import Clock, Ids
+from pgmcp.cluster.lease import LeaseState
+from pgmcp.errors import NodeNotReady, PgmcpError, SettingsError
+from pgmcp.node.incarnation import Incarnation
+from pgmcp.ops.access import AccessLog
+from pgmcp.ops.health import health_routes
+from pgmcp.ops.logs import mask_session_ids
+from pgmcp.session.adapters.target import target_of
+from pgmcp.settings import Settings
+from pgmcp.store.database import Database
+from pgmcp.store.secrets import KeyRing
+from pgmcp.web.application import Application, host_rules
+from pgmcp.web.edge import Edge
+from pgmcp.web.legacy import SseMessages, SseStream
+from pgmcp.web.streamable import Streamable
+
+logger = logging.getLogger(__name__)
+
+REJOIN = 0.5
+"""Seconds between attempts to join again."""
+
+
+class Node:
+    """One node: database, served server, present incarnation.
+
+    Args:
+        settings: the node's settings.
+        served: an MCP server object that an adapter knows.
+    """
+
+    def __init__(
+        self, settings: Settings, served: object, *, clock: Clock | None = None, ids: Ids | None = None
+    ) -> None:
+        if not settings.database_url:
+            message = "No database given: use --database-url or PGMCP_DATABASE_URL (postgresql://user:password@host/db)"
+            raise SettingsError(message)
+        self.settings, self._clock, self._ids = settings, clock or Clock(), ids or Ids()
+        self._database = Database(settings, self._clock)
+        self._box = KeyRing(self._database)
+        self._target = target_of(served, settings.mcp_path)
+        self._incarnation: Incarnation | None = None
+        self._revision, self._started = "", False
+        self.failure: PgmcpError | None = None
+
+    def endpoints(self) -> dict[str, ASGIApp]:
+        """The node's MCP endpoints by their paths, behind the served server's authentication."""
+        settings, security = self.settings, host_rules(self.settings)
+
+        def edge() -> Edge:
+            return self.incarnation().edge
+
+        messages = settings.messages_path
+        endpoints: dict[str, ASGIApp] = {
+            settings.mcp_path: Streamable(edge, security=security, settings=settings),
+            settings.sse_path: SseStream(edge, security=security, settings=settings, messages=messages),
+            messages.rstrip("/"): SseMessages(edge, security=security, settings=settings),
+        }
+        return {path: self._target.protect(endpoint) for path, endpoint in endpoints.items()}
+
+    def health(self) -> list[HTTPRouteHandler]:
+        """The health routes."""
+        return health_routes(lambda: self)
+
+    def application(self) -> Application:
+        """The node as an ASGI application; its lifespan runs the node."""
+        litestar = Litestar(
+            route_handlers=self.health(),
+            lifespan=[lambda _: self.running()],
+            openapi_config=None,
+            logging_config=None,
+        )
+        return Application(self.endpoints(), self._target.routes, litestar, self.running, self.logged)
+
+    def logged(self, app: ASGIApp) -> ASGIApp:
+        """An application behind the access log, if that is wanted."""
+        return AccessLog(app, self._clock) if self.settings.access_log else app
+
+    def incarnation(self) -> Incarnation:
+        """The present incarnation.
+
+        Raises:
+            NodeNotReady: the node is joining or leaving.
+        """
+        if not self._started:
+            message = (
+                "The lifespan of pgmcp's application was not run, so it is not part of the cluster. When you mount it, "
+                "run it from yours: lifespan=lambda _: app.lifespan()."
+            )
+            raise NodeNotReady(message)
+        if self._incarnation is None:
+            message = "This node is not part of the cluster now; try again or ask another one."
+            raise NodeNotReady(message)
+        return self._incarnation
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Run the node: check the schema, join, keep a live incarnation, leave.
+
+        Raises:
+            DatabaseUnavailable: PostgreSQL cannot be reached at the start.
+            SchemaError: the schema is not the one that this build understands.
+        """
+        self._started = True
+        mask_session_ids()  # whoever runs the HTTP server
+        async with contextlib.AsyncExitStack() as stack:
+            try:
+                await self._start(stack)
+            except PgmcpError as error:
+                self.failure = error
+                raise
+            yield
+
+    async def _start(self, stack: contextlib.AsyncExitStack) -> None:
+        """Start the node's services in order; the stack stops them in reverse."""
+        stack.push_async_callback(self._database.close)
+        await self._database.open()
+        self._revision = await self._database.revision()
+        await self._box.load()
+        await stack.enter_async_context(self._target.adapter.lifespan())
+        await self._enter()
+        stack.push_async_callback(self._exit)
+        keeper = asyncio.create_task(self._keep())
+        stack.push_async_callback(asyncio.wait, {keeper})
+        stack.callback(keeper.cancel)
+
+    async def _enter(self) -> None:
+        incarnation = Incarnation(
+            self.settings, self._database, self._box, self._target.adapter, self._clock, self._ids
+        )
+        try:
+            await incarnation.join(self._revision)
+        except BaseException:
+            await incarnation.leave()
+            raise
+        self._incarnation = incarnation
+        logger.info("node %s (%s) joined", self.settings.node_name, incarnation.node_id)
+
+    async def _exit(self) -> None:
+        incarnation, self._incarnation = self._incarnation, None
+        if incarnation is not None:
+            await incarnation.leave()
+
+    async def _keep(self) -> None:
+        """Replace an incarnation that was declared dead."""
+        while True:
+            if self._incarnation is not None:
+                await self._incarnation.over.wait()
+                await self._exit()
+            try:
+                await self._enter()
+            except PgmcpError as error:
+                logger.warning("joining again failed: %s", error)
+                await self._clock.sleep(REJOIN)
+
+    def stop_streams(self) -> None:
+        """End every exchange with its final chunk, so that the HTTP server can stop."""
+        if self._incarnation is not None:
+            self._incarnation.edge.leave()
+
+    def stalled(self) -> float:
+        """See ``Pulse.stalled``."""
+        if self._incarnation is None:
+            return 0.0
+        return self._clock.boottime() - self._incarnation.lease.ticked_at - self.settings.renew
+
+    def unready(self) -> str | None:
+        """See ``Pulse.unready``."""
+        if self._incarnation is None:
+            return "joining"
+        lease = self._incarnation.lease
+        if lease.state is LeaseState.SUSPENDED and lease.suspended_for < self.settings.hold:
+            return None
+        return None if lease.trusted else str(lease.state)

@@ -1,0 +1,91 @@
+"""A node in a process of its own: uvicorn, its socket, its signals."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+
+from pgmcp.errors import SettingsError
+from pgmcp.node.node import Node
+from pgmcp.ops.logs import configure
+from pgmcp.session.adapters.target import load
+from pgmcp.settings import Settings
+
+KEEP_ALIVE = 75
+"""Seconds for which an idle HTTP connection stays: longer than in balancers, or they POST into one that just closes."""
+
+
+class _HttpServer(uvicorn.Server):
+    """uvicorn, but streams are told to end before it waits for them."""
+
+    def __init__(self, config: uvicorn.Config, before_exit: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._before_exit = before_exit
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        asyncio.get_running_loop().call_soon_threadsafe(self._before_exit)
+        super().handle_exit(sig, frame)
+
+
+def shared_socket(settings: Settings) -> socket.socket:
+    """A socket on the node's port that other processes may share (SO_REUSEPORT).
+
+    Raises:
+        SettingsError: somebody else has the port for himself.
+    """
+    shared = socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET)
+    shared.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    shared.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    try:
+        shared.bind((settings.host, settings.port))
+    except OSError as error:
+        shared.close()
+        message = f"Port {settings.port} of {settings.host} cannot be used ({error.strerror}); choose another --port."
+        raise SettingsError(message) from error
+    return shared
+
+
+def serve(settings: Settings, target: str, *, shared_port: bool = False) -> int:
+    """Run one node in this process until SIGTERM or SIGINT.
+
+    Args:
+        settings: the node's settings.
+        target: ``module:attribute`` or ``path/to/file.py:attribute``.
+        shared_port: listen beside other processes on the port (SO_REUSEPORT).
+
+    Returns:
+        The process's exit code: 0 after an orderly stop.
+
+    Raises:
+        PgmcpError: the node cannot start; the message says why and what to do.
+    """
+    served = load(target)
+    configure(settings.log_format)  # after the target, which may have had ideas of its own
+    node = Node(settings, served)
+    config = uvicorn.Config(
+        node.application(),
+        host=settings.host,
+        port=settings.port,
+        loop="uvloop",
+        http="httptools",
+        access_log=False,
+        log_config=None,
+        forwarded_allow_ips=settings.forwarded_allow_ips,
+        timeout_keep_alive=KEEP_ALIVE,
+        timeout_graceful_shutdown=5,
+    )
+    server = _HttpServer(config, node.stop_streams)
+    logging.getLogger("uvicorn.error").addFilter(lambda _: node.failure is None)  # it is said below, in one line
+    with contextlib.suppress(KeyboardInterrupt, SystemExit):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        server.run(sockets=[shared_socket(settings)] if shared_port else None)
+    if node.failure is not None:
+        raise node.failure
+    return 0 if server.started else 1
