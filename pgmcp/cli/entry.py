@@ -3,6 +3,9 @@
 Invariants:
     * Nothing is kept: request and response bodies pass chunk by chunk, and no read has a time limit (streams).
     * A request goes to another node only if the first one refused the connection, so before anything was sent.
+    * A node that is silent (its ``/livez`` has not answered within a second: frozen, or cut off) gets no request
+      while another one answers. Its exchanges are broken off when it stays silent, since they would hang for as
+      long as it does: clients resume what had begun on another node, and are told of what had not.
     * A side that breaks off breaks the other one off: a client that leaves is noticed by the node, and a stream
       that its node cut short has no clean end for the client either.
 """
@@ -11,11 +14,15 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
 from starlette.types import Message, Receive, Scope, Send
+
+from pgmcp.clock import Clock
 
 HOP_BY_HOP = frozenset(
     {
@@ -32,6 +39,9 @@ HOP_BY_HOP = frozenset(
     }
 )
 TIMEOUTS = {"connect": 5.0, "read": None, "write": None, "pool": None}  # seconds
+LOOK = 0.5  # seconds between two looks at a node
+ANSWER = 1.0  # seconds within which a node answers that it lives
+PATIENCE = 3  # looks in vain after which a node's exchanges are broken off
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -41,19 +51,35 @@ class Entry:
 
     Args:
         nodes: the nodes' names and TCP ports on 127.0.0.1; ``drop`` takes one out for good.
+        report: is told in one line which node fell silent, and which one answers again.
     """
 
-    def __init__(self, nodes: dict[str, int]) -> None:
-        self._nodes = dict(nodes)
+    def __init__(self, nodes: dict[str, int], clock: Clock, report: Callable[[str], None]) -> None:
+        self._nodes, self._clock, self._report = dict(nodes), clock, report
         self._turn = 0
+        self._silent: set[str] = set()
+        self._exchanges: dict[str, set[asyncio.Timeout]] = {name: set() for name in nodes}
+        self.taken: Counter[str] = Counter()
+        """How many requests each node has taken."""
         # Each request has a connection of its own: one that is kept open might be closed just as it is used,
         # and then nobody could tell whether the node had read the request.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         self._upstream = httpx.AsyncHTTPTransport(verify=False, trust_env=False, limits=limits)
 
+    @property
+    def silent(self) -> frozenset[str]:
+        """The nodes that get no requests, because they do not answer."""
+        return frozenset(self._silent)
+
     def drop(self, name: str) -> None:
         """Send nothing to this node any more."""
         self._nodes.pop(name, None)
+        self._silent.discard(name)
+
+    async def watch(self) -> None:
+        """Look again and again whether the nodes answer, until cancelled."""
+        await asyncio.gather(*(self._watch(name, port) for name, port in list(self._nodes.items())))
+        await asyncio.Event().wait()
 
     async def aclose(self) -> None:
         """Close all connections to nodes."""
@@ -76,36 +102,87 @@ class Entry:
             await asyncio.gather(relay, watch, return_exceptions=True)
 
     async def _relay(self, scope: Scope, body: _Body, send: Send) -> None:
+        for name, port in self._in_turn():
+            if await self._through(name, _request(scope, body, port), send):
+                return
+        await _refuse(send, "No node takes connections.")
+
+    def _in_turn(self) -> list[tuple[str, int]]:
+        """The nodes in the order in which they are asked; silent ones only if all are."""
+        nodes = [node for node in self._nodes.items() if node[0] not in self._silent] or list(self._nodes.items())
+        start = self._turn % len(nodes) if nodes else 0
+        self._turn += 1
+        return nodes[start:] + nodes[:start]
+
+    async def _through(self, name: str, request: httpx.Request, send: Send) -> bool:
+        """Carry an exchange with this node; False if it refuses the connection."""
         try:
-            response = await self._forward(scope, body)
-        except httpx.TransportError as error:
+            async with self._breakable(name):
+                response = await self._upstream.handle_async_request(request)
+        except (httpx.ConnectError, httpx.ConnectTimeout):
+            return False
+        except (httpx.TransportError, TimeoutError) as error:
             reason = f"The node broke off before it answered; it may have acted ({str(error) or type(error).__name__})."
             await _refuse(send, reason)
-            return
-        if response is None:
-            await _refuse(send, "No node takes connections.")
-            return
+            return True
+        self.taken[name] += 1
         try:
             # An error from here on leaves the response unfinished, and the server then closes the connection.
             headers = _end_to_end(response.headers.raw)
             await send({"type": "http.response.start", "status": response.status_code, "headers": headers})
-            async for chunk in response.aiter_raw():
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            async with self._breakable(name):
+                async for chunk in response.aiter_raw():
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             await response.aclose()
+        return True
 
-    async def _forward(self, scope: Scope, body: _Body) -> httpx.Response | None:
-        """Send the request to the next node that takes it; None if all refuse."""
-        nodes = list(self._nodes.values())
-        start = self._turn % len(nodes) if nodes else 0
-        self._turn += 1
-        for port in nodes[start:] + nodes[:start]:
+    @asynccontextmanager
+    async def _breakable(self, name: str) -> AsyncIterator[None]:
+        """What is awaited inside ends with TimeoutError when the node stays silent."""
+        async with asyncio.timeout(None) as exchange:
+            self._exchanges[name].add(exchange)
             try:
-                return await self._upstream.handle_async_request(_request(scope, body, port))
-            except (httpx.ConnectError, httpx.ConnectTimeout):
-                continue
-        return None
+                yield
+            finally:
+                self._exchanges[name].discard(exchange)
+
+    async def _watch(self, name: str, port: int) -> None:
+        in_vain = 0
+        while name in self._nodes:
+            if await self._answers(port):
+                in_vain = 0
+                if name in self._silent:
+                    self._silent.discard(name)
+                    self._report(f"{name} answers again and gets its share of requests")
+            elif name in self._nodes:
+                in_vain += 1
+                if name not in self._silent:
+                    self._silent.add(name)
+                    self._report(f"{name} does not answer and gets no requests")
+                if in_vain >= PATIENCE:
+                    self._break_off(name)
+            await self._clock.sleep(LOOK)
+
+    async def _answers(self, port: int) -> bool:
+        """Whether the node says that it lives; one that refuses the connection does answer, and is not asked."""
+        extensions = {"timeout": dict.fromkeys(TIMEOUTS, ANSWER)}
+        request = httpx.Request("GET", f"http://127.0.0.1:{port}/livez", extensions=extensions)
+        try:
+            async with asyncio.timeout(ANSWER):
+                response = await self._upstream.handle_async_request(request)
+                await response.aclose()
+        except httpx.ConnectError:
+            return True
+        except (httpx.TransportError, TimeoutError):
+            return False
+        return True
+
+    def _break_off(self, name: str) -> None:
+        for exchange in self._exchanges[name]:
+            if not exchange.expired():
+                exchange.reschedule(0)
 
 
 class _ClientLeftError(Exception):

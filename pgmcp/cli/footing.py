@@ -1,0 +1,126 @@
+"""What a cluster on this machine stands on: its ports, its database, a bundled example to serve.
+
+Invariants:
+    * PostgreSQL does not outlive this process.
+    * The database's address, which holds a password, reaches the nodes by environment, never by argument.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pgmcp
+from pgmcp.cli.local import LocalCluster
+from pgmcp.cli.options import arguments, environment, load
+from pgmcp.embedded import EmbeddedPostgres, free_port
+from pgmcp.errors import SettingsError, TargetError
+from pgmcp.settings import Settings
+from pgmcp.store import migrations
+
+
+def example(name: str) -> str:
+    """The target of a bundled example: inside the package in a wheel, beside it in a checkout.
+
+    Raises:
+        TargetError: it is in neither place.
+    """
+    package = Path(pgmcp.__file__).parent
+    for folder in (package / "examples", package.parent / "examples"):
+        if (folder / f"{name}.py").is_file():
+            return f"{folder / name}.py:mcp"
+    message = "This installation has no bundled example. Name a TARGET: module:attribute or path/to/file.py:attribute."
+    raise TargetError(message)
+
+
+@contextmanager
+def local_cluster(
+    given: dict[str, Any], target: str, count: int, report: Callable[[str], None], data_dir: Path | None = None
+) -> Iterator[tuple[LocalCluster, str]]:
+    """A cluster that is ready to run, and its database's address, migrated.
+
+    Args:
+        given: options, over the environment.
+        target: the MCP server.
+        count: how many nodes.
+        report: is told in one line what becomes of the nodes.
+        data_dir: keeps the embedded PostgreSQL's data; without it they go at the end.
+
+    Raises:
+        SettingsError: a value or a port cannot work.
+        DatabaseUnavailable, SchemaError: of the migration.
+    """
+    settings = load(given)
+    # Until the event loop handles signals, SIGTERM unwinds as Ctrl-C does, so that what was started is stopped.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with _entry_socket(settings) as entry_socket:
+        ports = _node_ports(settings.port, count)
+        with _database(settings, data_dir, count) as url:
+            migrations.upgrade(url, settings.schema_name)
+            passed = {name: value for name, value in given.items() if name not in ("host", "port")}
+            env, options = _node_environment(settings, passed, url), arguments(passed)
+            yield LocalCluster(settings, target, ports, entry_socket, env, options, report), url
+
+
+@contextmanager
+def _entry_socket(settings: Settings) -> Iterator[socket.socket]:
+    """Take the entry port at once, but do not listen yet: clients are refused until the cluster is ready."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    # The protocol is named, since asyncio turns Nagle's delay off only where it sees that this is TCP.
+    with socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as taken:
+        _bind(taken, settings.host, settings.port)
+        yield taken
+
+
+def _node_ports(port: int, count: int) -> list[int]:
+    if not port:
+        return [free_port() for _ in range(count)]
+    ports = list(range(port + 1, port + 1 + count))
+    for number in ports:
+        with socket.socket() as probe:
+            _bind(probe, "127.0.0.1", number)
+    return ports
+
+
+def _bind(taken: socket.socket, host: str, port: int) -> None:
+    taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        taken.bind((host, port))
+    except (OSError, OverflowError) as error:
+        message = f"Cannot listen on {host}:{port}: {error}. Choose another --port; the nodes take the ones after it."
+        raise SettingsError(message) from error
+
+
+@contextmanager
+def _database(settings: Settings, data_dir: Path | None, count: int) -> Iterator[str]:
+    """The given database, or an embedded one for as long as the cluster runs."""
+    if settings.database_url:
+        yield settings.database_url
+        return
+    data = data_dir or Path(tempfile.gettempdir()) / f"pgmcp-up-{secrets.token_hex(8)}"
+    connections = max(100, count * (settings.pool_size + 4) + 20)
+    # Commits take as long as they do in earnest, even where nobody will miss the data; only the set-up is hasty.
+    earnest = {"fsync": "on", "synchronous_commit": "on", "full_page_writes": "on"}
+    durable = data_dir is not None
+    server = EmbeddedPostgres(data, settings={**earnest, "max_connections": str(connections)}, durable=durable)
+    try:
+        with server:
+            yield server.url
+    finally:
+        if data_dir is None:
+            shutil.rmtree(server.home, ignore_errors=True)
+
+
+def _node_environment(settings: Settings, given: dict[str, Any], url: str) -> dict[str, str]:
+    env = {**os.environ, **environment(given), **environment({"database_url": url})}
+    if not settings.database_url:
+        env.pop("PGMCP_LISTEN_URL", None)  # it would be another database's
+    return env
