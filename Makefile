@@ -30,6 +30,10 @@ help: ## list the targets
 up: $(VENV)/.runtime ## run a local cluster; make up ARGS="path/to/server.py:mcp --nodes 2"
 	@$(BIN)/pgmcp up $(ARGS)
 
+.PHONY: demo
+demo: $(VENV)/.runtime ## kill and freeze nodes under a client, and show what it sees
+	@$(BIN)/pgmcp demo $(ARGS)
+
 .PHONY: test
 test: $(VENV)/.dev $(SUITE) $(TYPESCRIPT) tools ## run all tests; make test ARGS="tests/unit -x"
 	@$(BIN)/python -m pytest $(ARGS)

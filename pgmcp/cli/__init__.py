@@ -20,6 +20,7 @@ from pgmcp.errors import DatabaseUnavailable, PgmcpError, SchemaError, SettingsE
 
 COMMANDS = {
     "up": "pgmcp.cli.up:up",
+    "demo": "pgmcp.cli.demo:demo",
     "serve": "pgmcp.cli.serve:serve",
     "db": "pgmcp.cli.db:db",
     "nodes": "pgmcp.cli.inspect:nodes",
