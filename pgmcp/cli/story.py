@@ -68,7 +68,7 @@ class Story:
     def say(self, line: str, style: str = "") -> None:
         """Tell what happened just now."""
         text = Text(f"{self.clock.boottime() - self._began:7.2f} s  ", style="dim")
-        self.console.print(text.append(line, style=style or "not dim"), soft_wrap=True)
+        self.console.print(text.append(line, style=f"not dim {style}"), soft_wrap=True)
 
     def find(self, finding: Finding) -> None:
         """Note a scene's outcome."""
