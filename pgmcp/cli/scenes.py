@@ -252,7 +252,6 @@ class Scenes:
         return rows[0]
 
     async def _ids_of(self, name: str) -> set[object]:
-        self.story.say("ready: every node renews its lease in PostgreSQL and knows its peers from there")
         rows = await self._view("live_nodes")
         return {row["node_id"] for row in rows if row["node_name"] == name and row["state"] == "ready"}
 
