@@ -36,7 +36,7 @@ demo: $(VENV)/.runtime ## kill and freeze nodes under a client, and show what it
 
 .PHONY: test
 test: $(VENV)/.dev $(SUITE) $(TYPESCRIPT) tools ## run all tests; make test ARGS="tests/unit -x"
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 .PHONY: check
 check: $(VENV)/.dev ## lint, formatting, import rules, types

@@ -1,6 +1,7 @@
 """One PostgreSQL for the whole run, and a database of its own for each test that asks for one.
 
-``PGMCP_PG_BIN`` chooses the server's version, ``PGMCP_TEST_PG`` a server that runs already (a superuser's URL).
+``PGMCP_TEST_PG_BIN`` chooses the server's binaries and so its version, ``PGMCP_TEST_PG`` a server that runs already (a
+superuser's URL).
 ``PGMCP_TEST_POOLER=1`` puts pgbouncer in transaction mode before everything but the line, in every test that runs nodes
 or stores in its own process.
 """
@@ -35,6 +36,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """Start the server, in the run's first process only, and in its main thread (the server ends with that)."""
     if hasattr(config, "workerinput") or os.environ.get(ADDRESS):
         return
+    if binaries := os.environ.get("PGMCP_TEST_PG_BIN"):
+        os.environ["PGMCP_PG_BIN"] = binaries
     memory = Path("/dev/shm")  # making a database takes 10 ms there and up to 500 ms on a slow disk
     roomy = os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > ROOMY
     folder = (memory if roomy else Path(tempfile.gettempdir())) / f"pgmcp-test-{secrets.token_hex(8)}"
@@ -47,6 +50,12 @@ def pytest_configure(config: pytest.Config) -> None:
         shutil.rmtree(server.home, ignore_errors=True)
 
     config.add_cleanup(stop)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where tests run side by side (``-n``), those of a file stay together, and so do those that share nodes."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("chaos" if item.path.parent.name == "chaos" else item.path.name))
 
 
 def migrate(*, host: str, port: int, user: str, password: str, dbname: str, **_: Any) -> None:

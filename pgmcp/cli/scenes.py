@@ -201,7 +201,7 @@ class Scenes:
         self.story.find(Finding("the frozen node thawed", "nothing; it joined again as a new node"))
 
     async def _audit(self) -> None:
-        self.story.scene("The audit: select * from pgmcp.takeover_history")
+        self.story.scene("The audit, as the view pgmcp.takeover_history shows it")
         session = (await self._session())["session_id"]
         rows = [row for row in await self._view("takeover_history") if row["session_id"] == session]
         columns = ("at", "from_node", "to_node", "epoch", "reason")

@@ -40,7 +40,7 @@ STORY = (
     "kill -CONT node-",
     "joined again after",
     "it stored nothing",
-    "select * from pgmcp.takeover_history",
+    "pgmcp.takeover_history",
     "What the client saw",
     "nothing was lost",
 )

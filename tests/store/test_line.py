@@ -81,7 +81,7 @@ async def hand(database: str) -> AsyncIterator[asyncpg.Connection]:
 
 @pytest.fixture
 async def listening(database: str) -> AsyncIterator[Ears]:
-    found = ears(database)
+    found = ears(database, deadline=4, trust=12, ttl=20)  # a line that is given up hears nothing meanwhile
     await found.line.open()
     yield found
     await found.line.close()
