@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from mcp.server.mcpserver import Context, MCPServer
+from mcp_types import ToolAnnotations
 
 from pgmcp import SessionState, keep_memory, session_state
 from pgmcp.cluster.lease import LeaseState
@@ -274,3 +275,48 @@ async def test_many_sessions_are_taken_by_all_who_are_left(database: str) -> Non
 async def all_claimed(tables: Tables, count: int) -> bool:
     running = "select count(*) from pgmcp.requests where method = 'tools/call' and claimed_epoch is not null"
     return bool(await tables.value(running) == count)
+
+
+class Gate:
+    """Servers with calls that wait for the test; what ran is counted outside of them."""
+
+    def __init__(self) -> None:
+        self.ran: list[str] = []
+        self.open = asyncio.Event()
+
+    def server(self) -> MCPServer:
+        server = MCPServer("gate")
+
+        async def wait(text: str) -> str:
+            self.ran.append(text)
+            await self.open.wait()
+            return text
+
+        server.tool(name="safe", annotations=ToolAnnotations(read_only_hint=True), structured_output=False)(wait)
+        server.tool(name="unsafe", structured_output=False)(wait)
+        return server
+
+
+@pytest.mark.parametrize("name", ["safe", "unsafe"])
+async def test_a_post_that_is_repeated_over_a_death_joins_the_first(database: str, name: str) -> None:
+    """The client lost its connection with the owner, and sends the same request again to another node (G5)."""
+    gate = Gate()
+    async with two(database, gate.server, renew=0.1) as (nodes, tables), RawSession() as session:
+        await session.open(nodes[0].url)
+        call = {"name": name, "arguments": {"text": "x"}}
+        first = await session.request(nodes[0].url, "tools/call", call, request_id=7)
+        await eventually(lambda: gate.ran, "it runs")
+        await nodes[0].node._exit()  # its streams end, its sessions are taken over
+        await first.rest()
+        again = await session.request(nodes[1].url, "tools/call", call, request_id=7)
+        if name == "safe":
+            await eventually(lambda: len(gate.ran) == 2, "it runs once more")
+            gate.open.set()
+            assert (await again.response(7))["result"]["content"][0]["text"] == "x"
+        else:
+            assert (await again.response(7))["error"]["data"]["reason"] == "owner_lost"
+        await again.rest()
+        assert gate.ran == ["x"] * (2 if name == "safe" else 1)
+        assert await tables.value("select count(*) from pgmcp.requests where rpc_id = '7'") == 1
+        resumed = await session.get(nodes[1].url, first.last_event_id)
+        assert resumed.status in {200, 204}, "no 404, whoever carries the answer"
