@@ -115,7 +115,7 @@ class Inbox(Protocol):
         """End the session for its owner.
 
         Raises:
-            Fenced: the ownership is over.
+            Fenced: the ownership is over, or this node was declared dead: then the session goes on elsewhere.
         """
         ...
 
@@ -170,7 +170,7 @@ class Takeovers(Protocol):
     """Deaths, and changes of owner after them."""
 
     async def condemn(self, *, by_lease: bool, by_silence: bool) -> list[Condemned]:
-        """Declare nodes dead, in database time and for good.
+        """Declare nodes dead, in database time and for good; none unless this node has renewed just now, in that time.
 
         Args:
             by_lease: those whose lease ran out.

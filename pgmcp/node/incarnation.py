@@ -64,7 +64,7 @@ class Incarnation:
         self.wakeups = Wakeups(self.node_id, TableNotifier(database), clock, self._hear)
         self.inbox = TableInbox(database, self.node_id, clock, ids, self.lease.acting)
         self.log = TableLog(database, self.node_id, clock, self.lease.acting)
-        takeovers = TableTakeovers(database, self.node_id)
+        takeovers = TableTakeovers(database, self.node_id, self.lease.acting)
         self.host = Host(
             adapter,
             inbox=self.inbox,

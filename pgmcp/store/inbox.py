@@ -222,7 +222,7 @@ class TableInbox:
 
     async def establish(self, ownership: Ownership, facts: Established) -> None:
         """See ``Inbox.establish``."""
-        await self._owner_write(
+        rows = await self._owner_write(
             "establish",
             ownership,
             facts.protocol_version,
@@ -230,18 +230,20 @@ class TableInbox:
             facts.client_version,
             facts.capabilities,
         )
+        if not rows:
+            raise over(ownership)
 
     async def write_journal(self, ownership: Ownership, entry: JournalEntry) -> None:
         """See ``Inbox.write_journal``."""
-        await self._owner_write("write_journal", ownership, entry.kind, entry.detail, entry.body)
+        if not await self._owner_write("write_journal", ownership, entry.kind, entry.detail, entry.body):
+            raise over(ownership)
 
-    async def _owner_write(self, name: str, ownership: Ownership, *args: object) -> None:
+    async def _owner_write(self, name: str, ownership: Ownership, *args: object) -> list[asyncpg.Record]:
         async def once() -> list[asyncpg.Record]:
             await self._gate()
             return await self._database.fetch(name, ownership.session, self._node, ownership.epoch, *args)
 
-        if not await self._database.retry(once, patience=self._hold):
-            raise over(ownership)
+        return await self._database.retry(once, patience=self._hold)
 
     async def owned(self) -> set[Ownership]:
         """See ``Inbox.owned``."""
@@ -265,9 +267,7 @@ class TableInbox:
 
     async def end_owned(self, ownership: Ownership) -> None:
         """See ``Inbox.end_owned``."""
-        rows = await self._database.persist(
-            "end_owned_session", ownership.session, self._node, ownership.epoch, patience=self._hold
-        )
+        rows = await self._owner_write("end_owned_session", ownership)
         if rows[0]["elsewhere"]:
             raise over(ownership)
 

@@ -12,7 +12,7 @@ found by ``Inbox.unclaimed`` of the new owner.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import asyncpg
 
@@ -34,10 +34,16 @@ from pgmcp.types import (
 
 
 class TableTakeovers:
-    """The ``Takeovers`` port on PostgreSQL, for one node."""
+    """The ``Takeovers`` port on PostgreSQL, for one node.
 
-    def __init__(self, database: Database, node: NodeId) -> None:
-        self._database, self._node = database, node
+    Args:
+        database: the node's pool.
+        node: who declares deaths, and takes over.
+        gate: awaited before each write of an owner; waits for trust, raises ``Fenced``.
+    """
+
+    def __init__(self, database: Database, node: NodeId, gate: Callable[[], Awaitable[None]]) -> None:
+        self._database, self._node, self._gate = database, node, gate
         self._hold = database.settings.hold
 
     async def condemn(self, *, by_lease: bool, by_silence: bool) -> list[Condemned]:
@@ -58,7 +64,10 @@ class TableTakeovers:
     async def inherit(self, ownership: Ownership) -> Inheritance:
         """See ``Takeovers.inherit``."""
         session = ownership.session
-        begun = await self._persist("begin_restore", session, self._node, ownership.epoch)
+        before = await self._persist("restores_begun", session)
+        if not before:
+            raise over(ownership)
+        begun = await self._owner_write("begin_restore", ownership, before[0]["restores"])
         streams = await self._persist("inherited_streams", session)
         standalone = next((row for row in streams if row["kind"] == "standalone"), None)
         if not begun or standalone is None:
@@ -96,20 +105,20 @@ class TableTakeovers:
 
     async def adopt(self, ownership: Ownership, fates: Sequence[tuple[RequestKey, bool]]) -> None:
         """See ``Takeovers.adopt``."""
-        rows = await self._persist(
-            "adopt",
-            ownership.session,
-            self._node,
-            ownership.epoch,
-            [key for key, _ in fates],
-            [again for _, again in fates],
-        )
+        rows = await self._owner_write("adopt", ownership, [key for key, _ in fates], [again for _, again in fates])
         if not rows:
             raise over(ownership)
 
     async def restored(self, ownership: Ownership) -> None:
         """See ``Takeovers.restored``."""
-        await self._persist("end_restore", ownership.session, self._node, ownership.epoch)
+        await self._owner_write("end_restore", ownership)
+
+    async def _owner_write(self, name: str, ownership: Ownership, *args: object) -> list[asyncpg.Record]:
+        async def once() -> list[asyncpg.Record]:
+            await self._gate()
+            return await self._database.fetch(name, ownership.session, self._node, ownership.epoch, *args)
+
+        return await self._database.retry(once, patience=self._hold)
 
     async def _persist(self, name: str, *args: object) -> list[asyncpg.Record]:
         return await self._database.persist(name, *args, patience=self._hold)

@@ -1,7 +1,8 @@
 -- name: condemn
 -- Death, in database time: one guarded statement, after which the node's own renewal hits no live row. $2: this observer
 -- may say so of a lease that ran out; $3: of a node that was silent for $4 seconds and whose line has no backend any more
--- (a backend_start that this role may not see counts as alive). A row that is being renewed is locked, and skipped.
+-- (a backend_start that this role may not see counts as alive). A row that is being renewed is locked, and skipped. Nothing
+-- by an observer that is silent itself: it slept through an outage, or the database's clock has just jumped.
 with suspects as materialized (
     select n.node_id,
         case when n.expires_at < clock_timestamp() then 'lease' else 'silence' end as cause
@@ -25,7 +26,9 @@ set state = 'dead', cause = s.cause
 from suspects s
 where n.node_id = s.node_id
   and exists (
-      select from {schema}.nodes me where me.node_id = $1 and me.state in ('joining', 'ready', 'draining')
+      select from {schema}.nodes me
+      where me.node_id = $1 and me.state in ('joining', 'ready', 'draining')
+        and me.renewed_at >= clock_timestamp() - make_interval(secs => $4)
   )
 returning n.node_id, n.name, n.cause;
 
@@ -97,11 +100,15 @@ with held as materialized (
 )
 select id, epoch from taken;
 
+-- name: restores_begun
+select restores from {schema}.sessions where id = $1;
+
 -- name: begin_restore
--- fence: owner and epoch on the sessions row. The attempt is counted before it is made.
+-- fence: owner and epoch on the sessions row. The attempt after $4 others is counted before it is made; a repeat finds it
+-- counted.
 update {schema}.sessions s
-set restores = s.restores + 1
-where s.id = $1 and s.owner = $2 and s.epoch = $3 and s.state = 'live'
+set restores = $4 + 1
+where s.id = $1 and s.owner = $2 and s.epoch = $3 and s.state = 'live' and s.restores in ($4, $4 + 1)
 returning s.session_id, s.restores;
 
 -- name: end_restore
