@@ -9,8 +9,9 @@ Invariants:
 - A muted actor says nothing more. The SDK answers a stopping session's open requests with errors of its own, so an
   actor is muted before it is stopped.
 
-Failure handling: a refused append mutes the actor at once (its ownership is over, or its stream is gone). A server that
-crashes or ends the session by itself makes ``on_over`` end the session for its client too.
+Failure handling: a refused append mutes the actor at once (its ownership is over, or its stream is gone). What only the
+database's absence holds up is written when it is back, however long that takes: what was claimed ends in no other way. A
+server that crashes or ends the session by itself makes ``on_over`` end the session for its client too.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ import json
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from mcp_types.version import is_version_at_least
 
 from pgmcp.clock import Clock, Ids
-from pgmcp.errors import Fenced, PgmcpError
+from pgmcp.errors import DatabaseUnavailable, Fenced, PgmcpError
 from pgmcp.ports import Inbox, Log
 from pgmcp.session.adapter import Adapter, Incoming, Kind, Outgoing
 from pgmcp.session.caller import Caller
@@ -34,9 +35,11 @@ from pgmcp.session.journal import handshake, journal_entries
 from pgmcp.session.questions import Questions, dump
 from pgmcp.session.state import SessionState
 from pgmcp.session.topics import topic_of
-from pgmcp.types import RESUMES, Claimed, Entry, NodeId, Outcome, Ownership, RequestKey, StreamId
+from pgmcp.types import RESUMES, Claimed, Entry, JournalEntry, NodeId, Outcome, Ownership, RequestKey, StreamId
 
 logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 REQUEST_CANCELLED = -32800
 INTERNAL_ERROR = -32603
@@ -48,6 +51,9 @@ REMEMBERED = 256
 
 STOP = 2.0
 """Seconds that a stopped server session may take to unwind."""
+
+AGAIN = 1.0
+"""Seconds after which a write that ran out of patience is tried again."""
 
 ANSWER = 5.0
 """Seconds that a server session may take to answer the node itself."""
@@ -140,6 +146,21 @@ class Actor:
         self._task.cancel()
         await asyncio.wait({self._task}, timeout=STOP)
 
+    async def insist(self, write: Callable[[], Awaitable[Result]]) -> Result:
+        """Repeat a write until the database takes or refuses it, or the actor is muted.
+
+        Raises:
+            PgmcpError: it is refused, or nobody wants it any more.
+        """
+        while True:
+            try:
+                return await write()
+            except DatabaseUnavailable as error:
+                if self._muted:
+                    raise
+                logger.warning("session %s waits for PostgreSQL: %s", self.ownership.session, error)
+                await self._clock.sleep(AGAIN)
+
     def speaks(self, version: str) -> None:
         """Note the protocol version that the handshake settled."""
         self._closable = is_version_at_least(version, RESUMES)
@@ -197,7 +218,7 @@ class Actor:
             self._pass_on(self._questions.progress(json.loads(claimed.body)), caller)
         else:
             for entry in journal_entries(claimed.method, claimed.body, None):
-                await self._inbox.write_journal(self.ownership, entry)
+                await self._write_journal(entry)
             self._pass_on(claimed.body, caller)
 
     def _pass_on(self, body: bytes | None, caller: Caller) -> None:
@@ -297,11 +318,14 @@ class Actor:
             if call.method == "initialize":
                 settled = handshake(call.body, result)
                 self.speaks(settled.protocol_version)
-                await self._inbox.establish(self.ownership, settled)
+                await self.insist(lambda: self._inbox.establish(self.ownership, settled))
             for entry in journal_entries(call.method, call.body, result):
-                await self._inbox.write_journal(self.ownership, entry)
+                await self._write_journal(entry)
         except Fenced:
             self._lose()
+
+    async def _write_journal(self, entry: JournalEntry) -> None:
+        await self.insist(lambda: self._inbox.write_journal(self.ownership, entry))
 
     async def _cancelled(self, rpc_id: str) -> None:
         await self._refuse(rpc_id, REQUEST_CANCELLED, "Request cancelled", Outcome.CANCELLED)
@@ -339,7 +363,7 @@ class Actor:
         entry = Entry(self.ownership, stream.id, stream.next_seq, message, finishes, outcome, topic)
         stream.next_seq += 1
         try:
-            sink = await self._log.append(entry)
+            sink = await self.insist(lambda: self._log.append(entry))
         except PgmcpError as error:
             logger.warning("session %s: %s", self.ownership.session, error)
             self._lose()

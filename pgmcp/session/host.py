@@ -296,13 +296,13 @@ class Host:
             resident.taking = False
 
     async def _hand_over(self, actor: Actor, claimed: Claimed) -> None:
-        await self._trusted()
         try:
             packed = await self._box.open(claimed.context, place(actor.session_id, claimed.key))
         except PgmcpError as error:
             logger.error("session %s: %s", claimed.ownership.session, error)
             await actor.reject(claimed, str(error))
             return
+        await self._trusted()  # last: opening may ask the database for a new key
         await actor.deliver(claimed, Caller.unpack(packed))
 
     def _over(self, actor: Actor) -> None:
@@ -314,12 +314,18 @@ class Host:
             self._spawn(actor.stop())
 
     async def _end(self, ownership: Ownership) -> None:
-        try:
-            await self._inbox.end_owned(ownership)
-        except PgmcpError as error:
-            logger.info("session %s was not ended here: %s", ownership.session, error)
-        else:
-            self._ended(ownership.session)
+        while True:
+            try:
+                await self._inbox.end_owned(ownership)
+            except DatabaseUnavailable as error:
+                logger.info("session %s is ended later: %s", ownership.session, error)
+                await self._clock.sleep(self._settings.poll)
+            except PgmcpError as error:
+                logger.info("session %s was not ended here: %s", ownership.session, error)
+                return
+            else:
+                self._ended(ownership.session)
+                return
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
