@@ -6,16 +6,18 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import asyncpg
 
 from pgmcp.clock import Clock, Ids
 from pgmcp.errors import PgmcpError
+from pgmcp.ports import Inbox
 from pgmcp.settings import Settings
 from pgmcp.store.database import Database
 from pgmcp.store.inbox import TableInbox
 from pgmcp.store.log import TableLog
+from pgmcp.store.takeover import TableTakeovers
 from pgmcp.types import (
     ANONYMOUS,
     Claimed,
@@ -50,6 +52,7 @@ class Store:
     database: Database
     inbox: TableInbox
     log: TableLog
+    takeovers: TableTakeovers
 
 
 @asynccontextmanager
@@ -64,7 +67,7 @@ async def store(
         await database.open()
         inbox, log = TableInbox(database, node, clock, ids, gate), TableLog(database, node, clock, gate)
         try:
-            yield Store(node, database, inbox, log)
+            yield Store(node, database, inbox, log, TableTakeovers(database, node, gate))
         finally:
             await database.close()
 
@@ -82,7 +85,14 @@ class Session:
         return self.ownership.session
 
 
-async def opened(owner: Store, principal: Principal = ANONYMOUS) -> Session:
+class HasInbox(Protocol):
+    """A node's store, on PostgreSQL or in memory."""
+
+    @property
+    def inbox(self) -> Inbox: ...
+
+
+async def opened(owner: HasInbox, principal: Principal = ANONYMOUS) -> Session:
     """A session that ``owner`` has just created."""
     new = NewSession(IDS.token(), principal, "streamable", StreamId(IDS.uuid()))
     return Session(new.session_id, await owner.inbox.open_session(new), new.standalone)

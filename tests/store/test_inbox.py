@@ -9,10 +9,9 @@ from dataclasses import dataclass, replace
 import asyncpg
 import pytest
 
-from pgmcp.errors import DuplicateRequest, Fenced, PgmcpError, SessionUnknown
-from pgmcp.types import ANONYMOUS, Claimed, Cursor, Message, Ownership, Principal, SessionKey, StreamId
+from pgmcp.errors import DuplicateRequest, Fenced, PgmcpError
+from pgmcp.types import Claimed, Message, Ownership, Principal, SessionKey, StreamId
 from tests.harness.stores import (
-    HELD,
     IDS,
     Session,
     Store,
@@ -51,56 +50,6 @@ async def pair(database: str) -> AsyncIterator[Pair]:
         await hand.close()
 
 
-async def answered(pair: Pair, message: Message) -> Claimed:
-    """Accept a request at the second node, run it at the first one and store its answer."""
-    await pair.two.inbox.accept([message])
-    (claimed,) = await pair.one.inbox.claim(pair.session.ownership)
-    await pair.one.log.append(answer(claimed))
-    return claimed
-
-
-@pytest.mark.parametrize(
-    "who", [ANONYMOUS, replace(ME, client_id="other"), replace(ME, issuer=None), replace(ME, subject="you")]
-)
-async def test_a_foreign_principal_meets_what_an_unknown_session_gives(pair: Pair, who: Principal) -> None:
-    mine = await opened(pair.one, ME)
-    assert (await pair.two.inbox.find(mine.session_id, ME)).session == mine.key
-    foreign = [
-        pair.two.inbox.find(mine.session_id, who),
-        pair.two.inbox.accept([request(mine, principal=who)]),
-        pair.two.inbox.end(mine.session_id, who),
-        pair.two.log.attach(mine.session_id, who, None),
-    ]
-    unknown = [
-        pair.two.inbox.find("nobody", who),
-        pair.two.inbox.accept([request("nobody", principal=who)]),
-        pair.two.inbox.end("nobody", who),
-        pair.two.log.attach("nobody", who, None),
-    ]
-    for call, same in zip(foreign, unknown, strict=True):
-        result, expected = await outcome(call), await outcome(same)
-        assert (type(result), str(result)) == (SessionUnknown, str(expected))
-    assert (await row_counts(pair.hand))["sessions"] == 2
-
-
-async def test_a_claim_takes_everything_in_the_order_of_acceptance(pair: Pair) -> None:
-    messages = [request(pair.session, rpc_id) for rpc_id in ("9", None, "1", None, "10")]
-    for place, message in enumerate(messages):
-        await (pair.one, pair.two)[place % 2].inbox.accept([message])
-    claimed = await pair.one.inbox.claim(pair.session.ownership)
-    assert [item.key for item in claimed] == [message.key for message in messages]
-    assert await pair.one.inbox.claim(pair.session.ownership) == []
-
-
-async def test_only_the_owner_claims(pair: Pair) -> None:
-    await pair.two.inbox.accept([request(pair.session)])
-    assert isinstance(await outcome(pair.two.inbox.claim(pair.session.ownership)), Fenced)
-    other_epoch = replace(pair.session.ownership, epoch=2)
-    assert isinstance(await outcome(pair.one.inbox.claim(other_epoch)), Fenced)
-    assert await pair.one.inbox.unclaimed() == [pair.session.ownership]
-    assert await pair.two.inbox.unclaimed() == []
-
-
 async def test_a_message_that_commits_late_is_claimed_all_the_same(pair: Pair) -> None:
     """Never an id cursor: the lower position becomes visible after the higher one was taken."""
     late = pair.hand.transaction()
@@ -113,86 +62,6 @@ async def test_a_message_that_commits_late_is_claimed_all_the_same(pair: Pair) -
     assert [item.rpc_id for item in await pair.one.inbox.claim(pair.session.ownership)] == ["2"]
     await late.commit()
     assert [item.rpc_id for item in await pair.one.inbox.claim(pair.session.ownership)] == ['"late"']
-
-
-async def test_claims_of_one_session_that_arrive_together_share_the_messages(pair: Pair) -> None:
-    messages = [request(pair.session, str(number)) for number in range(3)]
-    for message in messages:
-        await pair.two.inbox.accept([message])
-    claims = await asyncio.gather(*(pair.one.inbox.claim(pair.session.ownership) for _ in range(5)))
-    assert sorted(item.key for claimed in claims for item in claimed) == sorted(message.key for message in messages)
-
-
-async def test_the_same_request_joins_the_one_that_runs(pair: Pair) -> None:
-    first = request(pair.session)
-    await pair.one.inbox.accept([first])
-    again = await pair.two.inbox.accept([request(pair.session)])
-    assert (again.stream, again.joined) == (first.stream, True)
-    other_body = request(pair.session, body=b"other")
-    assert isinstance(await outcome(pair.two.inbox.accept([other_body])), DuplicateRequest)
-    stream = StreamId(IDS.uuid())
-    batch = [request(pair.session, rpc_id, stream=stream) for rpc_id in ("1", "2")]
-    assert isinstance(await outcome(pair.two.inbox.accept(batch)), DuplicateRequest)
-    assert (await pair.two.inbox.accept([request(pair.session, '"1"')])).joined is False
-    counts = await row_counts(pair.hand)
-    assert (counts["requests"], counts["streams"]) == (2, 3)
-
-
-async def test_a_repeat_after_a_broken_exchange_gets_the_stored_answer(pair: Pair) -> None:
-    first = await answered(pair, request(pair.session))
-    assert first.stream is not None
-    await pair.two.log.release(Cursor(first.stream, 1, 0))  # nothing was carried
-    again = await pair.one.inbox.accept([request(pair.session)])
-    assert (again.stream, again.joined) == (first.stream, True)
-
-
-async def test_an_id_whose_answer_was_written_to_its_end_is_free(pair: Pair) -> None:
-    for _ in range(3):
-        claimed = await answered(pair, request(pair.session))
-        assert claimed.stream is not None
-        await pair.two.log.release(Cursor(claimed.stream, 1, 1))
-    assert (await row_counts(pair.hand))["events"] == 3
-
-
-async def test_an_id_is_free_for_another_body_once_its_request_is_finished(pair: Pair) -> None:
-    first = await answered(pair, request(pair.session))
-    assert first.stream is not None
-    await pair.two.log.release(Cursor(first.stream, 1, 0))
-    again = await pair.two.inbox.accept([request(pair.session, body=b"other")])
-    assert again.joined is False
-
-
-async def test_a_repeat_waits_a_moment_for_the_end_of_the_exchange(pair: Pair) -> None:
-    """The client has its answer, and reuses the id before the edge has noted the end."""
-    first = await answered(pair, request(pair.session))
-    assert first.stream is not None
-    call = asyncio.create_task(pair.one.inbox.accept([request(pair.session)]))
-    await asyncio.wait({call}, timeout=0.05)
-    assert not call.done()
-    await pair.two.log.release(Cursor(first.stream, 1, 1))
-    assert (await call).joined is False
-
-
-async def test_the_same_request_at_two_edges_at_once_runs_once(pair: Pair) -> None:
-    for number in range(20):
-        accepted = await asyncio.gather(
-            *(
-                node.inbox.accept([request(pair.session, str(number))])
-                for node in (pair.one, pair.two)
-                for _ in range(3)
-            )
-        )
-        assert len({item.stream for item in accepted}) == 1
-        assert [item.joined for item in accepted].count(False) == 1
-    assert len(await pair.one.inbox.claim(pair.session.ownership)) == 20
-
-
-async def test_a_refused_batch_leaves_no_notification(pair: Pair) -> None:
-    first = request(pair.session)
-    await pair.one.inbox.accept([first])
-    batch = [request(pair.session), request(pair.session, None)]
-    assert isinstance(await outcome(pair.two.inbox.accept(batch)), DuplicateRequest)
-    assert [item.key for item in await pair.one.inbox.claim(pair.session.ownership)] == [first.key]
 
 
 async def held_accept(pair: Pair, messages: list[Message], rival: Message) -> object:
@@ -228,31 +97,12 @@ async def test_an_accept_that_loses_against_another_edge_leaves_no_stream(pair: 
     assert (await row_counts(pair.hand))["streams"] == 2
 
 
-async def test_the_same_request_twice_in_one_group_leaves_no_stream(pair: Pair) -> None:
-    await asyncio.gather(*(pair.two.inbox.accept([request(pair.session)]) for _ in range(3)))
-    await asyncio.gather(*(pair.two.inbox.accept([request(pair.session, "2")]) for _ in range(3)))
-    assert (await row_counts(pair.hand))["streams"] == 3
-
-
 async def test_a_batch_that_loses_one_message_stores_none(pair: Pair) -> None:
     stream = StreamId(IDS.uuid())
     batch = [request(pair.session, "1", stream=stream), request(pair.session, "2", stream=stream)]
     rival = request(pair.session, "2")
     assert isinstance(await held_accept(pair, batch, rival), DuplicateRequest)
     assert [item.key for item in await pair.one.inbox.claim(pair.session.ownership)] == [rival.key]
-
-
-async def test_an_ended_session_is_unknown_everywhere_at_once(pair: Pair) -> None:
-    await pair.two.inbox.accept([request(pair.session)])
-    assert await pair.two.inbox.end(pair.session.session_id, ANONYMOUS) == pair.session.key
-    for node in (pair.one, pair.two):
-        for call in (
-            node.inbox.find(pair.session.session_id, ANONYMOUS),
-            node.inbox.accept([request(pair.session)]),
-            node.inbox.end(pair.session.session_id, ANONYMOUS),
-        ):
-            assert isinstance(await outcome(call), SessionUnknown)
-    assert await row_counts(pair.hand) == dict.fromkeys(HELD, 0)
 
 
 async def test_opposite_orders_do_not_deadlock(pair: Pair) -> None:

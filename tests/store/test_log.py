@@ -9,8 +9,7 @@ from dataclasses import dataclass, replace
 import asyncpg
 import pytest
 
-from pgmcp.errors import Fenced
-from pgmcp.types import ANONYMOUS, PAGE, Attachment, Claimed, Cursor, Entry, SessionFacts, StreamId, StreamKind
+from pgmcp.types import ANONYMOUS, Attachment, Claimed, Cursor, StreamId
 from tests.harness.stores import (
     IDS,
     Session,
@@ -20,7 +19,6 @@ from tests.harness.stores import (
     opened,
     outcome,
     request,
-    row_counts,
     store,
 )
 
@@ -61,34 +59,6 @@ async def scene(database: str) -> AsyncIterator[Scene]:
         await hand.close()
 
 
-async def test_an_append_names_the_sink(scene: Scene) -> None:
-    assert await scene.note(1) == scene.edge.node
-    await scene.edge.log.release(Cursor(scene.stream, 1, 1))
-    assert await scene.note(2) is None
-    await scene.attach(scene.owner)
-    assert await scene.note(3) == scene.owner.node
-
-
-@pytest.mark.parametrize("message", [b"", b"\0", b"\xff\xfe", b'"\\u0000"', b"x" * 2_000_000], ids=len)
-async def test_messages_survive_byte_for_byte(scene: Scene, message: bytes) -> None:
-    await scene.note(1, message)
-    page = await scene.edge.log.read(Cursor(scene.stream, 1, 0))
-    assert [event.message for event in page.events] == [message]
-
-
-async def test_pages_follow_the_cursor_to_the_end(scene: Scene) -> None:
-    await asyncio.gather(*(scene.note(seq) for seq in range(1, PAGE + 2)))
-    await scene.owner.log.append(answer(scene.claimed, PAGE + 2))
-    first = await scene.edge.log.read(Cursor(scene.stream, 1, 0))
-    assert [event.seq for event in first.events] == list(range(1, PAGE + 1))
-    assert not first.closed
-    rest = await scene.edge.log.read(Cursor(scene.stream, 1, PAGE))
-    assert [event.seq for event in rest.events] == [PAGE + 1, PAGE + 2]
-    assert rest.closed
-    end = await scene.edge.log.read(Cursor(scene.stream, 1, PAGE + 2))
-    assert (end.attached, end.closed, end.events) == (True, True, ())
-
-
 async def test_many_cursors_share_a_statement_and_get_their_own(scene: Scene) -> None:
     for seq in (1, 2, 3):
         await scene.note(seq)
@@ -96,63 +66,6 @@ async def test_many_cursors_share_a_statement_and_get_their_own(scene: Scene) ->
     pages = await asyncio.gather(*(scene.edge.log.read(cursor) for cursor in cursors))
     assert [[event.seq for event in page.events] for page in pages] == [[1, 2, 3], [3], [], [1, 2, 3], []]
     assert [page.attached for page in pages] == [True, True, True, True, False]
-
-
-async def test_a_replaced_sink_reads_nothing_more(scene: Scene) -> None:
-    await scene.note(1)
-    attachment = await scene.attach(scene.owner)
-    assert (attachment.kind, attachment.sink_epoch, attachment.next_seq) == (StreamKind.REQUEST, 2, 2)
-    assert attachment.replaced == scene.edge.node
-    assert not (await scene.edge.log.read(Cursor(scene.stream, 1, 0))).attached
-    await scene.edge.log.release(Cursor(scene.stream, 1, 1))  # must not take it from the new one
-    assert (await scene.owner.log.read(Cursor(scene.stream, 2, 0))).attached
-
-
-async def test_two_sinks_of_one_node_are_told_apart(scene: Scene) -> None:
-    attachment = await scene.attach(scene.edge)
-    assert attachment.replaced == scene.edge.node
-    assert not (await scene.edge.log.read(Cursor(scene.stream, 1, 0))).attached
-    assert (await scene.edge.log.read(Cursor(scene.stream, 2, 0))).attached
-
-
-async def test_of_sinks_that_come_at_once_one_is_left(scene: Scene) -> None:
-    attachments = await asyncio.gather(*(scene.attach(node) for node in (scene.owner, scene.edge) * 4))
-    epochs = sorted(attachment.sink_epoch for attachment in attachments)
-    assert epochs == list(range(2, 10))
-    pages = [
-        await node.log.read(Cursor(scene.stream, attachment.sink_epoch, 0))
-        for node, attachment in zip((scene.owner, scene.edge) * 4, attachments, strict=True)
-    ]
-    assert [page.attached for page in pages].count(True) == 1
-
-
-async def test_a_stream_that_is_not_there_gives_the_facts_only(scene: Scene) -> None:
-    stranger = await opened(scene.owner)
-    for stream in (StreamId(IDS.uuid()), stranger.standalone):
-        facts = await scene.edge.log.attach(scene.session.session_id, ANONYMOUS, stream)
-        assert isinstance(facts, SessionFacts)
-        assert facts.owner == scene.owner.node
-
-
-async def test_the_standalone_stream_is_found_without_its_id(scene: Scene) -> None:
-    entry = Entry(scene.session.ownership, scene.session.standalone, 1, b"news")
-    assert await scene.owner.log.append(entry) is None
-    attachment = await scene.edge.log.attach(scene.session.session_id, ANONYMOUS, None)
-    assert isinstance(attachment, Attachment)
-    assert (attachment.stream, attachment.next_seq, attachment.replaced) == (scene.session.standalone, 2, None)
-    assert await scene.owner.log.standalone(scene.session.key) == (scene.session.standalone, 2)
-
-
-async def test_a_stream_closes_with_its_last_answer(scene: Scene) -> None:
-    stream = StreamId(IDS.uuid())
-    await scene.edge.inbox.accept([request(scene.session, rpc_id, stream=stream) for rpc_id in ("2", "3")])
-    first, second = await scene.owner.inbox.claim(scene.session.ownership)
-    await scene.owner.log.append(answer(first, 1))
-    assert not (await scene.edge.log.read(Cursor(stream, 1, 1))).closed
-    await scene.owner.log.append(answer(second, 2))
-    assert (await scene.edge.log.read(Cursor(stream, 1, 2))).closed
-    assert isinstance(await outcome(scene.owner.log.append(Entry(first.ownership, stream, 3, b"late"))), Fenced)
-    await check_streams(scene.hand)
 
 
 async def test_answers_of_one_batch_in_one_statement_close_it(scene: Scene) -> None:
@@ -173,21 +86,3 @@ async def test_numbers_have_no_gap_when_one_entry_of_a_group_is_refused(scene: S
     await asyncio.gather(scene.note(1), outcome(scene.owner.log.append(bad)), scene.owner.log.append(answer(other)))
     await check_streams(scene.hand)
     assert await scene.hand.fetchval("select finished_at from pgmcp.requests where id = $1", scene.claimed.key) is None
-
-
-async def test_a_release_goes_only_forward(scene: Scene) -> None:
-    await scene.note(1)
-    await scene.note(2)
-    await scene.edge.log.release(Cursor(scene.stream, 1, 2))
-    attachment = await scene.attach(scene.edge)
-    assert attachment.delivered_seq == 2
-    await scene.edge.log.release(Cursor(scene.stream, attachment.sink_epoch, 0))
-    assert (await scene.attach(scene.edge)).delivered_seq == 2
-
-
-async def test_a_dropped_sink_reads_nothing_more(scene: Scene) -> None:
-    assert await scene.owner.log.drop_sink(scene.session.ownership, scene.stream) == (scene.stream, scene.edge.node)
-    assert not (await scene.edge.log.read(Cursor(scene.stream, 1, 0))).attached
-    assert await scene.note(1) is None
-    assert (await scene.attach(scene.edge)).next_seq == 2
-    assert (await row_counts(scene.hand))["events"] == 1

@@ -1,0 +1,59 @@
+"""The ports in memory: what the store keeps on PostgreSQL, with the same guarantees, for tests that move time.
+
+``tests/ports`` says the guarantees once for both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from pgmcp.clock import Clock, Ids
+from pgmcp.types import NodeId
+from tests.harness.memory.inbox import MemoryInbox
+from tests.harness.memory.log import MemoryLog
+from tests.harness.memory.tables import MemoryCluster
+from tests.harness.memory.takeovers import MemoryLeaseTable, MemoryNotifier, MemoryTakeovers
+from tests.harness.memory.wire import Wire
+
+__all__ = ["MemoryCluster", "MemoryStore", "memory_store"]
+
+
+async def _open() -> None:
+    return None
+
+
+@dataclass(slots=True)
+class MemoryStore:
+    """What one node has of the store."""
+
+    node: NodeId
+    wire: Wire
+    inbox: MemoryInbox
+    log: MemoryLog
+    takeovers: MemoryTakeovers
+    lease: MemoryLeaseTable
+    notifier: MemoryNotifier
+
+
+def memory_store(
+    cluster: MemoryCluster,
+    clock: Clock,
+    ids: Ids,
+    *,
+    running: Callable[[], Awaitable[None]] = _open,
+    gate: Callable[[], Awaitable[None]] = _open,
+) -> MemoryStore:
+    """One node's store.
+
+    Args:
+        clock: the node's own time.
+        running: returns when the node's process runs.
+        gate: awaited before each write of an owner.
+    """
+    node = NodeId(ids.uuid())
+    wire = Wire(cluster, node, clock, running=running, gate=gate)
+    return MemoryStore(
+        node, wire, MemoryInbox(wire, ids), MemoryLog(wire), MemoryTakeovers(wire), MemoryLeaseTable(wire),
+        MemoryNotifier(wire),
+    )  # fmt: skip

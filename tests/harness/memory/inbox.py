@@ -1,0 +1,276 @@
+"""The ``Inbox`` port in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from uuid import UUID
+
+from pgmcp.clock import Ids
+from pgmcp.errors import (
+    ClusterFull,
+    DuplicateRequest,
+    Fenced,
+    SessionBusy,
+    SessionUnknown,
+    TooManySessions,
+)
+from pgmcp.types import (
+    ANONYMOUS,
+    Accepted,
+    Claimed,
+    Established,
+    JournalEntry,
+    Message,
+    NewSession,
+    Outcome,
+    Ownership,
+    Principal,
+    RequestKey,
+    SessionFacts,
+    SessionKey,
+    StreamKind,
+)
+from tests.harness.memory.tables import RequestRow, SessionRow, StreamRow
+from tests.harness.memory.wire import Wire
+
+WRITTEN_WAIT, WAITING_SHARE = 1.0, 10
+
+
+@dataclass(slots=True)
+class _Verdict:
+    """What the accept statement says of a POST."""
+
+    facts: SessionFacts | None = None
+    accepted: bool = False
+    full: bool = False
+    known: RequestRow | None = None
+    same: bool = False
+    attached: bool = False
+
+
+class MemoryInbox:
+    """One node's inbox."""
+
+    def __init__(self, wire: Wire, ids: Ids) -> None:
+        self._wire, self._ids = wire, ids
+        self._cluster, self._node = wire.cluster, wire.node
+        self._unheard: dict[Ownership, list[UUID]] = {}
+
+    async def open_session(self, new: NewSession) -> Ownership:
+        return await self._wire.persist("open_session", lambda: self._open(new))
+
+    def _open(self, new: NewSession) -> Ownership:
+        found = self._cluster.session_called(new.session_id)
+        if found is not None:
+            return found.ownership
+        settings, rows = self._cluster.settings, self._cluster.sessions.values()
+        if len(rows) >= settings.max_sessions:
+            raise ClusterFull
+        named = new.principal.client_id is not None
+        if named and sum(row.principal == new.principal for row in rows) >= settings.max_sessions_per_caller:
+            raise TooManySessions
+        row = SessionRow(SessionKey(self._cluster.number()), new.session_id, self._node, new.principal, new.transport)
+        self._cluster.sessions[row.id] = row
+        self._cluster.streams[new.standalone] = StreamRow(new.standalone, row.id, StreamKind.STANDALONE)
+        self._cluster.owned(self._node, row.ownership)
+        return row.ownership
+
+    async def find(self, session_id: str, principal: Principal) -> SessionFacts:
+        row = await self._wire.persist("find_session", lambda: self._visible(session_id, principal, "streamable"))
+        return self._cluster.facts(row, orphaned=False)
+
+    def _visible(self, session_id: str, principal: Principal, transport: str) -> SessionRow:
+        row = self._cluster.session_called(session_id)
+        if row is None or row.principal != principal or row.transport != transport:
+            message = "Session not found"
+            raise SessionUnknown(message)
+        return row
+
+    async def accept(self, messages: Sequence[Message]) -> Accepted:
+        end = self._wire.clock.boottime() + WRITTEN_WAIT
+        while True:
+            verdict = await self._wire.in_turn("accept", messages[0].session_id, lambda: self._accept(messages))
+            if verdict.facts is None:
+                message = "Session not found"
+                raise SessionUnknown(message)
+            if verdict.accepted:
+                return Accepted(verdict.facts, messages[0].stream, joined=False)
+            known = verdict.known
+            if known is None:
+                raise SessionBusy
+            if known.finished and verdict.attached and self._wire.clock.boottime() < end:
+                await self._wire.clock.sleep(0.01)
+                continue
+            if verdict.same and len(messages) == 1:
+                return Accepted(verdict.facts, known.message.stream, joined=True)
+            if not known.finished:
+                raise DuplicateRequest
+            await self._wire.persist("free_request_id", lambda key=known.key: self._free(key))
+
+    def _free(self, key: RequestKey) -> None:
+        row = self._cluster.requests.get(key)
+        if row is not None and row.finished:
+            row.open = False
+
+    def _accept(self, messages: Sequence[Message]) -> _Verdict:
+        cluster, first = self._cluster, messages[0]
+        try:
+            session = self._visible(first.session_id, first.principal, first.transport)
+        except SessionUnknown:
+            return _Verdict()
+        verdict = _Verdict(cluster.facts(session, orphaned=not cluster.lives(session.owner)))
+        rows = list(cluster.requests_of(session.id))
+        for message in messages:
+            known = next(
+                (row for row in rows if row.open and row.message.rpc_id == message.rpc_id and message.rpc_id), None
+            )
+            if known is not None and verdict.known is None:
+                stream = cluster.streams.get(known.message.stream) if known.message.stream else None
+                verdict.known, verdict.same = known, known.message.body == message.body
+                verdict.attached = stream is not None and stream.sink is not None
+        verdict.accepted = all(message.key in cluster.requests for message in messages)
+        verdict.full = self._excess(session, rows, messages)
+        if verdict.accepted or verdict.known is not None or verdict.full:
+            return verdict
+        self._store(session, messages)
+        verdict.accepted = True
+        return verdict
+
+    def _excess(self, session: SessionRow, rows: list[RequestRow], messages: Sequence[Message]) -> bool:
+        most = self._cluster.settings.max_in_flight
+        unfinished = [row for row in rows if not row.finished]
+        asked = [message for message in messages if message.rpc_id is not None]
+        running = sum(row.message.rpc_id is not None for row in unfinished)
+        standalone = self._cluster.standalone_of(session.id)
+        unread = (
+            standalone.next_seq - 1 - standalone.delivered_seq
+            if standalone is not None and standalone.sink is None
+            else 0
+        )
+        return (
+            (bool(asked) and running + len(asked) > most)
+            or len(unfinished) + len(messages) > most * WAITING_SHARE
+            or (any(message.stream is None for message in asked) and unread >= most * WAITING_SHARE)
+        )
+
+    def _store(self, session: SessionRow, messages: Sequence[Message]) -> None:
+        for message in messages:
+            self._cluster.requests[message.key] = RequestRow(
+                self._cluster.position(), session.id, message, message.rpc_id is not None, self._cluster.now()
+            )
+            if message.stream is not None and message.rpc_id is not None:
+                stream = self._cluster.streams.setdefault(
+                    message.stream, StreamRow(message.stream, session.id, StreamKind.REQUEST, self._node)
+                )
+                stream.unfinished += 1
+
+    async def claim(self, ownership: Ownership) -> list[Claimed]:
+        unheard = self._unheard.pop(ownership, [])
+        claim = unheard.pop() if unheard else self._ids.uuid()
+        if unheard:
+            self._unheard[ownership] = unheard
+        try:
+            return await self._wire.in_turn("claim", ownership, lambda: self._claim(ownership, claim), gated=True)
+        except Fenced:
+            self._unheard.pop(ownership, None)
+            raise
+        except BaseException:
+            self._unheard.setdefault(ownership, []).append(claim)
+            raise
+
+    def _claim(self, ownership: Ownership, claim: UUID) -> list[Claimed]:
+        self._fence(ownership)
+        mine = []
+        for row in self._cluster.requests_of(ownership.session):
+            if row.claimed_epoch is None and not row.finished:
+                row.claim, row.claimed_epoch, row.runs = claim, ownership.epoch, row.runs + 1
+                if row.message.rpc_id is None:
+                    row.outcome = Outcome.DELIVERED
+                self._cluster.stored(self._node, "claim", ownership)
+            if row.claim == claim:
+                mine.append(self._claimed(row, ownership))
+        return mine
+
+    def _claimed(self, row: RequestRow, ownership: Ownership) -> Claimed:
+        message = row.message
+        stream = self._cluster.streams.get(message.stream) if message.stream else None
+        return Claimed(
+            row.key, ownership, message.rpc_id, message.method, message.body, message.context, message.stream,
+            1 if stream is None else stream.next_seq,
+        )  # fmt: skip
+
+    def _fence(self, ownership: Ownership) -> SessionRow:
+        row = self._cluster.owned_by(self._node, ownership)
+        if row is None:
+            message = f"Session {ownership.session} has another owner or is over."
+            raise Fenced(message)
+        return row
+
+    async def unclaimed(self) -> list[Ownership]:
+        return [*self._unheard, *await self._wire.ask("unclaimed", self._unclaimed)]
+
+    def _unclaimed(self) -> list[Ownership]:
+        return [
+            session.ownership
+            for session in self._cluster.sessions.values()
+            if session.owner == self._node
+            and any(
+                not row.finished and (row.claimed_epoch is None or row.claimed_epoch < session.epoch)
+                for row in self._cluster.requests_of(session.id)
+            )
+        ]
+
+    async def owned(self) -> set[Ownership]:
+        return await self._wire.ask(
+            "owned",
+            lambda: {row.ownership for row in self._cluster.sessions.values() if row.owner == self._node},
+        )
+
+    async def establish(self, ownership: Ownership, facts: Established) -> None:
+        def work() -> None:
+            self._fence(ownership).settled = facts
+            self._cluster.stored(self._node, "establish", ownership)
+
+        await self._wire.persist("establish", work, gated=True)
+
+    async def write_journal(self, ownership: Ownership, entry: JournalEntry) -> None:
+        def work() -> None:
+            self._fence(ownership)
+            place = (ownership.session, entry.kind, entry.detail)
+            self._cluster.journal.pop(place, None)  # what is written anew is the newest
+            if entry.body is not None:
+                self._cluster.journal[place] = entry.body
+            self._cluster.stored(self._node, "write_journal", ownership)
+
+        await self._wire.persist("write_journal", work, gated=True)
+
+    async def touch(self, ownerships: Sequence[Ownership]) -> None:
+        def work() -> None:
+            for ownership in ownerships:
+                row = self._cluster.owned_by(self._node, ownership)
+                if row is not None:
+                    row.used_at = self._cluster.now()
+
+        await self._wire.ask("touch_sessions", work)
+
+    async def used(self, session: SessionKey) -> None:
+        def work() -> None:
+            if session in self._cluster.sessions:
+                self._cluster.sessions[session].used_at = self._cluster.now()
+
+        await self._wire.ask("use_session", work)
+
+    async def end(self, session_id: str, principal: Principal = ANONYMOUS) -> SessionKey:
+        facts = await self.find(session_id, principal)
+        await self._wire.persist("end_session", lambda: self._cluster.forget(facts.session))
+        return facts.session
+
+    async def end_owned(self, ownership: Ownership) -> None:
+        def work() -> None:
+            if ownership.session in self._cluster.sessions:
+                self._fence(ownership)
+                self._cluster.stored(self._node, "end_owned_session", ownership)
+                self._cluster.forget(ownership.session)
+
+        await self._wire.persist("end_owned_session", work, gated=True)

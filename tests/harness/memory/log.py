@@ -1,0 +1,181 @@
+"""The ``Log`` port in memory."""
+
+from __future__ import annotations
+
+from pgmcp.errors import Fenced, SessionBusy, SessionUnknown
+from pgmcp.types import (
+    PAGE,
+    PAGE_BYTES,
+    Attachment,
+    Cursor,
+    Entry,
+    Event,
+    NodeId,
+    Ownership,
+    Page,
+    Principal,
+    RequestKey,
+    SessionFacts,
+    SessionKey,
+    StreamId,
+    StreamKind,
+)
+from tests.harness.memory.tables import RequestRow, SessionRow, StreamRow
+from tests.harness.memory.wire import Wire
+
+
+class MemoryLog:
+    """One node's log."""
+
+    def __init__(self, wire: Wire) -> None:
+        self._wire, self._cluster, self._node = wire, wire.cluster, wire.node
+
+    async def append(self, entry: Entry) -> NodeId | None:
+        settings = self._cluster.settings
+        return await self._wire.in_turn(
+            "append", entry.ownership.session, lambda: self._append(entry), patience=settings.resume_hold, gated=True
+        )
+
+    def _append(self, entry: Entry) -> NodeId | None:
+        self._fence(entry.ownership)
+        stream = self._cluster.streams.get(entry.stream)
+        if stream is None or stream.session != entry.ownership.session:
+            message = f"Stream {entry.stream} is gone."
+            raise Fenced(message)
+        if entry.seq in stream.events:
+            return stream.sink  # a repeat
+        finished = self._finishable(entry.finishes, entry.ownership)
+        if stream.closed or entry.seq != stream.next_seq or (entry.finishes is not None and finished is None):
+            message = f"Stream {entry.stream} is closed or stands at another number than {entry.seq}."
+            raise Fenced(message)
+        if stream.kind is StreamKind.STANDALONE:
+            self._make_room(stream, entry)
+        stream.events[entry.seq] = (entry.message, entry.topic)
+        stream.next_seq += 1
+        if finished is not None:
+            finished.outcome, finished.open = entry.outcome, stream.kind is StreamKind.REQUEST
+            stream.unfinished = max(stream.unfinished - 1, 0)
+            stream.closed = stream.kind is StreamKind.REQUEST and stream.unfinished == 0
+        self._cluster.stored(self._node, "append", entry.ownership)
+        return stream.sink
+
+    def _fence(self, ownership: Ownership) -> SessionRow:
+        row = self._cluster.owned_by(self._node, ownership)
+        if row is None:
+            message = f"Session {ownership.session} has another owner or is over; nothing was stored."
+            raise Fenced(message)
+        return row
+
+    def _finishable(self, key: RequestKey | None, ownership: Ownership) -> RequestRow | None:
+        row = None if key is None else self._cluster.requests.get(key)
+        if row is None or row.finished or row.claimed_epoch not in {None, ownership.epoch}:
+            return None
+        return row
+
+    def _make_room(self, stream: StreamRow, entry: Entry) -> None:
+        most = self._cluster.settings.max_waiting_events
+        for seq, (_, topic) in list(stream.events.items()):
+            outdated = topic == entry.topic and seq > stream.delivered_seq
+            if topic is not None and (outdated or seq <= entry.seq - most):
+                del stream.events[seq]
+
+    async def read(self, cursor: Cursor) -> Page:
+        settings = self._cluster.settings
+        return await self._wire.persist("read_streams", lambda: self._read(cursor), patience=settings.resume_hold)
+
+    def _read(self, cursor: Cursor) -> Page:
+        stream = self._carried(cursor)
+        if stream is None:
+            return Page(attached=False, closed=False)
+        found: list[Event] = []
+        size = 0
+        for seq in sorted(seq for seq in stream.events if seq > cursor.after)[:PAGE]:
+            message = stream.events[seq][0]
+            size += len(message)
+            if found and size > PAGE_BYTES:
+                break
+            found.append(Event(seq, message))
+        at_end = (found[-1].seq if found else cursor.after) >= stream.next_seq - 1
+        return Page(attached=True, closed=stream.closed and at_end, events=tuple(found), more=not at_end)
+
+    def _carried(self, cursor: Cursor) -> StreamRow | None:
+        stream = self._cluster.streams.get(cursor.stream)
+        mine = stream is not None and (stream.sink, stream.sink_epoch) == (self._node, cursor.sink_epoch)
+        return stream if mine else None
+
+    async def attach(
+        self, session_id: str | None, principal: Principal, stream: StreamId | None
+    ) -> Attachment | SessionFacts:
+        settings = self._cluster.settings
+        return await self._wire.persist(
+            "attach", lambda: self._attach(session_id, principal, stream), patience=settings.resume_hold
+        )
+
+    def _attach(
+        self, session_id: str | None, principal: Principal, stream_id: StreamId | None
+    ) -> Attachment | SessionFacts:
+        cluster = self._cluster
+        session = cluster.session_called(session_id)
+        if session_id is None and stream_id in cluster.streams:
+            session = cluster.sessions[cluster.streams[stream_id].session]
+        if (
+            session is None
+            or session.principal != principal
+            or session.transport != ("sse" if session_id is None else "streamable")
+        ):
+            message = "Session not found"
+            raise SessionUnknown(message)
+        facts = cluster.facts(session, orphaned=not cluster.lives(session.owner))
+        stream = cluster.standalone_of(session.id) if stream_id is None else cluster.streams.get(stream_id)
+        if stream is None or stream.session != session.id:
+            return facts
+        others = sum(row.sink is not None for row in cluster.streams_of(session.id) if row is not stream)
+        if others >= cluster.settings.max_streams:
+            raise SessionBusy
+        replaced, stream.sink, stream.sink_epoch = stream.sink, self._node, stream.sink_epoch + 1
+        return Attachment(
+            facts, session.session_id, stream.id, stream.kind, stream.sink_epoch, stream.next_seq,
+            stream.delivered_seq, stream.floor_seq, stream.closed, replaced,
+        )  # fmt: skip
+
+    async def release(self, cursor: Cursor, *, keep: bool = False) -> bool:
+        return await self._wire.persist("release", lambda: self._release(cursor, keep=keep))
+
+    def _release(self, cursor: Cursor, *, keep: bool) -> bool:
+        stream = self._carried(cursor)
+        if stream is None:
+            return False
+        if cursor.after >= stream.next_seq - 1:
+            for row in self._cluster.requests_of(stream.session):
+                if row.message.stream == stream.id and row.finished:
+                    row.open = False
+        stream.delivered_seq = max(stream.delivered_seq, cursor.after)
+        if not keep:
+            stream.sink = None
+        return True
+
+    async def drop_sink(self, ownership: Ownership, stream: StreamId | None) -> tuple[StreamId, NodeId | None] | None:
+        def target() -> StreamRow | None:
+            cluster = self._cluster
+            row = cluster.standalone_of(ownership.session) if stream is None else cluster.streams.get(stream)
+            return row if row is not None and row.session == ownership.session else None
+
+        def work() -> StreamId | None:
+            row = target()
+            if row is None or self._cluster.owned_by(self._node, ownership) is None:
+                return None
+            row.sink, row.sink_epoch = None, row.sink_epoch + 1
+            self._cluster.stored(self._node, "drop_sink", ownership)
+            return row.id
+
+        row = await self._wire.persist("sink_of", target)
+        sink = None if row is None else row.sink  # first: a repeat after a lost reply could not name it any more
+        dropped = await self._wire.persist("drop_sink", work, gated=True)
+        return None if dropped is None else (dropped, sink)
+
+    async def standalone(self, session: SessionKey) -> tuple[StreamId, int]:
+        row = await self._wire.persist("standalone_stream", lambda: self._cluster.standalone_of(session))
+        if row is None:
+            message = f"Session {session} is over."
+            raise Fenced(message)
+        return row.id, row.next_seq
