@@ -1,0 +1,149 @@
+"""Single interleavings, step by step, that chance seldom finds: each shows one rule of the design that holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import pytest
+
+from tests.harness.clock import FakeClock, StillLoop, settle
+from tests.harness.proxy import Cut
+from tests.property.nodes import SimNode
+from tests.property.world import Call, World
+
+Result = TypeVar("Result")
+
+
+class Scene:
+    """Three nodes, and a session of the first one."""
+
+    def __init__(self) -> None:
+        self.clock = FakeClock()
+        self.loop = StillLoop(self.clock)
+        self.loop.run_until_complete(self._start())
+
+    async def _start(self) -> None:
+        self.world = World(self.clock, 3)
+        await self.clock.advance(1)
+        self.session = self.world.open_session(self.world.nodes[0])
+        await self.clock.advance(1)
+        self.owner: SimNode = self.world.nodes[0]
+
+    def call(self, *, safe: bool = True, seconds: float = 0.0) -> Call:
+        """A call of the client, at a node that is not the owner."""
+        return self.do(lambda: self.world.call_tool(self.session, self.world.nodes[1], safe=safe, seconds=seconds))
+
+    def do(self, what: Callable[[], Result]) -> Result:
+        """Do something in the nodes' event loop, and let it settle."""
+
+        async def within() -> Result:
+            result = what()
+            await settle()
+            return result
+
+        return self.loop.run_until_complete(within())
+
+    def passes(self, seconds: float) -> None:
+        """Time passes, and nothing is wrong after it."""
+        self.loop.run_until_complete(self.clock.advance(seconds))
+        self.world.check()
+
+    def ends_well(self) -> None:
+        """Everything that was acknowledged ends."""
+        self.loop.run_until_complete(self.world.clear_up())
+        self.world.check_end()
+
+    def close(self) -> None:
+        self.loop.run_until_complete(self.world.close())
+        self.loop.close()
+
+
+@pytest.fixture
+def scene() -> Iterator[Scene]:
+    made = Scene()
+    yield made
+    made.close()
+
+
+def test_a_claim_that_is_heard_after_trust_is_over_starts_nothing(scene: Scene) -> None:
+    scene.owner.store.wire.during("claim", Cut.AFTER, lambda: scene.owner.stand_still(8))
+    call = scene.call()
+    scene.passes(7.5)
+    assert call.runs == 0
+    scene.passes(2)
+    scene.ends_well()
+    assert call.runs == 1
+
+
+def test_a_key_that_is_looked_up_until_trust_is_over_starts_nothing(scene: Scene) -> None:
+    scene.owner.keys.takes = 7.5
+    call = scene.call()
+    scene.owner.store.wire.is_cut = True
+    scene.passes(9)
+    assert call.runs == 0
+    scene.ends_well()
+
+
+def test_an_append_that_arrives_after_a_takeover_is_refused(scene: Scene) -> None:
+    call = scene.call(seconds=60)
+    scene.passes(11)
+    scene.owner.store.wire.delay("append", 5)  # progress, at 12 s
+    scene.passes(1)
+    scene.do(scene.owner.die)
+    scene.passes(8)
+    scene.ends_well()
+    assert call.runs == 2
+
+
+def test_an_append_of_a_frozen_owner_is_refused(scene: Scene) -> None:
+    scene.owner.store.wire.during("append", Cut.BEFORE, lambda: scene.owner.stand_still(15))
+    call = scene.call(seconds=60)
+    scene.passes(40)
+    assert scene.owner.over.is_set()
+    scene.ends_well()
+    assert call.runs == 2
+
+
+def test_a_claim_whose_reply_is_lost_in_an_outage_is_found(scene: Scene) -> None:
+    scene.owner.store.wire.during("claim", Cut.AFTER, lambda: scene.world.go_away_for(40))
+    call = scene.call(safe=False)
+    scene.passes(60)
+    assert (call.acknowledged, call.runs, scene.world.unfinished()) == (True, 1, [])
+
+
+def test_a_sweep_whose_reply_is_lost_is_found(scene: Scene) -> None:
+    scene.call(seconds=60)
+    for node in scene.world.nodes:
+        node.store.wire.cut("take_orphans", Cut.AFTER)
+    scene.do(scene.owner.die)
+    scene.passes(70)
+    assert scene.world.unfinished() == []
+
+
+@pytest.mark.parametrize("seconds", [12, 40, 70, 150])
+def test_an_outage_of_any_length_costs_nothing(scene: Scene, seconds: float) -> None:
+    """Longer than any write may wait, while a call says its progress and another one its answer."""
+    calls = [scene.call(safe=False, seconds=30), scene.call(safe=False, seconds=5)]
+    scene.do(lambda: scene.world.go_away_for(seconds))
+    scene.passes(seconds + 30)
+    assert scene.world.unfinished() == []
+    assert [call.runs for call in calls] == [1, 1]
+    assert scene.world.cluster.takeovers == []
+    scene.ends_well()
+
+
+def test_a_jump_of_the_databases_clock_kills_nobody(scene: Scene) -> None:
+    scene.passes(15)  # everybody may declare deaths by now
+    for seconds in (12, 3600, -5, 9, 6):
+        scene.world.cluster.shift += seconds
+        scene.passes(12)
+    assert all(node.alive for node in scene.world.nodes)
+
+
+def test_who_slept_through_a_restart_of_the_database_kills_nobody(scene: Scene) -> None:
+    scene.passes(15)
+    scene.do(lambda: scene.world.nodes[2].stand_still(2.05))
+    scene.do(lambda: scene.world.go_away_for(2.0))
+    scene.passes(20)
+    assert all(node.alive for node in scene.world.nodes)
