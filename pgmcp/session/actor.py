@@ -10,8 +10,8 @@ Invariants:
   actor is muted before it is stopped.
 
 Failure handling: a refused append mutes the actor at once (its ownership is over, or its stream is gone). What only the
-database's absence holds up is written when it is back, however long that takes: what was claimed ends in no other way. A
-server that crashes or ends the session by itself makes ``on_over`` end the session for its client too.
+database's absence holds up is written when it is back, however long that takes: what was claimed ends in no other way.
+A server that crashes or ends the session by itself makes ``on_over`` end the session for its client too.
 """
 
 from __future__ import annotations
