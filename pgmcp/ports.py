@@ -75,6 +75,18 @@ class Inbox(Protocol):
         """The sessions of this node in which messages wait for a claim."""
         ...
 
+    async def claimed(self) -> dict[Ownership, list[RequestKey]]:
+        """The requests of this node's sessions that were claimed some time ago and are not finished."""
+        ...
+
+    async def put_back(self, ownership: Ownership, keys: Sequence[RequestKey]) -> None:
+        """Give up claims of requests that were not started: they wait again.
+
+        Raises:
+            Fenced: the ownership is over.
+        """
+        ...
+
     async def owned(self) -> set[Ownership]:
         """Every live session of this node."""
         ...

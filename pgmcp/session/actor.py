@@ -107,6 +107,7 @@ class Actor:
         self._standalone = _Stream(*standalone)
         self._streams: dict[StreamId, _Stream] = {}
         self._calls: dict[str, _Call] = {}
+        self._working: set[RequestKey] = set()
         self._questions = Questions(ids)
         self._own: dict[str, asyncio.Future[dict[str, Any]]] = {}
         self._floors: dict[str, float | None] = {}
@@ -194,11 +195,15 @@ class Actor:
         self._floors[rpc_id] = progress
 
     def has(self, key: RequestKey) -> bool:
-        """Whether a request is being worked on: a crash of PostgreSQL may forget its claim, and give it out anew."""
-        return any(call.key == key for call in self._calls.values())
+        """Whether a request is being worked on, until its answer is stored.
+
+        A crash of PostgreSQL may forget its claim, and give it out anew.
+        """
+        return key in self._working
 
     def expect(self, claimed: Sequence[Claimed]) -> None:
         """Count the requests of each stream before the first of them can be finished: a batch shares one."""
+        self._working.update(message.key for message in claimed if message.rpc_id is not None)
         for message in claimed:
             if message.rpc_id is not None and message.stream is not None:
                 stream = self._streams.setdefault(message.stream, _Stream(message.stream, message.next_seq))
@@ -349,6 +354,7 @@ class Actor:
         if call.stream.unfinished == 0:
             self._streams.pop(call.stream.id, None)
         await self._store(call.stream, message, call.key, outcome)
+        self._working.discard(call.key)
 
     async def _store(
         self,

@@ -81,6 +81,7 @@ class Host:
         self._residents: dict[SessionKey, _Resident] = {}
         self._restoring: set[SessionKey] = set()
         self._looking: asyncio.Task[None] | None = None
+        self._missing: set[Ownership] = set()
         self._room = asyncio.Semaphore(RESTORES)
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -227,7 +228,7 @@ class Host:
                 self.take_on(ownership)
 
     async def survey(self) -> None:
-        """Drop the actors whose session ended, or went elsewhere, without our hearing of it.
+        """Set right what was not heard of: sessions that ended, went elsewhere or came here, claims that nobody got.
 
         Raises:
             DatabaseUnavailable: not now.
@@ -237,6 +238,24 @@ class Host:
         for ownership in before:
             if ownership not in owned:
                 self.drop(ownership.session)
+        missing = owned - {resident.actor.ownership for resident in self._residents.values()}
+        for ownership in missing & self._missing:  # one that is just being opened is missing once
+            self.take_on(ownership)
+        self._missing = missing
+        await self._put_back()
+
+    async def _put_back(self) -> None:
+        """Give claims up that came to nobody: a try that was given up as lost committed after its repeat."""
+        claimed = await self._inbox.claimed()
+        for ownership, keys in claimed.items():
+            resident = self._residents.get(ownership.session)
+            if resident is None or resident.taking or resident.actor.ownership != ownership:
+                continue
+            lost = [key for key in keys if not resident.actor.has(key)]
+            if lost:
+                logger.warning("session %s: %d claims came to nobody and are given up", ownership.session, len(lost))
+                await self._inbox.put_back(ownership, lost)
+                self.wake(ownership.session)
 
     async def note_activity(self) -> None:
         """Write down which sessions were active since the last time.

@@ -51,6 +51,10 @@ WRITTEN_WAIT = 1.0
 """Seconds for which a reused request id waits until the edge that carries its last answer has noted the end."""
 
 
+HEARD = 10.0
+"""Seconds after which the reply to a claim was heard, or never will be."""
+
+
 WAITING_SHARE = 10
 """Messages of any kind that may wait in a session, as a multiple of its requests in flight."""
 
@@ -244,6 +248,18 @@ class TableInbox:
             return await self._database.fetch(name, ownership.session, self._node, ownership.epoch, *args)
 
         return await self._database.retry(once, patience=self._hold)
+
+    async def claimed(self) -> dict[Ownership, list[RequestKey]]:
+        """See ``Inbox.claimed``."""
+        found: dict[Ownership, list[RequestKey]] = {}
+        for row in await self._database.ask("claimed_requests", self._node, HEARD):
+            found.setdefault(Ownership(SessionKey(row["session"]), row["epoch"]), []).append(RequestKey(row["id"]))
+        return found
+
+    async def put_back(self, ownership: Ownership, keys: Sequence[RequestKey]) -> None:
+        """See ``Inbox.put_back``."""
+        if not await self._owner_write("put_back", ownership, list(keys)):
+            raise over(ownership)
 
     async def owned(self) -> set[Ownership]:
         """See ``Inbox.owned``."""

@@ -320,3 +320,53 @@ async def test_a_post_that_is_repeated_over_a_death_joins_the_first(database: st
         assert await tables.value("select count(*) from pgmcp.requests where rpc_id = '7'") == 1
         resumed = await session.get(nodes[1].url, first.last_event_id)
         assert resumed.status in {200, 204}, "no 404, whoever carries the answer"
+
+
+async def test_a_request_whose_claim_came_to_nobody_runs_all_the_same(database: str) -> None:
+    """A try that was given up as lost committed after its repeat: nobody asks for what it took."""
+    gate = Gate()
+    gate.open.set()
+    async with two(database, gate.server, poll=60) as (nodes, tables), RawSession() as session:
+        await session.open(nodes[0].url)
+        host = nodes[0].incarnation.host
+        (resident,) = host._residents.values()
+        resident.taking = True
+        call = await session.request(nodes[1].url, "tools/call", {"name": "unsafe", "arguments": {"text": "x"}})
+        late = "update pgmcp.requests set claimed_epoch = 1, runs = 1, claimed_at = now() - interval '11 s' "
+        await tables.execute(late + "where finished_at is null")
+        resident.taking = False
+        await host.survey()
+        assert (await call.response(1))["result"]["content"][0]["text"] == "x"
+        assert gate.ran == ["x"]
+
+
+async def test_a_long_call_is_nobodys_lost_claim(database: str) -> None:
+    gate = Gate()
+    async with two(database, gate.server) as (nodes, tables), RawSession() as session:
+        await session.open(nodes[0].url)
+        call = await session.request(nodes[1].url, "tools/call", {"name": "unsafe", "arguments": {"text": "x"}})
+        await eventually(lambda: gate.ran, "it runs")
+        await tables.execute("update pgmcp.requests set claimed_at = now() - interval '1 hour'")
+        await nodes[0].incarnation.host.survey()
+        gate.open.set()
+        await call.response(1)
+        assert gate.ran == ["x"]
+
+
+async def test_a_takeover_whose_reply_was_lost_is_found_also_without_work(database: str) -> None:
+    """Only a subscription waits for the session: nothing of it is ever unclaimed."""
+    async with two(database, everything) as (nodes, _), RawSession() as session:
+        await session.open(nodes[0].url)
+        await session.call(nodes[0].url, "resources/subscribe", {"uri": WATCHED})
+        standalone = await session.get(nodes[1].url)
+        await nodes[0].node._exit()
+        await eventually(lambda: owned(nodes[1]), "it is taken")
+        host = nodes[1].incarnation.host
+        (key,) = host._residents
+        await eventually(lambda: not host._restoring, "and restored")
+        host.drop(key)
+        for _ in range(2):
+            await host.survey()
+        await eventually(lambda: owned(nodes[1]) and not host._restoring, "it is found")
+        await session.call_tool(nodes[1].url, "touch_watched_resource", text="x")
+        await standalone.message(UPDATED)

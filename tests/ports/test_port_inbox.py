@@ -162,3 +162,18 @@ async def test_an_ended_session_is_unknown_everywhere_at_once(pair: Pair) -> Non
         ):
             assert isinstance(await outcome(call), SessionUnknown)
     assert await pair.bench.counts() == dict.fromkeys(HELD, 0)
+
+
+async def test_a_claim_that_came_to_nobody_is_given_up_and_taken_again(pair: Pair) -> None:
+    await pair.two.inbox.accept([request(pair.session)])
+    await pair.two.inbox.accept([request(pair.session, "2")])
+    first, second = await pair.one.inbox.claim(pair.session.ownership)
+    await pair.one.log.append(answer(second))
+    for _ in range(2):
+        await pair.one.inbox.put_back(pair.session.ownership, [first.key, second.key])
+    assert await pair.one.inbox.claimed() == {}
+    (again,) = await pair.one.inbox.claim(pair.session.ownership)
+    assert again.key == first.key, "a finished one stays finished"
+    for node, epoch in ((pair.one, 2), (pair.two, 1)):
+        refused = node.inbox.put_back(replace(pair.session.ownership, epoch=epoch), [first.key])
+        assert isinstance(await outcome(refused), Fenced)

@@ -159,6 +159,28 @@ from {schema}.requests r join {schema}.sessions s on s.id = r.session
 where (r.claimed_epoch is null or r.claimed_epoch < s.epoch)
   and r.finished_at is null and s.owner = $1 and s.state = 'live';
 
+-- name: claimed_requests
+select r.session, s.epoch, r.id
+from {schema}.requests r join {schema}.sessions s on s.id = r.session
+where s.owner = $1 and s.state = 'live' and r.claimed_epoch = s.epoch and r.finished_at is null
+  and r.claimed_at < clock_timestamp() - make_interval(secs => $2);
+
+-- name: put_back
+-- fence: owner and epoch on the sessions row, FOR KEY SHARE. A run that was counted and never begun does not count.
+with guard as materialized (
+    select set_config('lock_timeout', '250ms', true)
+), held as materialized (
+    select s.id, s.epoch from guard, {schema}.sessions s
+    where s.id = $1 and s.owner = $2 and s.epoch = $3 and s.state = 'live'
+    for key share of s
+), back as (
+    update {schema}.requests r
+    set claimed_epoch = null, claim = null, claimed_at = null, runs = greatest(r.runs - 1, 0)
+    from held
+    where r.id = any($4::uuid[]) and r.session = held.id and r.claimed_epoch = held.epoch and r.finished_at is null
+)
+select id from held;
+
 -- name: free_request_id
 -- The answer was not fetched and its id is wanted for another request.
 update {schema}.requests set open = false where id = $1 and finished_at is not null;

@@ -221,6 +221,33 @@ class MemoryInbox:
             )
         ]
 
+    async def claimed(self) -> dict[Ownership, list[RequestKey]]:
+        def work() -> dict[Ownership, list[RequestKey]]:
+            return {
+                session.ownership: keys
+                for session in self._cluster.sessions.values()
+                if session.owner == self._node
+                and (
+                    keys := [
+                        row.key
+                        for row in self._cluster.requests_of(session.id)
+                        if row.claimed_epoch == session.epoch and not row.finished
+                    ]
+                )
+            }
+
+        return await self._wire.ask("claimed_requests", work)
+
+    async def put_back(self, ownership: Ownership, keys: Sequence[RequestKey]) -> None:
+        def work() -> None:
+            self._fence(ownership)
+            for row in self._cluster.requests_of(ownership.session):
+                if row.key in keys and row.claimed_epoch == ownership.epoch and not row.finished:
+                    row.claim, row.claimed_epoch, row.runs = None, None, max(row.runs - 1, 0)
+            self._cluster.stored(self._node, "put_back", ownership)
+
+        await self._wire.persist("put_back", work, gated=True)
+
     async def owned(self) -> set[Ownership]:
         return await self._wire.ask(
             "owned",
