@@ -8,7 +8,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+import mcp_types as types
+from mcp.server import ServerRequestContext
 from mcp.server.mcpserver import Context, MCPServer
+from mcp.server.session import ServerSession
 from mcp_types import ToolAnnotations
 from pydantic import BaseModel
 
@@ -16,45 +19,52 @@ from pgmcp import SessionState, keep_memory, session_state
 
 mcp = MCPServer("chaos", log_level="WARNING")
 SAFE, IDEMPOTENT = ToolAnnotations(read_only_hint=True), ToolAnnotations(idempotent_hint=True)
+LONG = 60.0
+"""Seconds that a first run takes which somebody is to interrupt."""
+
 counts: dict[str, int] = {}
+levels: dict[str, str] = {}
+subscribers: dict[str, ServerSession] = {}
 
 
-def note(what: str, text: str) -> None:
-    """Leave a line: what happened, in which call, in which process."""
+def note(what: str, text: str) -> int:
+    """Leave a line: what happened, in which call, in which process; how often it has happened by now."""
     line = json.dumps([what, text, os.getpid()]) + "\n"
-    with Path(os.environ["CHAOS_TRUTH"]).open("a") as truth:
+    path = Path(os.environ["CHAOS_TRUTH"])
+    with path.open("a") as truth:
         truth.write(line)
+    return path.read_text().count(json.dumps([what, text])[:-1] + ",")
 
 
-async def work(text: str, seconds: float) -> str:
-    note("start", text)
-    await asyncio.sleep(seconds)
+async def work(text: str, first: float, again: float) -> str:
+    """Run for a while, which may be another one in a later run; say in which process."""
+    await asyncio.sleep(first if note("start", text) == 1 else again)
     note("end", text)
-    return text
+    return f"{text} {os.getpid()}"
 
 
 @mcp.tool(annotations=SAFE, structured_output=False)
-async def safe(text: str, seconds: float = 0) -> str:
+async def safe(text: str, first: float = 0, again: float = 0) -> str:
     """Return the text after a while."""
-    return await work(text, seconds)
+    return await work(text, first, again)
 
 
 @mcp.tool(annotations=IDEMPOTENT, structured_output=False)
-async def repeatable(text: str, seconds: float = 0) -> str:
+async def repeatable(text: str, first: float = 0, again: float = 0) -> str:
     """Return the text after a while."""
-    return await work(text, seconds)
+    return await work(text, first, again)
 
 
 @mcp.tool(structured_output=False)
-async def unsafe(text: str, seconds: float = 0) -> str:
+async def unsafe(text: str, first: float = 0, again: float = 0) -> str:
     """Return the text after a while."""
-    return await work(text, seconds)
+    return await work(text, first, again)
 
 
 @mcp.tool(structured_output=False)
-async def named(text: str, seconds: float = 0) -> str:
+async def named(text: str, first: float = 0, again: float = 0) -> str:
     """Return the text after a while; only the operator says that it is safe."""
-    return await work(text, seconds)
+    return await work(text, first, again)
 
 
 @mcp.tool(annotations=SAFE, structured_output=False)
@@ -65,14 +75,17 @@ async def deadly(text: str) -> str:
 
 
 @mcp.tool(annotations=SAFE, structured_output=False)
-async def steps(text: str, count: int, seconds: float, ctx: Context) -> str:
-    """Report progress step by step."""
-    note("start", text)
+async def steps(text: str, count: int, seconds: float, stall: int, ctx: Context) -> str:
+    """Report progress step by step; the first run goes no further than the step ``stall``."""
+    first = note("start", text) == 1
     for step in range(1, count + 1):
         await asyncio.sleep(seconds)
-        await ctx.report_progress(step, count)
+        await ctx.report_progress(step, count, f"{step} {os.getpid()}")
+        if first and step == stall:
+            note("stall", text)
+            await asyncio.sleep(LONG)
     note("end", text)
-    return text
+    return f"{text} {os.getpid()}"
 
 
 class Confirmation(BaseModel):
@@ -85,23 +98,51 @@ async def ask(text: str, ctx: Context) -> str:
     note("start", text)
     answer = await ctx.elicit(text, Confirmation)
     note("end", text)
-    return f"{text}: {answer.action}"
+    return f"{text} {answer.action}"
 
 
 @mcp.tool()
 async def count() -> dict[str, Any]:
-    """Count in memory and in what is kept."""
+    """Count in memory and in what is kept; tell what is known of the session."""
     state = session_state()
     await state.set("count", await state.get("count", 0) + 1)
     counts[state.session_id] = counts.get(state.session_id, 0) + 1
-    return {"memory": counts[state.session_id], "kept": await state.get("count"), "restored": state.restored}
+    return {
+        "memory": counts[state.session_id],
+        "kept": await state.get("count"),
+        "restored": state.restored,
+        "level": levels.get(state.session_id),
+        "subscribed": state.session_id in subscribers,
+    }
 
 
 @mcp.tool(structured_output=False)
-async def poison() -> str:
-    """From now on no process survives the restore of this session."""
-    await session_state().set("poison", True)
-    return "poisoned"
+async def touch() -> str:
+    """Tell the session, if it has subscribed, that the resource has changed."""
+    await subscribers[session_state().session_id].send_resource_updated("chaos://watched")
+    return "touched"
+
+
+@mcp.tool(structured_output=False)
+async def mark(what: str) -> str:
+    """From now on each restore of this session takes the process down (poison), or the first one does not end (hang)."""
+    await session_state().set(what, True)
+    return what
+
+
+async def set_level(_: ServerRequestContext[Any], params: types.SetLevelRequestParams) -> types.EmptyResult:
+    levels[session_state().session_id] = params.level
+    return types.EmptyResult()
+
+
+async def subscribe(ctx: ServerRequestContext[Any], _: types.SubscribeRequestParams) -> types.EmptyResult:
+    subscribers[session_state().session_id] = ctx.session
+    return types.EmptyResult()
+
+
+lowlevel = mcp._lowlevel_server
+lowlevel.add_request_handler("logging/setLevel", types.SetLevelRequestParams, set_level)
+lowlevel.add_request_handler("resources/subscribe", types.SubscribeRequestParams, subscribe)
 
 
 async def export(state: SessionState) -> int:
@@ -109,9 +150,11 @@ async def export(state: SessionState) -> int:
 
 
 async def restore(state: SessionState, exported: int | None) -> None:
-    note("restore", state.session_id)
+    restores = note("restore", state.session_id)
     if await state.get("poison"):
         os._exit(1)
+    if await state.get("hang") and restores == 1:
+        await asyncio.sleep(LONG)
     counts[state.session_id] = exported or 0
 
 
