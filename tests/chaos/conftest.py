@@ -31,9 +31,6 @@ async def shared_stage(chaos_database: str, tmp_path_factory: pytest.TempPathFac
             yield stage
         finally:
             await stage.close()
-            for node in stage.nodes:
-                if node.running:
-                    node.kill()
 
 
 @pytest_asyncio.fixture(loop_scope="package")
@@ -41,6 +38,8 @@ async def stage(shared_stage: Stage) -> AsyncIterator[Stage]:
     """The cluster, whole before each test; after it, the truth and the tables are looked at."""
     await shared_stage.ready()
     yield shared_stage
+    for node in shared_stage.nodes:
+        node.resume()
     await shared_stage.ready()
     await shared_stage.check()
 

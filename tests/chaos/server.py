@@ -125,7 +125,7 @@ async def touch() -> str:
 
 @mcp.tool(structured_output=False)
 async def mark(what: str) -> str:
-    """From now on each restore of this session takes the process down (poison), or the first one does not end (hang)."""
+    """Let each restore of this session take the process down (poison), or the first one never end (hang)."""
     await session_state().set(what, True)
     return what
 

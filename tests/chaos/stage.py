@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 
+from tests.chaos.nursery import ForkedNode, Nursery
 from tests.harness.clients import Message, RawExchange, RawSession, SseEvent
 from tests.harness.cluster import Tables, eventually
 from tests.harness.processes import NodeProcess, free_ports
@@ -42,24 +43,32 @@ class Stage:
         self._truth = folder / "truth"
         self._truth.touch()
         self._http = httpx.AsyncClient(trust_env=False, timeout=2)
+        self._nursery = Nursery()
 
     # -- nodes -----------------------------------------------------------------------------------------------------
 
     def add(self, count: int, **env: str) -> list[NodeProcess]:
         """Begin to start more nodes."""
         added = [
-            NodeProcess(
+            ForkedNode(
+                self._nursery,
                 TARGET,
                 database_url=self._database,
                 name=f"node-{len(self.nodes) + number}",
                 port=port,
                 log_dir=self._folder,
-                env={"CHAOS_TRUTH": str(self._truth), "PGMCP_RERUN": "named", "PYTHONPATH": ".", **env},
+                env={"CHAOS_TRUTH": str(self._truth), "PGMCP_RERUN": "named", **env},
             ).start()
             for number, port in enumerate(free_ports(count), start=1)
         ]
         self.nodes += added
         return added
+
+    def remove(self, count: int) -> None:
+        """End the nodes that were added last."""
+        for node in self.nodes[-count:]:
+            node.kill()
+        del self.nodes[-count:]
 
     async def ready(self, nodes: Sequence[NodeProcess] | None = None) -> None:
         """Start what does not run, and wait until every node is ready."""
@@ -84,6 +93,12 @@ class Stage:
             node.signal(signal.SIGKILL)
         for node in nodes:
             node.wait()
+
+    async def frozen(self, node: NodeProcess) -> None:
+        """Freeze a node (SIGSTOP) once and for all who ask for it."""
+        node.pause()
+        stat = Path(f"/proc/{node.pid}/stat")
+        await eventually(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T", f"{node.name} is frozen")
 
     def hit(self) -> None:
         """From now on it is measured how long clients wait."""
@@ -165,8 +180,9 @@ class Stage:
         return call
 
     async def close(self) -> None:
-        """Hang up."""
+        """Hang up; every node ends at once."""
         await self._http.aclose()
+        self._nursery.close()
 
 
 class Call:
@@ -248,7 +264,11 @@ class Call:
 
     async def answer(self, timeout: float = WAIT) -> Message:
         """The answer; every event before it came exactly once."""
-        answer = await self.until(lambda message: message.get("id") == self.id and "method" not in message, timeout)
+
+        def answers(message: Message) -> bool:
+            return message.get("id") == self.id and "method" not in message
+
+        answer = next(filter(answers, self.messages), None) or await self.until(answers, timeout)
         ids = [event.id.rpartition(".") for event in self.events if event.id is not None]
         assert [int(seq) for _, _, seq in ids] == list(range(1, len(self.events) + 1)), [e.id for e in self.events]
         assert len({stream for stream, _, _ in ids}) == 1
@@ -271,13 +291,28 @@ Case = AsyncIterator[None]
 """What one client does before the blow, up to the yield, and what must become of it after."""
 
 
-async def play(cases: Iterable[Case], blow: Callable[[], Any]) -> None:
-    """Set every case up, strike, and see each one end as it should."""
-    cases = list(cases)
+async def play(first: Iterable[Case], blow: Callable[[], Any], last: Iterable[Case] = ()) -> None:
+    """Set every case up, strike, and see each one end as it should.
+
+    Args:
+        last: cases that do something more, up to their next yield, right before the blow.
+    """
+    first, last = list(first), list(last)
     try:
-        await asyncio.gather(*(anext(case) for case in cases))
+        await _onward(first)
+        await _onward(last)
         blow()
-        await asyncio.gather(*(anext(case, None) for case in cases))
+        await _onward({*first, *last})
     finally:
-        for case in cases:
+        for case in {*first, *last}:
             await case.aclose()  # type: ignore[attr-defined]
+
+
+async def _onward(cases: Iterable[Case]) -> None:
+    async with asyncio.TaskGroup() as group:
+        for case in cases:
+            group.create_task(_step(case))
+
+
+async def _step(case: Case) -> None:
+    await anext(case, None)

@@ -1,4 +1,4 @@
-"""The owner is killed (SIGKILL) while many clients wait for it; they use other nodes and notice no more than a pause."""
+"""The owner is killed (SIGKILL) while many clients wait; they use other nodes and notice no more than a pause."""
 
 from __future__ import annotations
 
