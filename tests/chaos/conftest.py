@@ -8,7 +8,7 @@ import pytest
 import pytest_asyncio
 from pytest_postgresql.executors import NoopExecutor
 
-from tests.chaos.figures import table
+from tests.chaos.figures import missed, table
 from tests.chaos.stage import Stage
 from tests.conftest import _temporary
 from tests.harness.cluster import tables_of
@@ -49,3 +49,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if lines := table():
         terminalreporter.section("chaos")
         terminalreporter.write_line("\n".join(lines))
+        for what in missed():
+            terminalreporter.write_line(f"p50 is too large: {what}", red=True)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A median that is too large fails the run."""
+    if session.exitstatus == pytest.ExitCode.OK and missed():
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED

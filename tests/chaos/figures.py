@@ -15,6 +15,7 @@ SLACK = 1.0 if STRICT else 2.0
 
 _figures: dict[str, list[float]] = {}
 _targets: dict[str, str] = {}
+_middles: dict[str, float] = {}
 
 
 def took(what: str, seconds: float, most: float | None = None, p50: float | None = None) -> None:
@@ -23,7 +24,14 @@ def took(what: str, seconds: float, most: float | None = None, p50: float | None
     _targets[what] = "  ".join(
         f"{name} <= {bound:g}" for name, bound in (("p50", p50), ("max", most)) if bound is not None
     )
+    if p50 is not None:
+        _middles[what] = p50
     assert most is None or seconds <= most * SLACK, f"{what}: {seconds:.2f} s, at most {most * SLACK:g}"
+
+
+def missed() -> list[str]:
+    """The figures whose median is larger than it may be; told when all rounds are over."""
+    return [what for what, p50 in _middles.items() if statistics.median(_figures[what]) > p50 * SLACK]
 
 
 def table() -> list[str]:

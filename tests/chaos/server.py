@@ -76,10 +76,10 @@ async def deadly(text: str) -> str:
 
 @mcp.tool(annotations=SAFE, structured_output=False)
 async def steps(text: str, count: int, seconds: float, stall: int, ctx: Context) -> str:
-    """Report progress step by step; the first run goes no further than the step ``stall``."""
+    """Report progress step by step; the first run goes no further than the step ``stall``, later ones go faster."""
     first = note("start", text) == 1
     for step in range(1, count + 1):
-        await asyncio.sleep(seconds)
+        await asyncio.sleep(seconds if first else seconds / 10)
         await ctx.report_progress(step, count, f"{step} {os.getpid()}")
         if first and step == stall:
             note("stall", text)

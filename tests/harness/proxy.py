@@ -33,7 +33,7 @@ class Proxy:
         self._links: set[_Link] = set()
         self._cuts: list[tuple[str, Cut]] = []
         self.black_hole = False
-        """Swallow every byte in both directions; nobody hears of it."""
+        """Swallow every byte in both directions, hang-ups too; nobody hears of it."""
         self.stalling = False
         """Let new connections be made, and say nothing on them."""
         self.refusing = False
@@ -58,6 +58,7 @@ class Proxy:
     def cut_all(self) -> None:
         """Cut every connection now."""
         for link in list(self._links):
+            self._links.discard(link)
             link.abort()
 
     def take(self, statement: str) -> Cut | None:
@@ -81,6 +82,8 @@ class Proxy:
         except (OSError, asyncio.IncompleteReadError):
             pass
         finally:
+            while self.black_hole and link in self._links:
+                await asyncio.sleep(0.02)
             self._links.discard(link)
             link.abort()
 
