@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 
-from tests.chaos.figures import ROUNDS, took
+from tests.chaos.figures import ROUNDS, SLOW_ROUNDS, took
 from tests.chaos.stage import Case, Stage, play, text_of
 from tests.harness.clients import Message
+from tests.harness.cluster import eventually
 from tests.harness.processes import NodeProcess
 
 pytestmark = pytest.mark.asyncio(loop_scope="package")
@@ -140,3 +143,27 @@ async def test_the_owner_is_killed(stage: Stage, turn: int) -> None:
         cancelled(stage, owner, edges[2]),
     ]
     await play(cases, lambda: stage.kill(owner))
+
+
+async def interrupted(stage: Stage, owner: NodeProcess, edge: NodeProcess, *, tool: str) -> Case:
+    """It is answered by the tool, here or there, or ended by the new owner; never by the server that goes."""
+    async with stage.session(owner, edge) as session:
+        await session.call_tool(edge.url, "count")
+        call = await stage.call(session, edge, tool, text=text_of(tool), first=3.0)
+        await stage.happened("start", call.text)
+        yield
+        answer = await call.answer()
+        if "result" not in answer:
+            assert tool == "unsafe"
+            assert answer["error"]["data"] == {"reason": "owner_lost", "outcome": "unknown", "runs": 1}
+        counted = (await session.call_tool(edge.url, "count"))["structuredContent"]
+        assert (counted["memory"], counted["kept"], counted["restored"]) == (2, 2, True), "what it exported moves too"
+
+
+@pytest.mark.parametrize("turn", range(SLOW_ROUNDS))
+async def test_the_owner_leaves(stage: Stage, turn: int) -> None:
+    """In an orderly way (SIGTERM), in the middle of calls."""
+    owner, edge, *_ = stage.nodes[turn % 4 :] + stage.nodes[: turn % 4]
+    cases = [interrupted(stage, owner, edge, tool=tool) for tool in ("safe", "unsafe", "named", "unsafe")]
+    await play(cases, lambda: owner.signal(signal.SIGTERM))
+    await eventually(lambda: not owner.running, "it has left")
