@@ -16,6 +16,7 @@ Other differences of its InitializeResult are logged. A replay that fails is tri
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from collections.abc import Awaitable, Callable, Sequence
@@ -25,13 +26,16 @@ from pgmcp.errors import PgmcpError
 from pgmcp.ports import Takeovers
 from pgmcp.session.actor import Actor
 from pgmcp.session.policy import Fate, fate, undecided
-from pgmcp.session.state import EXPORT, Hooks
+from pgmcp.session.state import EXPORT, Hooks, SessionState
 from pgmcp.types import Claimed, Inheritance, Inherited, StreamId
 
 logger = logging.getLogger(__name__)
 
 ATTEMPTS = 3
 """Restores that may fail before the session ends."""
+
+IMPORT = 5.0
+"""Seconds that a server may take to import its memory of a session."""
 
 PAGES = 50
 """Pages of a server's tools that are read to find out which of them are harmless."""
@@ -114,8 +118,15 @@ class Restore:
                 if "error" in answer:
                     logger.warning("a restored server refused %s: %s", entry.kind, answer["error"].get("message"))
         if self._hooks.restore is not None:
-            exported = entries.get(EXPORT)
-            await self._hooks.restore(self._actor.state, None if exported is None else json.loads(exported))
+            await self._import(self._hooks.restore, entries.get(EXPORT))
+
+    async def _import(self, restore: Callable[[SessionState, Any], Awaitable[None]], exported: bytes | None) -> None:
+        try:
+            async with asyncio.timeout(IMPORT):
+                await restore(self._actor.state, None if exported is None else json.loads(exported))
+        except TimeoutError:
+            message = f"The server did not import its memory of the session within {IMPORT} s"
+            raise RestoreFailed(message) from None
 
     def _claimed_initialized(self) -> bytes | None:
         """The end of the handshake, when the former owner took it and died before it wrote it down."""
