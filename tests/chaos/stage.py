@@ -79,7 +79,9 @@ class Stage:
             await eventually(lambda node=node: self.is_ready(node), f"{node.name} is ready\n{node.log[-3000:]}", WAIT)
 
     async def is_ready(self, node: NodeProcess) -> bool:
-        """Whether a node says that it is."""
+        """Whether a node says that it is; one that has ended meanwhile is started."""
+        if not node.running:
+            node.start()
         try:
             return (await self._http.get(f"{node.url}/readyz")).status_code == 200
         except httpx.HTTPError:
@@ -311,8 +313,9 @@ async def play(first: Iterable[Case], blow: Callable[[], Any], last: Iterable[Ca
 async def _onward(cases: Iterable[Case]) -> None:
     async with asyncio.TaskGroup() as group:
         for case in cases:
-            group.create_task(_step(case))
+            group.create_task(step(case))
 
 
-async def _step(case: Case) -> None:
+async def step(case: Case) -> None:
+    """Go on to a case's next yield, or its end."""
     await anext(case, None)

@@ -11,7 +11,7 @@ import pytest_asyncio
 
 from pgmcp.settings import Settings
 from tests.chaos.figures import SLOW_ROUNDS, took
-from tests.chaos.stage import Call, Stage, text_of
+from tests.chaos.stage import Call, Case, Stage, step, text_of
 from tests.harness.cluster import eventually
 from tests.harness.processes import NodeProcess
 from tests.harness.proxy import Proxy, proxied
@@ -76,7 +76,7 @@ class Lost:
     def __init__(self, stage: Stage, node: NodeProcess, edges: list[NodeProcess], what: str) -> None:
         self._stage, self._node, self._edges, self._what = stage, node, edges, what
 
-    async def run(self, strike: AsyncIterator[None], *, resumes: bool = False) -> None:
+    async def run(self, strike: Case, *, resumes: bool = False) -> None:
         """Strike between the two steps of ``strike``, and let the node come back at its end."""
         stage, node, edge, other = self._stage, self._node, *self._edges
         node_id = await stage.node_id(node)
@@ -144,14 +144,14 @@ class Lost:
         assert (state, cause) == ("dead", "lease")
 
 
-async def freeze(stage: Stage, node: NodeProcess) -> AsyncIterator[None]:
+async def freeze(stage: Stage, node: NodeProcess) -> Case:
     """Stop a process, and let it go on later."""
     await stage.frozen(node)
     yield
     node.resume()
 
 
-async def cut(far: Far) -> AsyncIterator[None]:
+async def cut(far: Far) -> Case:
     """Swallow all that a node and PostgreSQL say to each other, and let it through later."""
     far.proxy.black_hole = True
     yield
@@ -177,13 +177,28 @@ async def without_line(stage: Stage, deaf: Far, edge: NodeProcess) -> None:
         assert await stage.state_of(node_id) == "ready"
 
 
+async def hanging(stage: Stage, node: NodeProcess, edge: NodeProcess) -> Case:
+    """The server does not come back from the first restore: that is given up, and the next one succeeds."""
+    async with stage.session(node, edge) as session:
+        await session.call_tool(edge.url, "mark", 10, what="hang")
+        call = await stage.call(session, edge, "safe", text=text_of("safe"), first=TTL * 2)
+        await stage.happened("start", call.text)
+        yield
+        text, pid = await call.result()
+        assert stage.truth("start", text) == [node.pid, pid]
+        assert len(stage.truth("restore", str(session.session_id))) == 2
+
+
 @pytest.mark.parametrize("turn", range(SLOW_ROUNDS))
 async def test_leases(stage: Stage, far: Far, deaf: Far, turn: int) -> None:
     frozen, *edges = stage.nodes[turn % 4 : 4] + stage.nodes[: turn % 4]
     await short_freeze(stage, frozen, edges[0])
+    hangs = hanging(stage, far.node, edges[1])
+    await step(hangs)
     async with asyncio.TaskGroup() as group:
         first = Lost(stage, frozen, edges[:2], "frozen")
         second = Lost(stage, far.node, edges[:2], "cut off")
+        group.create_task(step(hangs))
         group.create_task(first.run(freeze(stage, frozen), resumes=True))
         group.create_task(second.run(cut(far)))
         group.create_task(without_line(stage, deaf, edges[2]))
