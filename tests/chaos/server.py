@@ -88,6 +88,17 @@ async def steps(text: str, count: int, seconds: float, stall: int, ctx: Context)
     return f"{text} {os.getpid()}"
 
 
+@mcp.tool(structured_output=False)
+async def mutter(text: str, ctx: Context) -> str:
+    """Say something on the session's standalone stream now and then."""
+    note("start", text)
+    for step in range(300):
+        await asyncio.sleep(0.2)
+        words = types.LoggingMessageNotificationParams(level="info", data=f"{step} {os.getpid()}")
+        await ctx.session.send_notification(types.LoggingMessageNotification(params=words))
+    return text
+
+
 class Confirmation(BaseModel):
     ok: bool
 

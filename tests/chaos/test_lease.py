@@ -85,9 +85,12 @@ class Lost:
             safe = await stage.call(session, edge, "safe", text=text_of("safe"), first=TTL / 2)
             unsafe = await stage.call(session, edge, "unsafe", text=text_of("unsafe"), first=TTL / 2)
             steps = await stage.call(session, edge, "steps", text=text_of("steps"), count=100, seconds=0.2, stall=0)
-            for call in (safe, unsafe, steps):
+            mutter = await stage.call(session, edge, "mutter", text=text_of("unsafe"))
+            for call in (safe, unsafe, steps, mutter):
                 await stage.happened("start", call.text)
             await steps.method("notifications/progress")
+            async with await session.get(edge.url) as standalone:
+                await standalone.message("notifications/message")
             await anext(strike)
             began = asyncio.get_running_loop().time()
             if resumes:
@@ -98,7 +101,9 @@ class Lost:
             await steps.answer()
             told = [message["params"]["progress"] for message in steps.messages if "method" in message]
             assert told == sorted(set(told))
-            assert stage.truth("start", unsafe.text) == [node.pid]
+            for call in (unsafe, mutter):
+                assert (await call.answer())["error"]["data"]["reason"] == "owner_lost"
+                assert stage.truth("start", call.text) == [node.pid]
             assert await stage.tables.value(LATE, node_id, f" {node.pid}".encode()) == 0, "a zombie has written"
             assert (await idle.call_tool(node.url, "count", 30))["structuredContent"]["kept"] == 3
 
