@@ -42,6 +42,7 @@ async def stage(shared_stage: Stage) -> AsyncIterator[Stage]:
         node.resume()
     await shared_stage.ready()
     await shared_stage.check()
+    await shared_stage.end_sessions()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

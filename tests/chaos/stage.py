@@ -44,6 +44,7 @@ class Stage:
         self._truth.touch()
         self._http = httpx.AsyncClient(trust_env=False, timeout=2)
         self._nursery = Nursery()
+        self._opened: list[str] = []
 
     # -- nodes -----------------------------------------------------------------------------------------------------
 
@@ -173,7 +174,14 @@ class Stage:
         """A client whose session is owned by one node; the handshake ends on another."""
         async with RawSession(capabilities={"elicitation": {"form": {}}}) as session:
             await session.open(owner.url, edge.url)
+            self._opened.append(str(session.session_id))
             yield session
+
+    async def end_sessions(self) -> None:
+        """Leave nothing to the next round that would be taken over with its sessions."""
+        while self._opened:
+            headers = {"mcp-session-id": self._opened.pop()}
+            assert (await self._http.delete(self.nodes[0].mcp_url, headers=headers)).status_code in {200, 404}
 
     async def call(self, session: RawSession, edge: NodeProcess, tool: str, **arguments: Any) -> Call:
         """Call a tool through a node."""
