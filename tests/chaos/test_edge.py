@@ -19,8 +19,8 @@ pytestmark = pytest.mark.asyncio(loop_scope="package")
 LONG = 60.0
 STEPS = 40
 EDGE = "edge killed: the rest of a stream begins elsewhere"
-BOTH = "owner and edge killed: a safe call is answered"
-LOST = "owner and edge killed: an unsafe call ends with its error"
+BOTH = "owner (frozen a moment before) and edge killed: a safe call is answered"
+LOST = "owner (frozen a moment before) and edge killed: an unsafe call ends with its error"
 
 
 async def stream(stage: Stage, owner: NodeProcess, edge: NodeProcess, other: NodeProcess) -> Case:
