@@ -32,8 +32,8 @@ class Proxy:
         self._host, self._port = host, port
         self._links: set[_Link] = set()
         self._cuts: list[tuple[str, Cut]] = []
-        self.black_hole = False
-        """Swallow every byte in both directions, hang-ups too; nobody hears of it."""
+        self._carrying = asyncio.Event()
+        self._carrying.set()
         self.stalling = False
         """Let new connections be made, and say nothing on them."""
         self.refusing = False
@@ -45,6 +45,15 @@ class Proxy:
         """Seconds by which each piece that PostgreSQL says is late."""
         self.connected = 0
         """Connections that were made so far."""
+
+    @property
+    def black_hole(self) -> bool:
+        """Swallow every byte in both directions, hang-ups too; nobody hears of it."""
+        return not self._carrying.is_set()
+
+    @black_hole.setter
+    def black_hole(self, swallows: bool) -> None:
+        (self._carrying.clear if swallows else self._carrying.set)()
 
     def cut(self, statement: str, where: Cut) -> None:
         """Cut the connection that next executes this statement."""
@@ -58,7 +67,6 @@ class Proxy:
     def cut_all(self) -> None:
         """Cut every connection now."""
         for link in list(self._links):
-            self._links.discard(link)
             link.abort()
 
     def take(self, statement: str) -> Cut | None:
@@ -82,8 +90,7 @@ class Proxy:
         except (OSError, asyncio.IncompleteReadError):
             pass
         finally:
-            while self.black_hole and link in self._links:
-                await asyncio.sleep(0.02)
+            await self._carrying.wait()
             self._links.discard(link)
             link.abort()
 
@@ -158,5 +165,6 @@ async def proxied(database: str) -> AsyncIterator[tuple[Proxy, str]]:
         yield proxy, at._replace(netloc=f"{login}@127.0.0.1:{port}").geturl()
     finally:
         listener.close()
+        proxy.black_hole = False
         proxy.cut_all()
         await listener.wait_closed()
