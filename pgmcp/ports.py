@@ -211,8 +211,8 @@ class Takeovers(Protocol):
         """
         ...
 
-    async def adopt(self, ownership: Ownership, fates: Sequence[tuple[RequestKey, bool]]) -> None:
-        """Claim inherited requests: to be run once more (True; counted before it is done), or to be ended.
+    async def adopt(self, ownership: Ownership, runs: Sequence[tuple[RequestKey, int]]) -> None:
+        """Claim inherited requests, each with the number of its runs: the one that comes is counted before it is made.
 
         Raises:
             Fenced: the ownership is over.

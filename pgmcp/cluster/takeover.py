@@ -24,7 +24,7 @@ from pgmcp.types import NodeId, Ownership, SessionFacts, SessionKey
 
 logger = logging.getLogger(__name__)
 
-WATCH = 0.3
+WATCH = 0.2
 """Seconds between two looks for dead nodes."""
 
 SPREAD = 0.1

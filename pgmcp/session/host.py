@@ -82,6 +82,7 @@ class Host:
         self._restoring: set[SessionKey] = set()
         self._looking: asyncio.Task[None] | None = None
         self._missing: set[Ownership] = set()
+        self._again: set[Ownership] = set()
         self._room = asyncio.Semaphore(RESTORES)
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -157,6 +158,8 @@ class Host:
             known = isinstance(error, PgmcpError)
             logger.warning("session %s was not restored this time: %s", session, error, exc_info=not known)
             self.drop(session)
+            if not isinstance(error, Fenced):
+                self._again.add(ownership)
         finally:
             self._restoring.discard(session)
 
@@ -220,6 +223,9 @@ class Host:
         Raises:
             DatabaseUnavailable: not now.
         """
+        again, self._again = self._again, set()
+        for ownership in again:
+            self.take_on(ownership)
         for ownership in await self._inbox.unclaimed():
             resident = self._residents.get(ownership.session)
             if resident is not None and resident.actor.ownership == ownership:

@@ -103,9 +103,9 @@ class TableTakeovers:
             said=tuple((StreamId(row["stream"]), row["message"]) for row in said),
         )
 
-    async def adopt(self, ownership: Ownership, fates: Sequence[tuple[RequestKey, bool]]) -> None:
+    async def adopt(self, ownership: Ownership, runs: Sequence[tuple[RequestKey, int]]) -> None:
         """See ``Takeovers.adopt``."""
-        rows = await self._owner_write("adopt", ownership, [key for key, _ in fates], [again for _, again in fates])
+        rows = await self._owner_write("adopt", ownership, [key for key, _ in runs], [count for _, count in runs])
         if not rows:
             raise over(ownership)
 

@@ -14,6 +14,7 @@ from mcp_types import ToolAnnotations
 
 from pgmcp import SessionState, keep_memory, session_state
 from pgmcp.cluster.lease import LeaseState
+from pgmcp.session.restore import Restore
 from tests.harness.clients import RawSession
 from tests.harness.cluster import RunningNode, Tables, cluster, eventually, everything, tables_of
 
@@ -370,3 +371,28 @@ async def test_a_takeover_whose_reply_was_lost_is_found_also_without_work(databa
         await eventually(lambda: owned(nodes[1]) and not host._restoring, "it is found")
         await session.call_tool(nodes[1].url, "touch_watched_resource", text="x")
         await standalone.message(UPDATED)
+
+
+async def test_what_a_restore_that_failed_had_taken_on_is_inherited_again(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The unsafe call was adopted, to be ended; the restore failed before it was. It must not count as not started."""
+    gate = Gate()
+    failing = [True]
+    settle = Restore._settle
+
+    async def settled(restore: Restore, *args: Any) -> None:
+        if failing.pop() if failing else False:
+            message = "not this time"
+            raise RuntimeError(message)
+        await settle(restore, *args)
+
+    monkeypatch.setattr(Restore, "_settle", settled)
+    async with two(database, gate.server, poll=0.1) as (nodes, _), RawSession() as session:
+        await session.open(nodes[0].url)
+        call = await session.request(nodes[1].url, "tools/call", {"name": "unsafe", "arguments": {"text": "x"}})
+        await eventually(lambda: gate.ran, "it runs")
+        await nodes[0].node._exit()
+        answer = await call.response(1)
+        assert answer["error"]["data"] == {"reason": "owner_lost", "outcome": "unknown", "runs": 1}
+        assert (gate.ran, failing) == (["x"], [])

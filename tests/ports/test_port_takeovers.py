@@ -182,7 +182,7 @@ async def test_a_former_owner_writes_nothing(pair: Pair) -> None:
         pair.one.log.append(answer(claimed)),
         pair.one.inbox.write_journal(old, JournalEntry("level", "", b"{}")),
         pair.one.takeovers.inherit(old),
-        pair.one.takeovers.adopt(old, [(claimed.key, True)]),
+        pair.one.takeovers.adopt(old, [(claimed.key, 2)]),
         pair.one.inbox.end_owned(old),
     ]
     for write in writes:
@@ -235,9 +235,10 @@ async def test_a_run_is_counted_when_it_is_adopted(pair: Pair) -> None:
     second = await claimed_by_the_first(pair, "2")
     new = await taken(pair)
     for _ in range(2):
-        await pair.two.takeovers.adopt(new, [(first.key, True), (second.key, False)])
+        await pair.two.takeovers.adopt(new, [(first.key, 2), (second.key, 1)])
     assert [await pair.bench.runs(item.key) for item in (first, second)] == [2, 1]
-    assert (await pair.two.takeovers.inherit(new)).requests == ()
+    left = (await pair.two.takeovers.inherit(new)).requests
+    assert [(item.key, item.runs) for item in left] == [(first.key, 2), (second.key, 1)], "a restore that failed counts"
     await pair.two.log.append(replace(answer(first), ownership=new))
     assert await pair.two.inbox.unclaimed() == []
 
@@ -267,7 +268,7 @@ async def test_an_adoption_whose_reply_was_lost_is_one_run(pair: Pair, where: Cu
     claimed = await claimed_by_the_first(pair)
     new = await taken(pair)
     pair.bench.cut(pair.two, "adopt", where)
-    await pair.two.takeovers.adopt(new, [(claimed.key, True)])
+    await pair.two.takeovers.adopt(new, [(claimed.key, 2)])
     assert await pair.bench.runs(claimed.key) == 2
 
 

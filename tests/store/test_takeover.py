@@ -14,7 +14,6 @@ import asyncpg
 import pytest
 
 from pgmcp.errors import Fenced
-from pgmcp.store.takeover import TableTakeovers
 from pgmcp.store.upkeep import Upkeep
 from pgmcp.types import JournalEntry, NodeId, SessionFacts
 from tests.harness.stores import (
@@ -62,7 +61,7 @@ class Scene:
 
     def __init__(self, hand: asyncpg.Connection, former: Store, taker: Store, session: Session) -> None:
         self.hand, self.former, self.taker, self.session = hand, former, taker, session
-        self.table = TableTakeovers(taker.database, taker.node)
+        self.table = taker.takeovers
 
     async def bury(self) -> None:
         await self.hand.execute(
@@ -125,7 +124,7 @@ async def test_a_role_that_may_not_see_backends_takes_them_for_alive(database: s
         at = urlsplit(database)
         theirs = at._replace(netloc=f"{role}:x@{at.hostname}:{at.port}").geturl()
         async with store(theirs, scene.taker.node) as watcher:
-            table = TableTakeovers(watcher.database, watcher.node)
+            table = watcher.takeovers
             await scene.hand.execute("update pgmcp.nodes set line_started_at = now() where node_id = $1", node)
             assert await table.condemn(by_lease=True, by_silence=True) == []
     finally:
@@ -157,7 +156,7 @@ async def test_observers_that_look_at_once_agree(database: str, scene: Scene) ->
         observers = [await stack.enter_async_context(store(database)) for _ in range(6)]
         for observer in observers:
             await joined(scene.hand, observer.node)
-        tables = [TableTakeovers(observer.database, observer.node) for observer in observers]
+        tables = [observer.takeovers for observer in observers]
         found = await asyncio.gather(*(table.condemn(by_lease=True, by_silence=True) for table in tables))
     assert Counter(one.node for some in found for one in some) == dict.fromkeys(late, 1)
 
@@ -196,7 +195,7 @@ async def test_of_two_takers_one_wins_and_the_other_hears_of_it(database: str, s
     await scene.bury()
     async with store(database) as second:
         await joined(scene.hand, second.node)
-        tables = [scene.table, TableTakeovers(second.database, second.node)]
+        tables = [scene.table, second.takeovers]
         async with scene.hand.transaction():
             await scene.hand.fetch("select from pgmcp.sessions where id = $1 for update", scene.session.key)
             tries = [asyncio.create_task(table.take(scene.session.key)) for table in tables]
@@ -299,7 +298,7 @@ async def test_eight_sweepers_take_a_thousand_orphans_once_each(database: str, s
     taken: list[int] = []
 
     async def sweep(sweeper: Store) -> None:
-        table = TableTakeovers(sweeper.database, sweeper.node)
+        table = sweeper.takeovers
         while some := await table.take_orphans(10):
             assert len(some) <= 10
             taken.extend(one.session for one in some)
@@ -335,7 +334,7 @@ async def test_attempts_and_runs_are_counted_before_they_are_made(scene: Scene) 
     ownership = replace(scene.session.ownership, epoch=(await scene.take()).epoch)
     assert [(await scene.table.inherit(ownership)).attempt for _ in range(3)] == [1, 2, 3]
     for _ in range(2):  # a repeat counts nothing
-        await scene.table.adopt(ownership, [(first.key, True), (second.key, False)])
+        await scene.table.adopt(ownership, [(first.key, 2), (second.key, 1)])
     rows = await scene.hand.fetch("select id, runs, claimed_epoch from pgmcp.requests order by position")
     assert [tuple(row) for row in rows] == [(first.key, 2, 2), (second.key, 1, 2)]
     await scene.table.restored(ownership)
@@ -346,11 +345,11 @@ async def test_attempts_and_runs_are_counted_before_they_are_made(scene: Scene) 
 async def test_an_ownership_that_is_over_inherits_and_adopts_nothing(scene: Scene) -> None:
     await scene.former.inbox.accept([request(scene.session)])
     (claimed,) = await scene.former.inbox.claim(scene.session.ownership)
-    former = TableTakeovers(scene.former.database, scene.former.node)
+    former = scene.former.takeovers
     await scene.bury()
     await scene.take()
     assert isinstance(await outcome(former.inherit(scene.session.ownership)), Fenced)
-    assert isinstance(await outcome(former.adopt(scene.session.ownership, [(claimed.key, True)])), Fenced)
+    assert isinstance(await outcome(former.adopt(scene.session.ownership, [(claimed.key, 2)])), Fenced)
     assert await scene.hand.fetchval("select restores from pgmcp.sessions") == 0
     assert await scene.hand.fetchval("select runs from pgmcp.requests") == 1
 
@@ -372,7 +371,7 @@ async def test_what_was_waiting_when_postgres_came_up_may_have_run(scene: Scene)
     ownership = replace(scene.session.ownership, epoch=(await scene.take()).epoch)
     left = await scene.table.inherit(ownership)
     assert [item.rpc_id for item in left.requests] == ["1"]
-    await scene.table.adopt(ownership, [(left.requests[0].key, False)])
+    await scene.table.adopt(ownership, [(left.requests[0].key, 1)])
     assert [claimed.rpc_id for claimed in await scene.taker.inbox.claim(ownership)] == ["2"]
 
 

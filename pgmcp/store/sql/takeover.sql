@@ -126,8 +126,8 @@ select id, kind, next_seq, sink from {schema}.streams
 where session = $1 and (kind = 'standalone' or sink is not null);
 
 -- name: inherited_requests
--- What an earlier owner may have started: what it claimed, and, since claims commit asynchronously, whatever was accepted
--- before PostgreSQL last came up (the statistics are reset when it recovers from a crash).
+-- What may have been started: what an earlier owner claimed (or this one, in a restore that failed), and, since claims
+-- commit asynchronously, whatever was accepted before PostgreSQL last came up (its statistics are reset after a crash).
 select r.id, r.position, r.rpc_id, r.method, r.name, r.body, r.context, r.stream, r.runs, st.next_seq
 from {schema}.requests r
 left join {schema}.streams st on st.id = r.stream
@@ -135,7 +135,7 @@ where r.session = $1
   and r.rpc_id is not null
   and r.finished_at is null
   and (
-      r.claimed_epoch < $2
+      r.claimed_epoch <= $2
       or r.claimed_epoch is null and r.accepted_at < greatest(
           pg_postmaster_start_time(), (select stats_reset from pg_stat_bgwriter)
       )
@@ -171,7 +171,7 @@ cross join lateral (
 
 -- name: adopt
 -- fence: owner and epoch on the sessions row, FOR KEY SHARE. What an earlier owner may have started is this one's now, to
--- be run once more ($5) or to be ended; a run is counted before it is made, and a repeat finds it counted.
+-- be run once more or to be ended: $5 counts its runs with the one that comes, before it is made.
 with guard as materialized (
     select set_config('lock_timeout', '250ms', true)
 ), held as materialized (
@@ -180,11 +180,9 @@ with guard as materialized (
     for key share of s
 ), adopted as (
     update {schema}.requests r
-    set claimed_epoch = held.epoch, claimed_at = clock_timestamp(),
-        runs = greatest(r.runs, 1) + case when a.again then 1 else 0 end
-    from held, unnest($4::uuid[], $5::boolean[]) as a (id, again)
+    set claimed_epoch = held.epoch, claimed_at = clock_timestamp(), runs = a.runs
+    from held, unnest($4::uuid[], $5::integer[]) as a (id, runs)
     where r.id = a.id and r.session = held.id and r.finished_at is null
-      and coalesce(r.claimed_epoch, 0) < held.epoch
 )
 select id from held;
 

@@ -148,7 +148,7 @@ class MemoryTakeovers:
             return False
         if row.claimed_epoch is None:
             return row.accepted_at < self._cluster.started_at
-        return row.claimed_epoch < epoch
+        return row.claimed_epoch <= epoch
 
     def _inherited(self, row: RequestRow) -> Inherited:
         message, stream = row.message, self._cluster.streams.get(row.message.stream) if row.message.stream else None
@@ -165,13 +165,13 @@ class MemoryTakeovers:
             text for text in texts if (b'"id":' in text and b'"method":' in text) or any(word in text for word in SAID)
         ]
 
-    async def adopt(self, ownership: Ownership, fates: Sequence[tuple[RequestKey, bool]]) -> None:
+    async def adopt(self, ownership: Ownership, runs: Sequence[tuple[RequestKey, int]]) -> None:
         def work() -> None:
             self._fence(ownership)
-            for key, again in fates:
+            for key, count in runs:
                 row = self._cluster.requests.get(key)
-                if row is not None and not row.finished and (row.claimed_epoch or 0) < ownership.epoch:
-                    row.claimed_epoch, row.runs = ownership.epoch, max(row.runs, 1) + again
+                if row is not None and not row.finished:
+                    row.claimed_epoch, row.runs = ownership.epoch, count
             self._cluster.stored(self._node, "adopt", ownership)
 
         await self._wire.persist("adopt", work, gated=True)
