@@ -312,6 +312,15 @@ async def test_eight_sweepers_take_a_thousand_orphans_once_each(database: str, s
     assert await scene.hand.fetchval("select count(*) from pgmcp.takeovers where epoch = 2") == 1000
 
 
+async def test_those_with_work_are_swept_first(scene: Scene) -> None:
+    watching, working = [await opened(scene.former) for _ in range(2)]
+    await scene.former.inbox.write_journal(watching.ownership, JournalEntry("subscription", "x", b"{}"))
+    await scene.former.inbox.accept([request(working)])
+    await scene.bury()
+    taken = [(await scene.table.take_orphans(1))[0].session for _ in range(2)]
+    assert taken == [working.key, watching.key]
+
+
 async def test_a_sweep_passes_by_what_somebody_holds(database: str, scene: Scene) -> None:
     other = await opened(scene.former)
     for session in (scene.session, other):

@@ -70,7 +70,7 @@ where s.id = $1 and s.state = 'live';
 
 -- name: take_orphans
 -- fence: the sessions' rows FOR UPDATE, locked ones skipped. Only those that somebody waits for: work in flight, a stream
--- that a live node carries, a subscription. $2 is how many at most.
+-- that a live node carries, a subscription; those with work come first. $2 is how many at most.
 with held as materialized (
     select s.id, s.session_id, s.owner, s.epoch, coalesce(n.cause, n.state) as reason
     from {schema}.nodes n
@@ -85,7 +85,7 @@ with held as materialized (
           )
           or exists (select from {schema}.journal j where j.session = s.id and j.kind = 'subscription')
       )
-    order by s.id
+    order by exists (select from {schema}.requests r where r.session = s.id and r.finished_at is null) desc, s.id
     limit $2
     for update of s skip locked
 ), taken as (
@@ -98,7 +98,8 @@ with held as materialized (
     select held.id, held.session_id, held.owner, $1, taken.epoch, held.reason
     from held join taken on taken.id = held.id
 )
-select id, epoch from taken;
+select t.id, t.epoch from taken t
+order by exists (select from {schema}.requests r where r.session = t.id and r.finished_at is null) desc, t.id;
 
 -- name: restores_begun
 select restores from {schema}.sessions where id = $1;
