@@ -29,6 +29,10 @@ class NodeNotReady(PgmcpError):
     """This node cannot act now: it is joining, suspended, fenced or leaving."""
 
 
+class NodeUnknown(PgmcpError):
+    """No living node has this name or id."""
+
+
 class SessionUnknown(PgmcpError):
     """No live session has this id, or it belongs to somebody else."""
 

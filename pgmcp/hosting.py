@@ -64,7 +64,7 @@ class ClusterPlugin(InitPlugin):
     def on_app_init(self, app_config: AppConfig) -> AppConfig:
         """Add the endpoints, the health routes and the lifespan."""
         for path, endpoint in self._node.endpoints().items():
-            app_config.route_handlers.append(_mount(path, self._node.logged(endpoint)))
+            app_config.route_handlers.append(_mount(path, self._node.wrapped(endpoint)))
         app_config.route_handlers.extend(self._node.health())
         app_config.lifespan.append(lambda _: self._node.running())
         return app_config

@@ -12,6 +12,7 @@ from typing import Protocol
 from pgmcp.types import (
     Accepted,
     Attachment,
+    Candidate,
     Claimed,
     Condemned,
     Cursor,
@@ -63,8 +64,11 @@ class Inbox(Protocol):
         """
         ...
 
-    async def claim(self, ownership: Ownership) -> list[Claimed]:
+    async def claim(self, ownership: Ownership, *, requests: bool = True) -> list[Claimed]:
         """Take every unclaimed message of the session, in inbox order (G5).
+
+        Args:
+            requests: False leaves requests unclaimed, for another owner to start.
 
         Raises:
             Fenced: the ownership is over.
@@ -203,6 +207,18 @@ class Takeovers(Protocol):
         """Become the owner of sessions that have none alive and that somebody waits for; locked ones are skipped."""
         ...
 
+    async def ready_nodes(self) -> list[Candidate]:
+        """The other nodes that may be given sessions now."""
+        ...
+
+    async def hand_over(self, ownership: Ownership, to: NodeId) -> Ownership | None:
+        """Give a session to another node, which owns it when this returns.
+
+        None, and nothing is changed, when that node is not ready or the ownership is over. Ordered with everything
+        else that is written of the session, as ``take``.
+        """
+        ...
+
     async def inherit(self, ownership: Ownership) -> Inheritance:
         """Count an attempt to restore the session, then read what its earlier owners left.
 
@@ -220,7 +236,7 @@ class Takeovers(Protocol):
         ...
 
     async def restored(self, ownership: Ownership) -> None:
-        """Note that the session was restored."""
+        """Note that the session was restored, and forget what its former owner had exported for that."""
         ...
 
 

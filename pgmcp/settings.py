@@ -44,7 +44,12 @@ class Settings(BaseSettings):
     )
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
-    node_name: str = Field("node", pattern=r"^[\w.-]{1,63}$", description="Label of the node, also in session ids.")
+    node_name: str = Field(
+        "node", pattern=r"^[A-Za-z0-9_.-]{1,63}$", description="Label of the node, also in session ids."
+    )
+    affinity_cookie: bool = Field(
+        True, description="Tell clients the name of their session's owner in a cookie, for balancers that may use it."
+    )
     address: str = Field("", description="host:port under which peers and operators know this node.")
     mcp_path: str = Field("/mcp", pattern=r"^/[\w./-]*[\w-]$", description="Path of the Streamable HTTP endpoint.")
     sse_path: str = Field("/sse", pattern=r"^/[\w./-]*[\w-]$", description="Path of the HTTP+SSE stream (2024-11-05).")
@@ -90,6 +95,14 @@ class Settings(BaseSettings):
     )
     on_owner_change: Literal["restore", "end"] = Field(
         "restore", description="What becomes of a session whose node died: restored elsewhere, or ended with 404."
+    )
+    drain_notice: float = Field(
+        5.0, ge=0, description="Seconds for which a node that got SIGTERM goes on serving, for balancers to notice."
+    )
+    drain_limit: float = Field(
+        25.0,
+        gt=0,
+        description="Seconds that a leaving node has to hand over and to finish: more than twice your longest call.",
     )
     statement_timeout: float = Field(5.0, gt=0, description="Seconds that one database call may take.")
 

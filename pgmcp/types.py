@@ -86,13 +86,22 @@ class NewSession:
 
 @dataclass(frozen=True, slots=True)
 class SessionFacts:
-    """What an edge needs to know of a session; ``orphaned`` says that its owner is dead, left or removed."""
+    """What an edge needs to know of a session; ``orphaned`` says that its owner is dead, left or removed.
+
+    ``owner_name`` is the owner's label, where the statement read it.
+    """
 
     session: SessionKey
     owner: NodeId
     epoch: int
     protocol_version: str | None
     orphaned: bool = False
+    owner_name: str | None = None
+
+    @property
+    def living_owner(self) -> str | None:
+        """The owner's label, unless it is known to be gone or was not read."""
+        return None if self.orphaned else self.owner_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +245,15 @@ class NodeRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class Candidate:
+    """A node that may be given sessions, its build, and how many it owns."""
+
+    node: NodeId
+    version: str
+    sessions: int
+
+
+@dataclass(frozen=True, slots=True)
 class Condemned:
     """A node that was declared dead, and whether its lease ran out or it was silent and its line gone."""
 
@@ -296,5 +314,6 @@ class Wake:
     inboxes: frozenset[SessionKey] = field(default_factory=frozenset)
     streams: frozenset[StreamId] = field(default_factory=frozenset)
     ended: frozenset[SessionKey] = field(default_factory=frozenset)
+    handed: frozenset[Ownership] = field(default_factory=frozenset)
     orphans: bool = False
     everything: bool = False

@@ -26,6 +26,7 @@ COMMANDS = {
     "nodes": "pgmcp.cli.inspect:nodes",
     "sessions": "pgmcp.cli.inspect:sessions",
     "requests": "pgmcp.cli.inspect:requests",
+    "drain": "pgmcp.cli.drain:drain",
 }
 
 EXIT_CODES: tuple[tuple[type[PgmcpError], int], ...] = (

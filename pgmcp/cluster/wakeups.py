@@ -20,10 +20,11 @@ from uuid import UUID
 from pgmcp.clock import Clock
 from pgmcp.errors import PgmcpError
 from pgmcp.ports import Notifier
-from pgmcp.types import NodeId, SessionKey, StreamId, Wake
+from pgmcp.types import NodeId, Ownership, SessionKey, StreamId, Wake
 
 EVERYTHING, ORPHANS = "*", "o"
 _INBOX, _END, _STREAM = re.compile("i[0-9]+"), re.compile("e[0-9]+"), re.compile("s[0-9a-f]{32}")
+_HANDED = re.compile("h([0-9]+)[.]([0-9]+)")
 LIMIT = 7_900
 BOUND = 10_000
 RETRY = 0.2
@@ -81,6 +82,10 @@ class Wakeups:
         self._hear(Wake(ended=frozenset({session})))
         self._mark(None, f"e{session}")
 
+    def handed(self, node: NodeId, ownership: Ownership) -> None:
+        """Tell a node that a session is its own now."""
+        self._mark(node, f"h{ownership.session}.{ownership.epoch}")
+
     def orphans(self) -> None:
         """Tell every other node that there are sessions without an owner."""
         self._mark(None, ORPHANS)
@@ -125,5 +130,8 @@ def parse(payload: str) -> Wake:
         inboxes=frozenset(SessionKey(int(word[1:])) for word in words if _INBOX.fullmatch(word)),
         streams=frozenset(StreamId(UUID(word[1:])) for word in words if _STREAM.fullmatch(word)),
         ended=frozenset(SessionKey(int(word[1:])) for word in words if _END.fullmatch(word)),
+        handed=frozenset(
+            Ownership(SessionKey(int(found[1])), int(found[2])) for word in words if (found := _HANDED.fullmatch(word))
+        ),
         orphans=ORPHANS in words,
     )

@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from pgmcp.clock import Clock, Ids
+from pgmcp.cluster.drain import Drain
 from pgmcp.cluster.lease import Lease, LeaseState
 from pgmcp.cluster.takeover import Takeover
 from pgmcp.cluster.wakeups import Wakeups, parse
@@ -24,7 +25,7 @@ from pgmcp.store.database import Database
 from pgmcp.store.inbox import TableInbox
 from pgmcp.store.line import Line, TableNotifier
 from pgmcp.store.log import TableLog
-from pgmcp.store.nodes import join
+from pgmcp.store.nodes import join, own_state
 from pgmcp.store.secrets import KeyRing
 from pgmcp.store.takeover import TableTakeovers
 from pgmcp.store.upkeep import EVERY, Upkeep
@@ -105,6 +106,7 @@ class Incarnation:
             clock=clock,
             ids=ids,
         )
+        self._drain = Drain(self.host, takeovers, clock, waiting=lambda: self.tails.patient, told=self.wakeups.handed)
         self._tasks: list[asyncio.Task[None]] = []
 
     async def join(self, schema_revision: str) -> None:
@@ -133,11 +135,27 @@ class Incarnation:
             asyncio.create_task(self._every(TOUCH_EVERY, self.host.note_activity)),
         ]
 
+    async def drain(self, shut: Callable[[], Awaitable[None]]) -> None:
+        """Say that this node leaves, serve on until balancers have noticed, then give away what it owns.
+
+        Args:
+            shut: closes the node's port, when nothing new is to begin here any more.
+        """
+        with contextlib.suppress(PgmcpError):
+            await self.line.set_state(NodeState.DRAINING)
+        await self._clock.sleep(self._settings.drain_notice)
+        await self._drain.run(self._settings.drain_limit, shut)
+        self.edge.leave()
+
+    async def asked_to_drain(self) -> bool:
+        """Whether somebody wrote into this node's row that it should leave."""
+        return await own_state(self._database, self.node_id) is NodeState.DRAINING
+
     async def leave(self) -> None:
         """Stop everything: exchanges end with their final chunk, actors are muted, the row says that we left."""
         for task in self._tasks:
             task.cancel()
-        self.edge.leave()
+        self.edge.leave(at_once=True)
         await self.takeover.close()
         fenced = self.lease.state is LeaseState.FENCED
         if not fenced:
@@ -152,7 +170,7 @@ class Incarnation:
 
     def _on_fenced(self) -> None:
         logger.warning("node %s was declared dead by the cluster; it joins again", self.node_id)
-        self.edge.leave()
+        self.edge.leave(at_once=True)
         self.over.set()
 
     def _on_line_lost(self) -> None:
@@ -164,6 +182,8 @@ class Incarnation:
             self.tails.wake_all()
         if wake.everything or wake.orphans:
             self.takeover.orphaned()
+        for ownership in wake.handed:
+            self.host.take_on(ownership)
         for session in wake.inboxes:
             self.host.wake(session)
         for session in wake.ended:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 from litestar import Litestar
 from litestar.handlers import HTTPRouteHandler
@@ -19,6 +20,7 @@ from pgmcp.clock import Clock, Ids
 from pgmcp.cluster.lease import LeaseState
 from pgmcp.errors import NodeNotReady, PgmcpError, SettingsError
 from pgmcp.node.incarnation import Incarnation
+from pgmcp.node.signals import Signals
 from pgmcp.ops.access import AccessLog
 from pgmcp.ops.health import health_routes
 from pgmcp.ops.logs import mask_session_ids
@@ -29,6 +31,7 @@ from pgmcp.store.secrets import KeyRing
 from pgmcp.web.application import Application, host_rules
 from pgmcp.web.edge import Edge
 from pgmcp.web.legacy import SseMessages, SseStream
+from pgmcp.web.parting import Parting
 from pgmcp.web.streamable import Streamable
 
 logger = logging.getLogger(__name__)
@@ -56,8 +59,10 @@ class Node:
         self._box = KeyRing(self._database)
         self._target = target_of(served, settings.mcp_path)
         self._incarnation: Incarnation | None = None
-        self._revision, self._started = "", False
+        self._revision, self._started, self._draining = "", False, False
         self.failure: PgmcpError | None = None
+        self.shut: Callable[[], Awaitable[None]] = _nothing
+        """Closes the port on which the node is served, when it has drained; set by whoever runs the HTTP server."""
 
     def endpoints(self) -> dict[str, ASGIApp]:
         """The node's MCP endpoints by their paths, behind the served server's authentication."""
@@ -86,11 +91,12 @@ class Node:
             openapi_config=None,
             logging_config=None,
         )
-        return Application(self.endpoints(), self._target.routes, litestar, self.running, self.logged)
+        return Application(self.endpoints(), self._target.routes, litestar, self.running, self.wrapped)
 
-    def logged(self, app: ASGIApp) -> ASGIApp:
-        """An application behind the access log, if that is wanted."""
-        return AccessLog(app, self._clock) if self.settings.access_log else app
+    def wrapped(self, app: ASGIApp) -> ASGIApp:
+        """An application whose connections end while the node drains, behind the access log if it is wanted."""
+        parting = Parting(app, lambda: self._draining)
+        return AccessLog(parting, self._clock) if self.settings.access_log else parting
 
     def incarnation(self) -> Incarnation:
         """The present incarnation.
@@ -125,6 +131,7 @@ class Node:
             except PgmcpError as error:
                 self.failure = error
                 raise
+            stack.enter_context(Signals(self.drain, self.stop_streams))
             yield
 
     async def _start(self, stack: contextlib.AsyncExitStack) -> None:
@@ -137,7 +144,9 @@ class Node:
         await self._enter()
         stack.push_async_callback(self._exit)
         keeper = asyncio.create_task(self._keep())
-        stack.push_async_callback(asyncio.wait, {keeper})
+        obedience = asyncio.create_task(self._obey())
+        stack.push_async_callback(asyncio.wait, {keeper, obedience})
+        stack.callback(obedience.cancel)
         stack.callback(keeper.cancel)
 
     async def _enter(self) -> None:
@@ -163,16 +172,34 @@ class Node:
             if self._incarnation is not None:
                 await self._incarnation.over.wait()
                 await self._exit()
+            if self._draining:
+                return
             try:
                 await self._enter()
             except PgmcpError as error:
                 logger.warning("joining again failed: %s", error)
                 await self._clock.sleep(REJOIN)
 
-    def stop_streams(self) -> None:
-        """End every exchange with its final chunk, so that the HTTP server can stop."""
+    async def drain(self) -> None:
+        """Leave in an orderly way (G10): unready, then nobody's owner, then nobody's edge."""
+        self._draining = True
+        logger.info("node %s drains", self.settings.node_name)
         if self._incarnation is not None:
-            self._incarnation.edge.leave()
+            await self._incarnation.drain(self.shut)
+        logger.info("node %s has drained", self.settings.node_name)
+
+    def stop_streams(self) -> None:
+        """End every exchange at once with its final chunk, so that the HTTP server can stop."""
+        if self._incarnation is not None:
+            self._incarnation.edge.leave(at_once=True)
+
+    async def _obey(self) -> None:
+        """Obey an operator who wrote into the node's row that it should leave."""
+        while True:
+            await self._clock.sleep(self.settings.poll)
+            with contextlib.suppress(PgmcpError):
+                if not self._draining and self._incarnation and await self._incarnation.asked_to_drain():
+                    signal.raise_signal(signal.SIGTERM)
 
     def stalled(self) -> float:
         """See ``Pulse.stalled``."""
@@ -182,9 +209,15 @@ class Node:
 
     def unready(self) -> str | None:
         """See ``Pulse.unready``."""
+        if self._draining:
+            return "draining"
         if self._incarnation is None:
             return "joining"
         lease = self._incarnation.lease
         if lease.state is LeaseState.SUSPENDED and lease.suspended_for < self.settings.hold:
             return None
         return None if lease.trusted else str(lease.state)
+
+
+async def _nothing() -> None:
+    return None

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import signal
 import socket
-from collections.abc import Callable
-from types import FrameType
 
 import uvicorn
 
 from pgmcp.errors import SettingsError
+from pgmcp.node import door
 from pgmcp.node.node import Node
 from pgmcp.ops.logs import configure
 from pgmcp.session.adapters.target import load
@@ -20,18 +18,6 @@ from pgmcp.settings import Settings
 
 KEEP_ALIVE = 75
 """Seconds for which an idle HTTP connection stays: longer than in balancers, or they POST into one that just closes."""
-
-
-class _HttpServer(uvicorn.Server):
-    """uvicorn, but streams are told to end before it waits for them."""
-
-    def __init__(self, config: uvicorn.Config, before_exit: Callable[[], None]) -> None:
-        super().__init__(config)
-        self._before_exit = before_exit
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        asyncio.get_running_loop().call_soon_threadsafe(self._before_exit)
-        super().handle_exit(sig, frame)
 
 
 def shared_socket(settings: Settings) -> socket.socket:
@@ -81,10 +67,11 @@ def serve(settings: Settings, target: str, *, shared_port: bool = False) -> int:
         timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=5,
     )
-    server = _HttpServer(config, node.stop_streams)
+    server = uvicorn.Server(config)
+    node.shut = lambda: door.close(server.servers)
     logging.getLogger("uvicorn.error").addFilter(lambda _: node.failure is None)  # it is said below, in one line
     with contextlib.suppress(KeyboardInterrupt, SystemExit):
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # uvicorn raises it once more when it has stopped
         server.run(sockets=[shared_socket(settings)] if shared_port else None)
     if node.failure is not None:
         raise node.failure

@@ -116,6 +116,7 @@ class Actor:
         self._closable = False
         self._queue: asyncio.Queue[Incoming | None] = asyncio.Queue()
         self._muted = False
+        self._storing = 0
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -138,6 +139,11 @@ class Actor:
     def mute(self) -> None:
         """Say nothing more from now on."""
         self._muted = True
+
+    @property
+    def busy(self) -> bool:
+        """Whether it works on something: a request, a message that waits, an event that is being stored."""
+        return bool(self._calls or self._storing or not self._queue.empty())
 
     async def stop(self) -> None:
         """Mute and end the server session."""
@@ -368,12 +374,15 @@ class Actor:
             return
         entry = Entry(self.ownership, stream.id, stream.next_seq, message, finishes, outcome, topic)
         stream.next_seq += 1
+        self._storing += 1
         try:
             sink = await self.insist(lambda: self._log.append(entry))
         except PgmcpError as error:
             logger.warning("session %s: %s", self.ownership.session, error)
             self._lose()
             return
+        finally:
+            self._storing -= 1
         if sink is not None:
             self._heard(sink, stream.id)
 

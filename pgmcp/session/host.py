@@ -83,13 +83,14 @@ class Host:
         self._looking: asyncio.Task[None] | None = None
         self._missing: set[Ownership] = set()
         self._again: set[Ownership] = set()
+        self._holding = False
         self._room = asyncio.Semaphore(RESTORES)
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
     def sessions(self) -> int:
-        """Live server sessions here."""
-        return len(self._residents)
+        """Live server sessions here, and those that are being restored."""
+        return len(self._residents.keys() | self._restoring)
 
     async def open(self, new: NewSession) -> Ownership:
         """Create a session here and start its actor.
@@ -154,6 +155,9 @@ class Host:
             logger.warning("session %s ends: %s", session, over)
             self.drop(session)
             await self._end(ownership)
+        except Fenced as error:
+            logger.info("session %s is over here: %s", session, error)
+            self.drop(session)
         except Exception as error:
             known = isinstance(error, PgmcpError)
             logger.warning("session %s was not restored this time: %s", session, error, exc_info=not known)
@@ -275,18 +279,62 @@ class Host:
         if active:
             await self._inbox.touch([resident.actor.ownership for resident in active])
 
+    def hold(self) -> None:
+        """Start no more requests: they wait for their session's next owner. What serves running ones still comes in."""
+        self._holding = True
+
+    def movable(self, *, busy: bool) -> list[SessionKey]:
+        """The sessions that can be given away now; those that work on something only if ``busy``."""
+        return [
+            session
+            for session, resident in self._residents.items()
+            if not resident.taking and (busy or not (resident.dirty or resident.actor.busy))
+        ]
+
+    async def hand_over(self, session: SessionKey, to: NodeId, *, busy: bool) -> Ownership | None:
+        """Give a session to another node; None when that cannot be done now.
+
+        Args:
+            busy: also while it works on something: its new owner treats that as after a death.
+        """
+        resident = self._residents.get(session)
+        if resident is None or resident.taking:
+            return None
+        resident.taking = True  # claims wait, and are the next owner's
+        actor, moved = resident.actor, None
+        try:
+            await self._export(actor)
+            if busy or not actor.busy:
+                actor.mute()
+                moved = await self._takeovers.hand_over(actor.ownership, to)
+                self.drop(session)
+                if moved is None:
+                    self.take_on(actor.ownership)
+        except PgmcpError as error:
+            logger.warning("session %s was not handed over: %s", session, error)
+            self.drop(session)
+        finally:
+            resident.taking = False
+        if resident.dirty:
+            self.wake(session)
+        return moved
+
     async def export(self) -> None:
         """Have the server export what it remembers of each session, for their next owners."""
+        for resident in list(self._residents.values()):
+            await self._export(resident.actor)
+
+    async def _export(self, actor: Actor) -> None:
         export = self._adapter.hooks.export
         if export is None:
             return
-        for resident in list(self._residents.values()):
-            try:
-                async with asyncio.timeout(EXPORT):
-                    entry = exported(await export(resident.actor.state))
-                    await self._inbox.write_journal(resident.actor.ownership, entry)
-            except Exception:
-                logger.exception("session %s leaves its memory behind", resident.actor.ownership.session)
+        try:
+            async with asyncio.timeout(EXPORT):
+                await self._inbox.write_journal(actor.ownership, exported(await export(actor.state)))
+        except Fenced:
+            return  # it has ended, or has another owner
+        except Exception:
+            logger.exception("session %s leaves its memory behind", actor.ownership.session)
 
     async def close(self) -> None:
         """Mute every actor, then stop them all."""
@@ -304,7 +352,7 @@ class Host:
         try:
             while resident.dirty and self._residents.get(session) is resident:
                 resident.dirty = False
-                claimed_now = await self._inbox.claim(resident.actor.ownership)
+                claimed_now = await self._inbox.claim(resident.actor.ownership, requests=not self._holding)
                 messages = [message for message in claimed_now if not resident.actor.has(message.key)]
                 resident.actor.expect(messages)
                 for claimed in messages:

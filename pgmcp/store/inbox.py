@@ -63,6 +63,7 @@ WAITING_SHARE = 10
 class _Claim:
     ownership: Ownership
     id: UUID
+    requests: bool = True
     sent: bool = False
 
 
@@ -175,12 +176,13 @@ class TableInbox:
             rows = rows[len(messages) :]
         return results
 
-    async def claim(self, ownership: Ownership) -> list[Claimed]:
+    async def claim(self, ownership: Ownership, *, requests: bool = True) -> list[Claimed]:
         """See ``Inbox.claim``."""
         # A claim whose reply never came may have been committed: the next one asks for its rows, by the same id.
         unheard = self._unheard.pop(ownership, [])
         repeated = bool(unheard)
         claim = unheard.pop() if unheard else _Claim(ownership, self._ids.uuid())
+        claim.requests = requests
         if unheard:
             self._unheard[ownership] = unheard
         try:
@@ -207,6 +209,7 @@ class TableInbox:
             [claim.id for claim in newest.values()],
             self._node,
             repeat,
+            [claim.requests for claim in newest.values()],
         )
         taken = {
             (session, epoch): [_claimed(row) for row in group if row["id"] is not None]
@@ -291,7 +294,12 @@ class TableInbox:
 def facts_of(row: asyncpg.Record, session: int) -> SessionFacts:
     """What a row says of its session."""
     return SessionFacts(
-        SessionKey(session), NodeId(row["owner"]), row["epoch"], row["protocol_version"], row["orphaned"]
+        SessionKey(session),
+        NodeId(row["owner"]),
+        row["epoch"],
+        row["protocol_version"],
+        row["orphaned"],
+        row.get("owner_name"),
     )
 
 

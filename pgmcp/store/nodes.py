@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pgmcp.store.database import Database
-from pgmcp.types import NodeRecord
+from pgmcp.types import NodeId, NodeRecord, NodeState
 
 
 async def join(database: Database, record: NodeRecord) -> None:
@@ -23,3 +23,13 @@ async def join(database: Database, record: NodeRecord) -> None:
         record.capacity,
         patience=database.settings.statement_timeout,
     )
+
+
+async def own_state(database: Database, node: NodeId) -> NodeState | None:
+    """The state in a node's row; None when it was removed.
+
+    Raises:
+        DatabaseUnavailable: PostgreSQL does not answer.
+    """
+    rows = await database.ask("own_state", node)
+    return NodeState(rows[0]["state"]) if rows else None

@@ -19,6 +19,7 @@ import asyncpg
 from pgmcp.store.database import Database
 from pgmcp.store.inbox import facts_of, over
 from pgmcp.types import (
+    Candidate,
     Condemned,
     Heard,
     Inheritance,
@@ -60,6 +61,16 @@ class TableTakeovers:
         """See ``Takeovers.take_orphans``."""
         rows = await self._database.ask("take_orphans", self._node, most)
         return [Ownership(SessionKey(row["id"]), row["epoch"]) for row in rows]
+
+    async def ready_nodes(self) -> list[Candidate]:
+        """See ``Takeovers.ready_nodes``."""
+        rows = await self._database.ask("ready_nodes", self._node)
+        return [Candidate(NodeId(row["node_id"]), row["version"], row["sessions"]) for row in rows]
+
+    async def hand_over(self, ownership: Ownership, to: NodeId) -> Ownership | None:
+        """See ``Takeovers.hand_over``."""
+        rows = await self._persist("hand_over", ownership.session, self._node, ownership.epoch, to)
+        return Ownership(ownership.session, rows[0]["epoch"]) if rows else None
 
     async def inherit(self, ownership: Ownership) -> Inheritance:
         """See ``Takeovers.inherit``."""

@@ -14,6 +14,9 @@ from starlette.types import Receive, Send
 from pgmcp.types import ANONYMOUS, Principal
 from pgmcp.web.wire import Refusal
 
+OWNER = "pgmcp_node"
+"""The affinity cookie: the name of the session's owner."""
+
 SESSION_ID, LAST_EVENT_ID, VERSION = "mcp-session-id", "last-event-id", "mcp-protocol-version"
 
 
@@ -83,9 +86,23 @@ class Call:
         """What makes an HTTP/1.1 server close a connection, instead of waiting for the rest of the body."""
         return {"connection": "close"} if self.request.scope["http_version"].startswith("1") else {}
 
-    async def respond(self, status: int) -> None:
+    def owner_cookie(self, owner: str, *, opened: bool) -> dict[str, str]:
+        """The header that tells the client who owns its session, when it should hear that.
+
+        A client that keeps no cookies is told once; one that does, again when the owner is another one.
+
+        Args:
+            owner: the owner's name, as this node last knew it.
+            opened: whether the session has just been opened.
+        """
+        known = self.request.cookies.get(OWNER)
+        if known == owner or (known is None and not opened):
+            return {}
+        return {"set-cookie": f"{OWNER}={owner}; Path=/; HttpOnly; SameSite=Lax"}
+
+    async def respond(self, status: int, headers: dict[str, str] | None = None) -> None:
         """Answer without a body and without a content type."""
-        await self.send_response(Response(status_code=status))
+        await self.send_response(Response(status_code=status, headers=headers))
 
     async def refuse(self, refusal: Refusal) -> None:
         """Answer with a refusal."""

@@ -73,10 +73,11 @@ class Edge:
             patience=limits.hold,
         )
 
-    def leave(self) -> None:
+    def leave(self, *, at_once: bool = False) -> None:
         """End every exchange, and refuse what waits for its turn."""
-        self.tails.leave()
-        self.admission.leave()
+        self.tails.leave(at_once=at_once)
+        if at_once:
+            self.admission.leave()
 
     def new_stream(self) -> StreamId:
         """An id for a stream; whoever waits for it subscribes before the stream exists."""
@@ -136,6 +137,17 @@ class Edge:
             self.takeover.touch(facts.session)
         return attached
 
+    def affinity(self, call: Call, owner: str | None, *, opened: bool = False) -> dict[str, str]:
+        """Headers that tell the client, and so the balancer, who owns its session. Advisory: nothing depends on them.
+
+        Args:
+            owner: the owner's name; None when it is not known, or has just died.
+            opened: whether the session has just been opened.
+        """
+        if owner is None or not self.settings.affinity_cookie:
+            return {}
+        return call.owner_cookie(owner, opened=opened)
+
     def exchange(
         self,
         call: Call,
@@ -144,13 +156,16 @@ class Edge:
         session_id: str,
         version: str | None,
         *,
+        affinity: dict[str, str],
         sink_epoch: int = 1,
         after: int = 0,
         kind: StreamKind = StreamKind.REQUEST,
         notes_all: bool = True,
     ) -> Exchange:
-        """An exchange that carries a stream to the caller."""
+        """An exchange that carries a stream to the caller; ``affinity`` as the method of that name gave it."""
         tail.session = session
+        resumable = version is not None and is_version_at_least(version, RESUMES) and self.settings.response != "json"
+        tail.patient = kind is StreamKind.REQUEST and not resumable
         return Exchange(
             tail,
             sink_epoch,
@@ -164,5 +179,5 @@ class Edge:
             send=call.send,
             priming=version is not None and is_version_at_least(version, RESUMES),
             notes_all=notes_all,
-            headers={SESSION_ID: session_id},
+            headers={SESSION_ID: session_id} | affinity,
         )

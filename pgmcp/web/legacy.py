@@ -56,11 +56,12 @@ class SseStream(Endpoint):
             await edge.lease.acting()
             new = edge.new_session(call, "sse")
             await edge.host.open(new)
-            opened = await edge.attach(call, None, new.standalone)
-            if not isinstance(opened, Attachment):
+            carried = await edge.attach(call, None, new.standalone)
+            if not isinstance(carried, Attachment):
                 raise SessionUnknown("Session not found")
-            attached = opened
-        await self._carry(edge, call, attached, after)
+            await self._carry(edge, call, carried, 0, opened=True)
+        else:
+            await self._carry(edge, call, attached, after, opened=False)
 
     async def _resumed(self, edge: Edge, call: Call, last: str) -> tuple[Attachment | None, int]:
         try:
@@ -75,7 +76,7 @@ class SseStream(Endpoint):
             return None, 0  # what it has not seen is not there any more
         return attached, after
 
-    async def _carry(self, edge: Edge, call: Call, attached: Attachment, after: int) -> None:
+    async def _carry(self, edge: Edge, call: Call, attached: Attachment, after: int, *, opened: bool) -> None:
         root = call.request.scope.get("root_path", "").rstrip("/")
         retry = f"retry: {edge.settings.retry_ms}\r\n"
         where = f"{quote(root + self._messages)}?session_id={attached.session_id}"
@@ -86,6 +87,7 @@ class SseStream(Endpoint):
                 attached.facts.session,
                 attached.session_id,
                 None,
+                affinity=edge.affinity(call, attached.facts.living_owner, opened=opened),
                 sink_epoch=attached.sink_epoch,
                 after=after,
                 kind=StreamKind.STANDALONE,
@@ -115,5 +117,6 @@ class SseMessages(Endpoint):
         if post.batch:
             raise Refusal(400, "HTTP+SSE has no batches; POST one message")
         async with edge.turn(post, call, session_id):
-            await edge.accept(post, call, session_id, None, "sse")
-            await call.send_response(PlainTextResponse("Accepted", 202))
+            facts = (await edge.accept(post, call, session_id, None, "sse")).facts
+            headers = edge.affinity(call, facts.living_owner)
+            await call.send_response(PlainTextResponse("Accepted", 202, headers))

@@ -50,8 +50,8 @@ class Posting:
                     await self._requests(post, session_id)
         else:
             async with self._edge.turn(post, self._call, session_id):
-                await self._edge.accept(post, self._call, session_id, None)
-                await self._call.respond(202)
+                facts = (await self._edge.accept(post, self._call, session_id, None)).facts
+                await self._call.respond(202, self._edge.affinity(self._call, facts.living_owner))
 
     async def _check_batch(self, session_id: str) -> None:
         facts = await self._edge.inbox.find(session_id, self._call.principal)
@@ -64,7 +64,14 @@ class Posting:
             accepted = await self._edge.accept(post, self._call, session_id, stream)
             if not accepted.joined:
                 facts = accepted.facts
-                exchange = self._edge.exchange(self._call, tail, facts.session, session_id, facts.protocol_version)
+                exchange = self._edge.exchange(
+                    self._call,
+                    tail,
+                    facts.session,
+                    session_id,
+                    facts.protocol_version,
+                    affinity=self._edge.affinity(self._call, facts.living_owner),
+                )
                 await self._carry(exchange, batch=post.batch)
                 return
         await self._join(accepted, session_id)
@@ -77,7 +84,13 @@ class Posting:
         with self._edge.tails.subscribe(attached.stream) as tail:
             facts = attached.facts
             exchange = self._edge.exchange(
-                self._call, tail, facts.session, session_id, facts.protocol_version, sink_epoch=attached.sink_epoch
+                self._call,
+                tail,
+                facts.session,
+                session_id,
+                facts.protocol_version,
+                affinity=self._edge.affinity(self._call, facts.living_owner),
+                sink_epoch=attached.sink_epoch,
             )
             tail.moved.set()  # what the stream holds already, nobody announces again
             await self._carry(exchange, batch=False)
@@ -107,7 +120,9 @@ class Posting:
         try:
             with edge.tails.subscribe(stream) as tail:
                 version = asked if isinstance(asked, str) else None
-                exchange = edge.exchange(call, tail, ownership.session, new.session_id, version)
+                affinity = edge.affinity(call, edge.settings.node_name, opened=True)
+                exchange = edge.exchange(call, tail, ownership.session, new.session_id, version, affinity=affinity)
+                tail.patient = True  # its client knows no session yet
                 await edge.accept(post, call, new.session_id, stream)
                 try:
                     page = await exchange.handshake()

@@ -65,6 +65,7 @@ async def _get(edge: Edge, call: Call) -> None:
             facts.session,
             session_id,
             facts.protocol_version,
+            affinity=edge.affinity(call, facts.living_owner),
             sink_epoch=attached.sink_epoch,
             after=after,
             kind=attached.kind,

@@ -21,12 +21,14 @@ class Tail:
         self.stream = stream
         self.session: SessionKey | None = None
         self.moved = asyncio.Event()
-        self.ended = self.leaving = False
+        self.ended = self.leaving = self.cut = False
+        self.patient = False
+        """Whether its client could not go on elsewhere, so that a leaving node waits for it."""
 
     @property
     def over(self) -> bool:
         """Whether the exchange has to end: its session is over, or its node leaves."""
-        return self.ended or self.leaving
+        return self.ended or self.cut or (self.leaving and not self.patient)
 
 
 class Tails:
@@ -35,6 +37,7 @@ class Tails:
     def __init__(self) -> None:
         self._by_stream: dict[StreamId, set[Tail]] = {}
         self._posts: Counter[str] = Counter()
+        self._leaving = False
 
     def __len__(self) -> int:
         return sum(len(tails) for tails in self._by_stream.values())
@@ -46,6 +49,9 @@ class Tails:
     def subscribe(self, stream: StreamId) -> Iterator[Tail]:
         """Hear of a stream for as long as the context lasts."""
         tail = Tail(stream)
+        if self._leaving:
+            tail.leaving = True
+            tail.moved.set()  # it ends before it has begun, and goes on elsewhere
         self._by_stream.setdefault(stream, set()).add(tail)
         try:
             yield tail
@@ -84,8 +90,18 @@ class Tails:
                 tail.ended = True
                 tail.moved.set()
 
-    def leave(self) -> None:
-        """End every exchange: the node leaves, and clients go on elsewhere."""
+    @property
+    def patient(self) -> int:
+        """Exchanges whose clients could not go on elsewhere."""
+        return sum(tail.patient for tail in self)
+
+    def leave(self, *, at_once: bool) -> None:
+        """End every exchange, from now on: the node leaves, and clients go on elsewhere.
+
+        Args:
+            at_once: also those whose clients could not; else they end with their answer.
+        """
+        self._leaving = True
         for tail in self:
-            tail.leaving = True
+            tail.leaving, tail.cut = True, at_once
             tail.moved.set()

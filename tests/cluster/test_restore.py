@@ -323,7 +323,9 @@ async def test_a_post_that_is_repeated_over_a_death_joins_the_first(database: st
         assert resumed.status in {200, 204}, "no 404, whoever carries the answer"
 
 
-async def test_a_request_whose_claim_came_to_nobody_runs_all_the_same(database: str) -> None:
+async def test_a_request_whose_claim_came_to_nobody_runs_all_the_same(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A try that was given up as lost committed after its repeat: nobody asks for what it took."""
     gate = Gate()
     gate.open.set()
@@ -331,12 +333,19 @@ async def test_a_request_whose_claim_came_to_nobody_runs_all_the_same(database: 
         await session.open(nodes[0].url)
         host = nodes[0].incarnation.host
         (resident,) = host._residents.values()
-        resident.taking = True
-        call = await session.request(nodes[1].url, "tools/call", {"name": "unsafe", "arguments": {"text": "x"}})
-        late = "update pgmcp.requests set claimed_epoch = 1, runs = 1, claimed_at = now() - interval '11 s' "
-        await tables.execute(late + "where finished_at is null")
-        resident.taking = False
-        await host.survey()
+        await eventually(lambda: written(tables), "the handshake is over")
+        await eventually(lambda: not resident.taking, "and nothing is claimed")
+        with monkeypatch.context() as deaf:
+            deaf.setattr(host, "wake", lambda _: None)
+            call = await session.request(nodes[1].url, "tools/call", {"name": "unsafe", "arguments": {"text": "x"}})
+            late = "update pgmcp.requests set claimed_epoch = 1, runs = 1, claimed_at = now() - interval '11 s' "
+            await tables.execute(late + "where finished_at is null")
+
+        async def found() -> bool:
+            await host.survey()  # passes by a session that is just claiming
+            return bool(gate.ran)
+
+        await eventually(found, "a survey finds it")
         assert (await call.response(1))["result"]["content"][0]["text"] == "x"
         assert gate.ran == ["x"]
 
@@ -361,10 +370,9 @@ async def test_a_takeover_whose_reply_was_lost_is_found_also_without_work(databa
         await session.call(nodes[0].url, "resources/subscribe", {"uri": WATCHED})
         standalone = await session.get(nodes[1].url)
         await nodes[0].node._exit()
-        await eventually(lambda: owned(nodes[1]), "it is taken")
         host = nodes[1].incarnation.host
+        await eventually(lambda: host._residents and not host._restoring, "it is taken and restored")
         (key,) = host._residents
-        await eventually(lambda: not host._restoring, "and restored")
         host.drop(key)
         for _ in range(2):
             await host.survey()

@@ -12,6 +12,8 @@ from tests.harness.processes import ServerProcess, free_ports, wait_until
 
 # ``proxy_next_upstream`` without ``non_idempotent``: another node is tried when the first refuses the connection,
 # but a POST that was sent once is never repeated. ``max_fails=0``: a node is never skipped for past failures.
+# With ``plain`` nothing is set but what HTTP/1.1 needs: a connection for each request, and a node that refused one is
+# skipped for ten seconds.
 _CONFIGURATION = """
 master_process off;
 daemon off;
@@ -29,7 +31,7 @@ http {{
   client_max_body_size 16m;
   upstream nodes {{
 {servers}
-    keepalive 64;
+{keepalive}
   }}
   server {{
     listen 127.0.0.1:{port};
@@ -40,6 +42,14 @@ http {{
       proxy_set_header Host $http_host;
       proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;
       proxy_set_header X-Forwarded-Proto $scheme;
+{tuned}
+    }}
+  }}
+}}
+"""
+
+
+_TUNED = """
       proxy_buffering off;
       proxy_request_buffering off;
       proxy_cache off;
@@ -47,9 +57,6 @@ http {{
       proxy_read_timeout 1h;
       proxy_send_timeout 1h;
       proxy_next_upstream error timeout;
-    }}
-  }}
-}}
 """
 
 
@@ -70,7 +77,9 @@ def nginx_binary() -> str | None:
 class Nginx(ServerProcess):
     """nginx in front of ports of 127.0.0.1, on a port and in a folder of its own."""
 
-    def __init__(self, ports: Sequence[int], *, port: int | None = None, directory: Path | None = None) -> None:
+    def __init__(
+        self, ports: Sequence[int], *, plain: bool = False, port: int | None = None, directory: Path | None = None
+    ) -> None:
         binary = nginx_binary()
         assert binary is not None, "nginx is not installed: apt-get install nginx-light"
         self.ports = tuple(ports)
@@ -78,9 +87,17 @@ class Nginx(ServerProcess):
         self.directory = directory or Path(self._temporary.name)  # type: ignore[union-attr]
         self.directory.mkdir(parents=True, exist_ok=True)
         chosen = port or free_ports(1)[0]
-        servers = "\n".join(f"    server 127.0.0.1:{one} max_fails=0;" for one in self.ports)
+        how = "" if plain else " max_fails=0"
+        servers = "\n".join(f"    server 127.0.0.1:{one}{how};" for one in self.ports)
         configuration = self.directory / "nginx.conf"
-        configuration.write_text(_CONFIGURATION.format(servers=servers, port=chosen))
+        configuration.write_text(
+            _CONFIGURATION.format(
+                servers=servers,
+                port=chosen,
+                keepalive="" if plain else "    keepalive 64;",
+                tuned="" if plain else _TUNED,
+            )
+        )
         super().__init__(
             [binary, "-p", f"{self.directory}/", "-c", str(configuration), "-e", "error.log"],
             port=chosen,

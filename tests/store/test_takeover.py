@@ -14,8 +14,9 @@ import asyncpg
 import pytest
 
 from pgmcp.errors import Fenced
+from pgmcp.store.takeover import TableTakeovers
 from pgmcp.store.upkeep import Upkeep
-from pgmcp.types import JournalEntry, NodeId, SessionFacts
+from pgmcp.types import ANONYMOUS, Candidate, JournalEntry, NodeId, SessionFacts
 from tests.harness.stores import (
     IDS,
     Session,
@@ -393,6 +394,143 @@ async def test_a_living_owner_finishes_a_request_whose_claim_postgres_forgot(sce
 
 
 # -- what is kept ------------------------------------------------------------------------------------------------------
+
+
+# -- hand-over ---------------------------------------------------------------------------------------------------------
+
+
+def giving(scene: Scene) -> TableTakeovers:
+    return scene.former.takeovers
+
+
+async def owner_row(scene: Scene) -> tuple[NodeId, int] | None:
+    row = await scene.hand.fetchrow("select owner, epoch from pgmcp.sessions where id = $1", scene.session.key)
+    return None if row is None else (row["owner"], row["epoch"])
+
+
+async def test_a_session_is_handed_over_and_its_former_owner_is_fenced(scene: Scene) -> None:
+    await scene.former.inbox.accept([request(scene.session)])
+    (claimed,) = await scene.former.inbox.claim(scene.session.ownership)
+    moved = await giving(scene).hand_over(scene.session.ownership, scene.taker.node)
+    assert moved == replace(scene.session.ownership, epoch=2)
+    for write in (
+        scene.former.log.append(answer(claimed)),
+        scene.former.inbox.claim(scene.session.ownership),
+        scene.former.inbox.write_journal(scene.session.ownership, JournalEntry("level", "", b"{}")),
+    ):
+        assert isinstance(await outcome(write), Fenced)
+    assert [item.key for item in (await scene.table.inherit(moved)).requests] == [claimed.key]
+    row = await scene.hand.fetchrow("select session_id, from_node, to_node, epoch, reason from pgmcp.takeovers")
+    assert tuple(row) == (scene.session.session_id, scene.former.node, scene.taker.node, 2, "drain")
+
+
+async def test_a_hand_over_whose_reply_was_lost_is_repeated_without_effect(scene: Scene) -> None:
+    first = await giving(scene).hand_over(scene.session.ownership, scene.taker.node)
+    assert await giving(scene).hand_over(scene.session.ownership, scene.taker.node) == first
+    assert await owner_row(scene) == (scene.taker.node, 2)
+    assert await scene.hand.fetchval("select count(*) from pgmcp.takeovers") == 1
+
+
+@pytest.mark.parametrize("state", ["joining", "draining", "left", "dead", None])
+async def test_only_ready_nodes_are_given_sessions(scene: Scene, state: str | None) -> None:
+    other = NodeId(IDS.uuid())
+    if state is not None:
+        await joined(scene.hand, other, state=state)
+    assert await giving(scene).hand_over(scene.session.ownership, other) is None
+    assert await owner_row(scene) == (scene.former.node, 1)
+    assert await scene.hand.fetchval("select count(*) from pgmcp.takeovers") == 0
+
+
+async def test_nobody_gives_away_what_he_does_not_own(scene: Scene) -> None:
+    assert await giving(scene).hand_over(replace(scene.session.ownership, epoch=2), scene.taker.node) is None
+    assert await scene.table.hand_over(scene.session.ownership, scene.taker.node) is None
+    await scene.bury()
+    await scene.take()
+    await joined(scene.hand, third := NodeId(IDS.uuid()))
+    assert await giving(scene).hand_over(scene.session.ownership, third) is None
+    assert await owner_row(scene) == (scene.taker.node, 2)
+
+
+async def test_ready_nodes_are_the_others_with_what_they_own(scene: Scene) -> None:
+    for state in ("joining", "draining", "left", "dead"):
+        await joined(scene.hand, NodeId(IDS.uuid()), state=state)
+    assert await giving(scene).ready_nodes() == [Candidate(scene.taker.node, "", 0)]
+    assert await scene.table.ready_nodes() == [Candidate(scene.former.node, "", 1)]
+
+
+@pytest.mark.parametrize("first", ["hand_over", "accept"])
+async def test_what_is_accepted_beside_a_hand_over_is_for_the_next_owner(
+    database: str, scene: Scene, first: str
+) -> None:
+    message, works = request(scene.session), dict[str, asyncio.Task[Any]]()
+    eyes = await asyncpg.connect(database)
+    try:
+        async with scene.hand.transaction():
+            await scene.hand.fetch("select from pgmcp.sessions where id = $1 for update", scene.session.key)
+            for name in sorted(("hand_over", "accept"), key=lambda name: name != first):
+                works[name] = asyncio.create_task(
+                    giving(scene).hand_over(scene.session.ownership, scene.taker.node)
+                    if name == "hand_over"
+                    else scene.taker.inbox.accept([message])
+                )
+                await Watcher(eyes).until_waiting(name, works[name])
+        moved, accepted = await works["hand_over"], await works["accept"]
+    finally:
+        await eyes.close()
+    assert moved == replace(scene.session.ownership, epoch=2)
+    assert (accepted.facts.owner, accepted.facts.epoch) in {(scene.former.node, 1), (scene.taker.node, 2)}
+    assert not accepted.facts.orphaned
+    assert (await scene.table.inherit(moved)).requests == (), "it was not started"
+    assert [claimed.key for claimed in await scene.taker.inbox.claim(moved)] == [message.key]
+
+
+@pytest.mark.parametrize("first", ["hand_over", "end_session"])
+async def test_a_delete_beside_a_hand_over_ends_the_session(database: str, scene: Scene, first: str) -> None:
+    works, eyes = dict[str, asyncio.Task[Any]](), await asyncpg.connect(database)
+    try:
+        async with scene.hand.transaction():
+            await scene.hand.fetch("select from pgmcp.sessions where id = $1 for update", scene.session.key)
+            for name in sorted(("hand_over", "end_session"), key=lambda name: name != first):
+                works[name] = asyncio.create_task(
+                    giving(scene).hand_over(scene.session.ownership, scene.taker.node)
+                    if name == "hand_over"
+                    else scene.taker.inbox.end(scene.session.session_id, ANONYMOUS)
+                )
+                await Watcher(eyes).until_waiting(name, works[name])
+        moved = await works["hand_over"]
+        assert await works["end_session"] == scene.session.key
+    finally:
+        await eyes.close()
+    assert moved in {None, replace(scene.session.ownership, epoch=2)}
+    assert await owner_row(scene) is None
+    if moved is not None:
+        assert isinstance(await outcome(scene.table.inherit(moved)), Fenced)
+
+
+async def test_requests_can_be_left_unclaimed_while_others_are_served(scene: Scene) -> None:
+    asked, told, more = request(scene.session), request(scene.session, None), request(scene.session, "2")
+    for message in (asked, told, more):
+        await scene.former.inbox.accept([message])
+    claimed = await scene.former.inbox.claim(scene.session.ownership, requests=False)
+    assert [item.key for item in claimed] == [told.key]
+    moved = await giving(scene).hand_over(scene.session.ownership, scene.taker.node)
+    assert moved is not None
+    assert (await scene.table.inherit(moved)).requests == ()
+    assert [item.key for item in await scene.taker.inbox.claim(moved)] == [asked.key, more.key]
+
+
+async def test_what_was_exported_is_there_until_the_restore_is_done(scene: Scene) -> None:
+    for entry in (JournalEntry("export", "", b"7"), JournalEntry("level", "", b"{}")):
+        await scene.former.inbox.write_journal(scene.session.ownership, entry)
+    moved = await giving(scene).hand_over(scene.session.ownership, scene.taker.node)
+    assert moved is not None
+    for _ in range(2):
+        assert {entry.kind for entry in (await scene.table.inherit(moved)).journal} == {"export", "level"}
+    await scene.table.restored(moved)
+    assert {entry.kind for entry in (await scene.table.inherit(moved)).journal} == {"level"}
+
+
+# -- afterwards --------------------------------------------------------------------------------------------------------
 
 
 async def test_rows_of_nodes_that_are_over_are_kept_for_a_while(scene: Scene) -> None:

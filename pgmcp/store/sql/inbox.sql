@@ -107,6 +107,7 @@ with guard as materialized (
 )
 select
     m.session, m.owner, m.epoch, m.protocol_version, (o.state in ('joining', 'ready', 'draining')) is not true as orphaned,
+    o.name as owner_name,
     stored.id is not null or k.id = a.id
         or exists (select from {schema}.requests r where r.id = a.id) as accepted,
     m.excess as full,
@@ -121,13 +122,14 @@ order by a.n;
 -- name: claim
 -- fence: owner and epoch on the sessions row, FOR KEY SHARE. A claim may commit asynchronously: what a crash of
 -- PostgreSQL forgets was accepted and counts as may-have-run. $3 are the claims' own ids: a repeat ($5; it reads every
--- request of the session) finds its rows. "is true" keeps the planner from reading every session of the owner.
+-- request of the session) finds its rows. $6: requests too, or only what serves those that run already. "is true" keeps the planner from reading every session of the owner.
 with guard as materialized (
     select set_config('lock_timeout', '250ms', true), set_config('synchronous_commit', 'off', true)
 ), held as materialized (
-    select s.id, s.epoch, a.claim
+    select s.id, s.epoch, a.claim, a.requests
     from guard, {schema}.sessions s
-    join unnest($1::bigint[], $2::bigint[], $3::uuid[]) as a (session, epoch, claim) on a.session = s.id
+    join unnest($1::bigint[], $2::bigint[], $3::uuid[], $6::boolean[]) as a (session, epoch, claim, requests)
+        on a.session = s.id
     where (s.owner = $4) is true and s.epoch = a.epoch and s.state = 'live'
     order by s.id
     for key share of s
@@ -137,7 +139,7 @@ with guard as materialized (
         finished_at = case when r.rpc_id is null then clock_timestamp() end,
         outcome = case when r.rpc_id is null then 'delivered' end
     from held h
-    where r.session = h.id and r.claimed_epoch is null and r.finished_at is null
+    where r.session = h.id and r.claimed_epoch is null and r.finished_at is null and (h.requests or r.rpc_id is null)
     returning r.id, r.position, r.session, r.rpc_id, r.method, r.body, r.context, r.stream
 ), mine as (
     select * from taken

@@ -130,7 +130,8 @@ select
     coalesce(target.full, false) as full,
     held.id as session, held.session_id, held.owner, held.epoch, held.protocol_version,
     taken.id as stream, taken.kind, taken.sink_epoch, taken.next_seq, taken.delivered_seq, taken.floor_seq,
-    taken.closed, target.sink as replaced, (o.state in ('joining', 'ready', 'draining')) is not true as orphaned
+    taken.closed, target.sink as replaced, (o.state in ('joining', 'ready', 'draining')) is not true as orphaned,
+    o.name as owner_name
 from held
 left join taken on true
 left join target on true

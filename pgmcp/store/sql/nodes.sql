@@ -37,3 +37,15 @@ select id, key from {schema}.secrets where purpose = $1 order by id;
 -- name: add_key
 insert into {schema}.secrets (purpose, key)
 select $1, $2 where not exists (select from {schema}.secrets where purpose = $1);
+
+-- name: nodes_called
+-- The living nodes of this name, or the node of this id, also when it is over.
+select node_id, name, address, state from {schema}.nodes
+where node_id::text = $1 or name = $1 and state in ('joining', 'ready', 'draining')
+order by started_at, node_id;
+
+-- name: drain_node
+update {schema}.nodes set state = 'draining' where node_id = $1 and state = 'ready' returning node_id;
+
+-- name: own_state
+select state from {schema}.nodes where node_id = $1;

@@ -113,11 +113,16 @@ where s.id = $1 and s.owner = $2 and s.epoch = $3 and s.state = 'live' and s.res
 returning s.session_id, s.restores;
 
 -- name: end_restore
--- fence: owner and epoch on the sessions row.
-update {schema}.sessions s
-set restores = 0
-where s.id = $1 and s.owner = $2 and s.epoch = $3
-returning s.id;
+-- fence: owner and epoch on the sessions row. What was exported for this restore is old from now on.
+with done as (
+    update {schema}.sessions s
+    set restores = 0
+    where s.id = $1 and s.owner = $2 and s.epoch = $3
+    returning s.id
+), used as (
+    delete from {schema}.journal j using done where j.session = done.id and j.kind = 'export'
+)
+select id from done;
 
 -- name: inherited_journal
 select kind, detail, body from {schema}.journal where session = $1 order by written_at, kind, detail;
@@ -206,3 +211,31 @@ where id in (
     for update skip locked
 )
 returning 1;
+
+-- name: ready_nodes
+select n.node_id, n.version, (select count(*) from {schema}.sessions s where s.owner = n.node_id) as sessions
+from {schema}.nodes n
+where n.state = 'ready' and n.node_id <> $1;
+
+-- name: hand_over
+-- fence: owner and epoch on the sessions row, FOR UPDATE. The owner itself knows that nothing of it is being written; what
+-- it has claimed and not finished is inherited. A repeat finds the session with its new owner.
+with guard as materialized (
+    select set_config('lock_timeout', '250ms', true)
+), held as materialized (
+    select s.id, s.session_id, s.epoch from guard, {schema}.sessions s
+    where s.id = $1 and s.owner = $2 and s.epoch = $3 and s.state = 'live'
+      and exists (select from {schema}.nodes n where n.node_id = $4 and n.state = 'ready')
+    for update of s
+), moved as (
+    update {schema}.sessions s
+    set owner = $4, epoch = held.epoch + 1
+    from held where s.id = held.id
+    returning s.id, s.epoch
+), noted as (
+    insert into {schema}.takeovers (session, session_id, from_node, to_node, epoch, reason)
+    select held.id, held.session_id, $2, $4, moved.epoch, 'drain' from held join moved on moved.id = held.id
+)
+select coalesce(moved.epoch, s.epoch) as epoch
+from {schema}.sessions s left join moved on moved.id = s.id
+where s.id = $1 and (moved.id is not null or s.owner = $4 and s.epoch = $3 + 1);

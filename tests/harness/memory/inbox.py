@@ -165,13 +165,14 @@ class MemoryInbox:
                 )
                 stream.unfinished += 1
 
-    async def claim(self, ownership: Ownership) -> list[Claimed]:
+    async def claim(self, ownership: Ownership, *, requests: bool = True) -> list[Claimed]:
         unheard = self._unheard.pop(ownership, [])
         claim = unheard.pop() if unheard else self._ids.uuid()
         if unheard:
             self._unheard[ownership] = unheard
         try:
-            return await self._wire.in_turn("claim", ownership, lambda: self._claim(ownership, claim), gated=True)
+            work = lambda: self._claim(ownership, claim, requests)  # noqa: E731
+            return await self._wire.in_turn("claim", ownership, work, gated=True)
         except Fenced:
             self._unheard.pop(ownership, None)
             raise
@@ -179,11 +180,12 @@ class MemoryInbox:
             self._unheard.setdefault(ownership, []).append(claim)
             raise
 
-    def _claim(self, ownership: Ownership, claim: UUID) -> list[Claimed]:
+    def _claim(self, ownership: Ownership, claim: UUID, requests: bool) -> list[Claimed]:
         self._fence(ownership)
         mine = []
         for row in self._cluster.requests_of(ownership.session):
-            if row.claimed_epoch is None and not row.finished:
+            wanted = requests or row.message.rpc_id is None
+            if wanted and row.claimed_epoch is None and not row.finished:
                 row.claim, row.claimed_epoch, row.runs = claim, ownership.epoch, row.runs + 1
                 if row.message.rpc_id is None:
                     row.outcome = Outcome.DELIVERED

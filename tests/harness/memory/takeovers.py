@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from pgmcp.errors import DatabaseUnavailable, Fenced
 from pgmcp.types import (
+    Candidate,
     Condemned,
     Heard,
     Inheritance,
@@ -96,6 +97,27 @@ class MemoryTakeovers:
             or any(key[:2] == (session, "subscription") for key in self._cluster.journal)
         )
 
+    async def ready_nodes(self) -> list[Candidate]:
+        return await self._wire.ask("ready_nodes", self._ready_nodes)
+
+    def _ready_nodes(self) -> list[Candidate]:
+        owners = [row.owner for row in self._cluster.sessions.values()]
+        others = [node for node in self._cluster.nodes if node != self._node and self._cluster.ready(node)]
+        return [Candidate(node, "", owners.count(node)) for node in others]
+
+    async def hand_over(self, ownership: Ownership, to: NodeId) -> Ownership | None:
+        return await self._wire.persist("hand_over", lambda: self._give(ownership, to))
+
+    def _give(self, ownership: Ownership, to: NodeId) -> Ownership | None:
+        row = self._cluster.sessions.get(ownership.session)
+        if row is not None and (row.owner, row.epoch) == (to, ownership.epoch + 1):
+            return row.ownership
+        row = self._cluster.owned_by(self._node, ownership)
+        if row is None or not self._cluster.ready(to):
+            return None
+        self._cluster.change_owner(row, to, "drain")
+        return row.ownership
+
     async def inherit(self, ownership: Ownership) -> Inheritance:
         before = await self._wire.persist("restores_begun", lambda: self._fence(ownership).restores)
         begun = await self._wire.persist("begin_restore", lambda: self._begin(ownership, before), gated=True)
@@ -181,6 +203,7 @@ class MemoryTakeovers:
             row = self._cluster.owned_by(self._node, ownership)
             if row is not None:
                 row.restores = 0
+                self._cluster.journal.pop((ownership.session, "export", ""), None)
                 self._cluster.stored(self._node, "end_restore", ownership)
 
         await self._wire.persist("end_restore", work, gated=True)

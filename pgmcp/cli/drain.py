@@ -1,0 +1,37 @@
+"""``pgmcp drain``: tell a node to leave."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from pgmcp.cli.options import load, settings_options
+from pgmcp.store import orders
+
+WAIT = 60.0
+"""Seconds: more than a node's notice and limit take by default."""
+
+
+@click.command()
+@click.argument("node")
+@click.option("--wait/--no-wait", default=True, help="Return when the node has left, or at once. [default: wait]")
+@click.option(
+    "--timeout", type=click.FloatRange(min=0, min_open=True), default=WAIT, help=f"Seconds to wait. [default {WAIT:g}]"
+)
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
+@settings_options(only=("database_url", "schema_name"))
+def drain(node: str, wait: bool, timeout: float, as_json: bool, given: dict[str, Any]) -> None:
+    """Have NODE (a name or an id of `pgmcp nodes`) hand its sessions over and leave, as after SIGTERM.
+
+    Its process ends with code 0. Whatever restarts processes that end may start it again.
+    """
+    settings = load(given)
+    ordered = orders.drain(settings.database_url, settings.schema_name, node, wait=timeout if wait else 0)
+    if as_json:
+        facts = {"node_id": ordered.node_id, "node_name": ordered.node_name, "state": str(ordered.state)}
+        click.echo(json.dumps(facts))
+    else:
+        how = "has left" if ordered.state == "left" else "drains"
+        click.echo(f"Node {ordered.node_name} ({ordered.node_id}) {how}.")

@@ -1,0 +1,91 @@
+"""Orders to nodes, written into their rows; a node looks at its own every ``poll`` seconds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import asyncpg
+
+from pgmcp.clock import Clock
+from pgmcp.errors import NodeUnknown, PgmcpError, SettingsError
+from pgmcp.store.direct import checked, connect, finish
+from pgmcp.store.statements import statement
+from pgmcp.types import NodeState
+
+LIMIT = 10.0
+"""Seconds that giving an order may take."""
+
+LOOK = 0.2
+OVER = frozenset({NodeState.LEFT, NodeState.DEAD})
+
+
+@dataclass(frozen=True, slots=True)
+class Ordered:
+    """A node that was told to leave, and how far it is."""
+
+    node_id: str
+    node_name: str
+    state: NodeState
+
+
+def drain(database_url: str, schema: str, node: str, *, wait: float) -> Ordered:
+    """Tell a node to leave; call it outside any event loop. A repeat waits for the same end.
+
+    Args:
+        node: its name or id.
+        wait: seconds to wait until it has left; 0 to return at once.
+
+    Returns:
+        The node and its state: ``left``, or ``draining`` when that was not waited for.
+
+    Raises:
+        NodeUnknown: nobody is called so; or it is only joining, it died, or it has not left in time.
+        SettingsError: several living nodes have the name; the message lists their ids.
+        DatabaseUnavailable: no answer.
+    """
+    checked(schema)
+
+    async def order() -> Ordered:
+        clock, connection = Clock(), await connect(database_url)
+        try:
+            found = await _find(connection, schema, node)
+            await connection.fetch(statement("drain_node", schema), found["node_id"], timeout=LIMIT)
+            end = clock.boottime() + wait
+            while True:
+                state = await connection.fetchval(statement("own_state", schema), found["node_id"], timeout=LIMIT)
+                ordered = Ordered(str(found["node_id"]), found["name"], NodeState(state or NodeState.LEFT))
+                if ordered.state in OVER or wait == 0 or clock.boottime() >= end:
+                    return ordered
+                await clock.sleep(LOOK)
+        finally:
+            connection.terminate()
+
+    ordered = finish(order, database_url, LIMIT + wait)
+    problem = _problem(ordered, wait)
+    if problem:
+        raise PgmcpError(problem)
+    return ordered
+
+
+async def _find(connection: asyncpg.Connection, schema: str, node: str) -> asyncpg.Record:
+    rows = await connection.fetch(statement("nodes_called", schema), node, timeout=LIMIT)
+    if not rows:
+        message = f"No living node is called {node}. `pgmcp nodes` lists them."
+        raise NodeUnknown(message)
+    if len(rows) > 1:
+        ids = "\n".join(f"  {row['node_id']}  {row['state']}  {row['address']}" for row in rows)
+        message = f"{len(rows)} living nodes are called {node}. Give the id of one of them:\n{ids}"
+        raise SettingsError(message)
+    return rows[0]
+
+
+def _problem(ordered: Ordered, wait: float) -> str:
+    who = f"Node {ordered.node_name} ({ordered.node_id})"
+    match ordered.state:
+        case NodeState.DEAD:
+            return f"{who} is dead and cannot drain: the others take its sessions over."
+        case NodeState.JOINING | NodeState.READY:
+            return f"{who} is joining. Run the command again when it is ready."
+        case NodeState.DRAINING if wait:
+            return f"{who} still drains after {wait:g} s; it goes on. Run the command again to wait longer."
+    return ""

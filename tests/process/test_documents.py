@@ -1,0 +1,155 @@
+"""What README and quickstart tell to type works, and the code in the other documents runs.
+
+What is replaced, and nothing else: ports 8000 to 8003 by free ones, the database's address by one of the test's own,
+the public address by loopback, and ``pip install`` (of this checkout) by what the fixture ``commands`` has done.
+One node of ``make up`` is enough. ``make test`` is aside: it is what runs this. So is ``make demo``, whose command
+tests/cli/test_demo.py runs.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+import socket
+from pathlib import Path
+
+import asyncpg
+import pytest
+
+from pgmcp.session.adapters.target import load
+from tests.harness.clients import RawSession, connect
+from tests.harness.cluster import cluster, tables_of
+from tests.harness.documents import Reader, blocks, file_of
+from tests.harness.processes import REPOSITORY
+
+README, DOCS = REPOSITORY / "README.md", REPOSITORY / "docs"
+DOCUMENTS = sorted([README, REPOSITORY / "CHANGELOG.md", *DOCS.rglob("*.md")])
+LANGUAGES = {"", "python", "sh", "sql", "yaml", "ini"}
+
+
+def free_range(count: int) -> int:
+    """The first of so many free ports in a row."""
+    for first in range(18000, 60000, 50):
+        sockets = []
+        try:
+            for port in range(first, first + count):
+                sockets.append(socket.socket())
+                sockets[-1].bind(("127.0.0.1", port))
+        except OSError:
+            continue
+        else:
+            return first
+        finally:
+            for one in sockets:
+                one.close()
+    raise AssertionError("no free ports")
+
+
+def replacements(database: str) -> dict[str, str]:
+    port = free_range(4)
+    return {
+        **{f"{8000 + number}": f"{port + number}" for number in range(4)},
+        "postgresql://user:password@db/app": database,
+        "postgresql://user:password@localhost/app": database,
+        "--host 0.0.0.0": "--host 127.0.0.1",
+        "make up": f'make up ARGS="--port {port} --nodes 1"',
+        "pgmcp up notes.py:mcp": f"pgmcp up notes.py:mcp --port {port}",
+        "pip install .": "pgmcp --version",
+        "pip install '.[embedded]'": "pgmcp --version",
+        "make test": "true",
+        "make demo": "true",
+    }
+
+
+@pytest.fixture
+def reader(empty_database: str, commands: Path, tmp_path: Path) -> Reader:
+    return Reader(tmp_path, commands, replacements(empty_database))
+
+
+async def test_the_readme_works(reader: Reader, empty_database: str) -> None:
+    with reader:
+        for block in blocks(README):
+            if block.language == "python":
+                reader.save(block)
+            elif block.language == "sql":
+                connection = await asyncpg.connect(empty_database)
+                await connection.fetch(block.text)
+                await connection.close()
+            elif block.language == "sh":
+                reader.follow(block)
+                if "uvicorn" in block.text:
+                    async with connect(f"http://127.0.0.1:{reader.here('8000')}/mcp") as client:
+                        result = await client.call_tool("add", {"a": 1, "b": 2})
+                        assert result.structured_content == {"result": 3}
+
+
+async def test_the_quickstart_works(reader: Reader) -> None:
+    with reader:
+        for block in blocks(DOCS / "quickstart.md"):
+            if block.language == "python":
+                reader.save(block)
+            elif block.language == "sh":
+                if "export" in block.text:
+                    reader.end(int(reader.here("8000")))
+                reader.follow(block)
+            else:
+                assert block.text == reader.output, "it shows what the client prints"
+        assert {"node-1", "node-2"} <= set(reader.output.split())
+
+
+def test_make_up_and_make_demo_are_the_commands() -> None:
+    makefile = (REPOSITORY / "Makefile").read_text()
+    for name in ("up", "demo"):
+        assert re.search(rf"^{name}: .*\n\t@\$\(BIN\)/pgmcp {name} \$\(ARGS\)$", makefile, re.MULTILINE)
+
+
+# -- the example in docs/guarantees.md -------------------------------------------------------------------------------
+
+
+async def test_the_cart_survives_a_death_and_a_hand_over(database: str, tmp_path: Path) -> None:
+    [block] = [block for block in blocks(DOCS / "guarantees.md") if block.language == "python"]
+    name = file_of(block)
+    assert name is not None
+    (tmp_path / name).write_text(block.text)
+
+    def served() -> object:
+        return load(f"{tmp_path / name}:mcp")
+
+    async with cluster(database, served, 3, drain_notice=0) as nodes, RawSession() as session:
+
+        async def add(item: str, at: int) -> dict[str, object]:
+            result = await session.call_tool(nodes[at].url, "add_to_cart", item=item)
+            return dict(result["structuredContent"])
+
+        await session.open(nodes[0].url)
+        assert await add("milk", 1) == {"cart": ["milk"], "looked": 1}
+        assert await add("tea", 2) == {"cart": ["milk", "tea"], "looked": 2}
+        await nodes[0].node.drain()
+        assert await add("bread", 1) == {"cart": ["milk", "tea", "bread"], "looked": 3}
+        async with tables_of(database) as tables:
+            owner = await tables.value("select owner from pgmcp.sessions")
+            await tables.execute("update pgmcp.nodes set state = 'dead' where node_id = $1", owner)
+            [left] = [n for n, node in enumerate(nodes) if n and node.incarnation.node_id != owner]
+            assert await add("jam", left) == {"cart": ["milk", "tea", "bread", "jam"], "looked": 1}
+
+
+# -- every document --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_blocks_are_what_they_say_and_links_lead_somewhere(path: Path) -> None:
+    for block in blocks(path):
+        assert block.language in LANGUAGES
+        if block.language == "python":
+            compile(block.text, path.name, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+        if block.language == "sh":
+            for line in block.text.replace("\\\n", " ").splitlines():
+                shlex.split(line, comments=True)
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text()):
+        assert (path.parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\(([^):]*)#([^)]+)\)", path.read_text()):
+        text = (path.parent / target).read_text() if target else path.read_text()
+        titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+        headings = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+        assert anchor in headings, f"{target}#{anchor}"
