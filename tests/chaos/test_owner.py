@@ -146,7 +146,7 @@ async def test_the_owner_is_killed(stage: Stage, turn: int) -> None:
 
 
 async def interrupted(stage: Stage, owner: NodeProcess, edge: NodeProcess, *, tool: str) -> Case:
-    """It is answered by the tool, here or there, or ended by the new owner; never by the server that goes."""
+    """The call outlasts the drain: its new owner runs it again or ends it; never the server that goes."""
     async with stage.session(owner, edge) as session:
         await session.call_tool(edge.url, "count")
         call = await stage.call(session, edge, tool, text=text_of(tool), first=3.0)
