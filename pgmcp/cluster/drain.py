@@ -93,7 +93,7 @@ class Drain:
         """
         begun, self._shut = self._clock.boottime(), shut
         await self._give(begun + limit, late=begun + limit / 2)
-        if self._sessions.sessions:
+        if self._sessions.sessions and not self._alone:
             logger.warning("%d sessions still work at the limit and move as they are", self._sessions.sessions)
             await self._tried(self._clock.boottime() + LAST, busy=True)
         await self._close()

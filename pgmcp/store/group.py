@@ -3,6 +3,7 @@
 Invariants:
 - One statement of a group is in flight at a time, apart from those of parked keys; rows of one key are committed in the
   order in which they came.
+- A row of more than ``LARGE`` bytes has a statement of its own, beside which those of other keys go on.
 - A row that was put in is sent, also when its caller has gone: numbers that were given out leave no gap.
 - A statement that failed for want of the database is repeated whole. One that failed for a row's sake is repeated row
   by row, so that only the guilty row fails; one that met another transaction's lock parks the key of the row that did,
@@ -38,6 +39,9 @@ ROWS = 256
 BYTES = 4 * 1024 * 1024
 BOUND = 4096
 LATE = "PostgreSQL did not take the write in time; try again."
+LARGE = 256 * 1024
+"""Bytes from which a row goes alone: PostgreSQL takes some 10 ms for a megabyte, and the group would wait for it."""
+
 PARKED = 2
 """Statements for parked keys that may be in flight: each may hold a connection for as long as it waits for a lock."""
 
@@ -124,6 +128,12 @@ class Group(Generic[Row, Result]):
             if waiting.key in self._parked:
                 self._parked[waiting.key].append(waiting)
                 continue
+            if waiting.size > LARGE:
+                if any(before.key == waiting.key for before in batch):
+                    self._waiting.appendleft(waiting)  # those go first
+                    break
+                self._park(waiting, tries=0)
+                continue
             batch.append(waiting)
             size += waiting.size
         return batch
@@ -144,7 +154,7 @@ class Group(Generic[Row, Result]):
                     LOCK_WAIT.reset(brief)
                 return
             if isinstance(error, CONTENTION):
-                self._park(batch[0])
+                self._park(batch[0], tries=1)
                 return
             batch = self._patient(batch, error)
             await self._clock.sleep(BACKOFF[min(tries, len(BACKOFF) - 1)])
@@ -188,15 +198,15 @@ class Group(Generic[Row, Result]):
             _settle(batch, results)
         return None
 
-    def _park(self, waiting: _Waiting[Row, Result]) -> None:
+    def _park(self, waiting: _Waiting[Row, Result], *, tries: int) -> None:
         self._parked[waiting.key] = deque([waiting])
-        task = asyncio.create_task(self._retry(waiting.key), context=Context())
+        task = asyncio.create_task(self._one_by_one(waiting.key, tries), context=Context())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _retry(self, key: Hashable) -> None:
+    async def _one_by_one(self, key: Hashable, tries: int) -> None:
         """Send the rows of a parked key one by one, until there are none."""
-        rows, tries = self._parked[key], 1
+        rows = self._parked[key]
         try:
             while rows:
                 async with self._retries:

@@ -13,7 +13,7 @@ import pytest
 from pgmcp.clock import Clock
 from pgmcp.errors import DatabaseUnavailable, Fenced, PgmcpError, SessionUnknown
 from pgmcp.store import group as module
-from pgmcp.store.group import BYTES, ROWS, Group
+from pgmcp.store.group import BYTES, LARGE, ROWS, Group
 from tests.harness.clock import FakeClock, settle
 from tests.harness.stores import (
     Watcher,
@@ -97,10 +97,34 @@ async def test_a_statement_has_bounds_in_rows_and_bytes(group: Group[Any, Any], 
     await settle()
     assert [len(batch) for batch in send.batches] == [ROWS, 1]
     send.batches.clear()
-    put_all(group, range(3), size=BYTES // 2)
-    put_all(group, ["huge"], size=2 * BYTES)
+    fit = BYTES // LARGE
+    put_all(group, range(fit + 1), size=LARGE)
     await settle()
-    assert send.batches == [[0, 1], [2], ["huge"]]
+    assert send.batches == [list(range(fit)), [fit]]
+
+
+async def test_a_large_row_holds_up_no_stranger_and_keeps_its_place(clock: FakeClock) -> None:
+    sent: list[list[str]] = []
+    large = asyncio.Event()
+
+    async def send(rows: Sequence[str]) -> list[str]:
+        sent.append(list(rows))
+        if "a2 large" in rows:
+            await large.wait()
+        return list(rows)
+
+    group: Group[str, str] = Group(send, clock, key=lambda row: row[0])
+    tasks = [
+        asyncio.create_task(group.put(row, patience=10, size=LARGE + 1 if "large" in row else 1))
+        for row in ("a1", "b1", "a2 large", "a3", "b2")
+    ]
+    await settle()
+    assert sorted(sent) == [["a1", "b1"], ["a2 large"], ["b2"]]
+    assert ended(tasks) == ["a1", "b1", "waits", "waits", "b2"]
+    large.set()
+    await settle()
+    assert sent[3:] == [["a3"]]
+    assert ended(tasks) == ["a1", "b1", "a2 large", "a3", "b2"]
 
 
 async def test_the_queue_is_bounded(group: Group[Any, Any], send: Sender, monkeypatch: pytest.MonkeyPatch) -> None:
