@@ -7,7 +7,7 @@ event loop of the measured callers is not what is measured; callers, neighbours,
 machine's cores.
 
     flood          one session with 50 connections, each of which calls without a pause
-    slow reader    calls whose answer has 12 MB, none of which is read; renewed when the node has given it up
+    slow reader    calls whose answer has 6 MB (more than sockets take), none of which is read; renewed when the node has given it up
     long call      a call of ten seconds, always one
 
 With ``--nodes 2`` the neighbours come over a second node: their sessions live on the node of the others, their
@@ -53,7 +53,7 @@ def echo(text: str) -> str:
     return text
 
 
-@mcp.tool()
+@mcp.tool(structured_output=False)
 def much(size: int) -> str:
     return "x" * size
 
@@ -115,7 +115,7 @@ async def flood(owner: int, edge: int) -> None:
 async def slow_reader(owner: int, edge: int) -> None:
     client, loop = await connected(owner), asyncio.get_running_loop()
     for number in range(1_000_000):
-        body = json.dumps(tool("much", f"m{number}", size=12_000_000)).encode()
+        body = json.dumps(tool("much", f"m{number}", size=6_000_000)).encode()
         accept = b"accept: application/json, text/event-stream\r\ncontent-type: application/json\r\n"
         head = b"POST /mcp HTTP/1.1\r\nhost: 127.0.0.1\r\n%scontent-length: %d\r\n%s\r\n"
         with socket.socket() as deaf:
