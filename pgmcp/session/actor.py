@@ -21,7 +21,6 @@ import contextlib
 import json
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from mcp_types.version import is_version_at_least
@@ -31,6 +30,7 @@ from pgmcp.errors import DatabaseUnavailable, Fenced, PgmcpError
 from pgmcp.ports import Inbox, Log
 from pgmcp.session.adapter import Adapter, Incoming, Kind, Outgoing
 from pgmcp.session.caller import Caller
+from pgmcp.session.calls import Call, Stream, repeats
 from pgmcp.session.journal import handshake, journal_entries
 from pgmcp.session.questions import Questions, dump
 from pgmcp.session.state import SessionState
@@ -57,23 +57,6 @@ AGAIN = 1.0
 
 ANSWER = 5.0
 """Seconds that a server session may take to answer the node itself."""
-
-
-@dataclass(slots=True)
-class _Stream:
-    id: StreamId
-    next_seq: int
-    unfinished: int = 0
-
-
-@dataclass(slots=True)
-class _Call:
-    key: RequestKey
-    method: str
-    body: bytes
-    stream: _Stream
-    can_ask: bool
-    floor: float | None = None
 
 
 class Actor:
@@ -104,9 +87,9 @@ class Actor:
         self.ownership, self.session_id, self.state = ownership, state.session_id, state
         self._adapter, self._inbox, self._log, self._clock = adapter, inbox, log, clock
         self._heard, self._on_over = heard, on_over
-        self._standalone = _Stream(*standalone)
-        self._streams: dict[StreamId, _Stream] = {}
-        self._calls: dict[str, _Call] = {}
+        self._standalone = Stream(*standalone)
+        self._streams: dict[StreamId, Stream] = {}
+        self._calls: dict[str, Call] = {}
         self._working: set[RequestKey] = set()
         self._questions = Questions(ids)
         self._own: dict[str, asyncio.Future[dict[str, Any]]] = {}
@@ -212,7 +195,7 @@ class Actor:
         self._working.update(message.key for message in claimed if message.rpc_id is not None)
         for message in claimed:
             if message.rpc_id is not None and message.stream is not None:
-                stream = self._streams.setdefault(message.stream, _Stream(message.stream, message.next_seq))
+                stream = self._streams.setdefault(message.stream, Stream(message.stream, message.next_seq))
                 stream.unfinished += 1
 
     async def deliver(self, claimed: Claimed, caller: Caller) -> None:
@@ -252,10 +235,10 @@ class Actor:
             )
         )
 
-    def _register(self, claimed: Claimed, rpc_id: str, stream_id: StreamId | None, *, can_ask: bool) -> _Stream:
+    def _register(self, claimed: Claimed, rpc_id: str, stream_id: StreamId | None, *, can_ask: bool) -> Stream:
         stream = self._standalone if stream_id is None else self._streams[stream_id]  # HTTP+SSE has but one
         floor = self._floors.pop(rpc_id, None)
-        self._calls[rpc_id] = _Call(claimed.key, claimed.method or "", claimed.body, stream, can_ask, floor)
+        self._calls[rpc_id] = Call(claimed.key, claimed.method or "", claimed.body, stream, can_ask, floor)
         return stream
 
     async def reject(self, claimed: Claimed, text: str, data: dict[str, Any] | None = None) -> None:
@@ -299,7 +282,7 @@ class Actor:
         stream = self._standalone
         if outgoing.related is not None:
             call = self._calls.get(outgoing.related)
-            if call is None or not call.can_ask or _repeats(call, outgoing):
+            if call is None or not call.can_ask or repeats(call, outgoing):
                 return  # answered already, or answered by plain JSON: there is nowhere to say it
             stream = call.stream
         message: bytes | None = outgoing.message
@@ -324,7 +307,7 @@ class Actor:
             await self._establish(call, outgoing.message)
         await self._finish(outgoing.rpc_id or "", call, outgoing.message, Outcome.ANSWERED)
 
-    async def _establish(self, call: _Call, result: bytes) -> None:
+    async def _establish(self, call: Call, result: bytes) -> None:
         try:
             if call.method == "initialize":
                 settled = handshake(call.body, result)
@@ -352,7 +335,7 @@ class Actor:
             answer = dump({"jsonrpc": "2.0", "id": json.loads(rpc_id), "error": error})
             await self._finish(rpc_id, call, answer, outcome)
 
-    async def _finish(self, rpc_id: str, call: _Call, message: bytes, outcome: Outcome) -> None:
+    async def _finish(self, rpc_id: str, call: Call, message: bytes, outcome: Outcome) -> None:
         if self._calls.get(rpc_id) is call:
             del self._calls[rpc_id]
         self._remember(self._finished, rpc_id)
@@ -364,7 +347,7 @@ class Actor:
 
     async def _store(
         self,
-        stream: _Stream,
+        stream: Stream,
         message: bytes,
         finishes: RequestKey | None = None,
         outcome: Outcome | None = None,
@@ -400,11 +383,3 @@ class Actor:
             dropped = await self._log.drop_sink(self.ownership, stream)
             if dropped is not None and dropped[1] is not None:
                 self._heard(dropped[1], dropped[0])
-
-
-def _repeats(call: _Call, outgoing: Outgoing) -> bool:
-    """Whether a call that runs again says progress that its client has seen: it must only grow (MCP, "Progress")."""
-    if call.floor is None or outgoing.method != "notifications/progress":
-        return False
-    progress = (json.loads(outgoing.message).get("params") or {}).get("progress")
-    return isinstance(progress, (int, float)) and progress <= call.floor

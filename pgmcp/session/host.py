@@ -27,7 +27,7 @@ from pgmcp.session.actor import Actor
 from pgmcp.session.adapter import Adapter
 from pgmcp.session.caller import Caller, place
 from pgmcp.session.restore import ATTEMPTS, Restore, SessionOver
-from pgmcp.session.state import KIND, SessionState, exported
+from pgmcp.session.state import KIND, SessionState
 from pgmcp.settings import Settings
 from pgmcp.types import Claimed, Inheritance, NewSession, NodeId, Ownership, SessionKey, StreamId
 
@@ -38,9 +38,6 @@ TOUCH_EVERY = 60.0
 
 RESTORES = 8
 """Sessions that are restored at the same time."""
-
-EXPORT = 2.0
-"""Seconds that a server may take to export its memory of a session."""
 
 
 @dataclass(slots=True)
@@ -303,7 +300,7 @@ class Host:
         resident.taking = True  # claims wait, and are the next owner's
         actor, moved = resident.actor, None
         try:
-            await self._export(actor)
+            await actor.state.export(self._adapter.hooks)
             if busy or not actor.busy:
                 actor.mute()
                 moved = await self._takeovers.hand_over(actor.ownership, to)
@@ -322,19 +319,7 @@ class Host:
     async def export(self) -> None:
         """Have the server export what it remembers of each session, for their next owners."""
         for resident in list(self._residents.values()):
-            await self._export(resident.actor)
-
-    async def _export(self, actor: Actor) -> None:
-        export = self._adapter.hooks.export
-        if export is None:
-            return
-        try:
-            async with asyncio.timeout(EXPORT):
-                await self._inbox.write_journal(actor.ownership, exported(await export(actor.state)))
-        except Fenced:
-            return  # it has ended, or has another owner
-        except Exception:
-            logger.exception("session %s leaves its memory behind", actor.ownership.session)
+            await resident.actor.state.export(self._adapter.hooks)
 
     async def close(self) -> None:
         """Mute every actor, then stop them all."""

@@ -9,18 +9,25 @@ Invariant: reads are answered from the owner's memory, which holds what was stor
 
 from __future__ import annotations
 
+import asyncio
 import json
+import logging
 from collections.abc import Awaitable, Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from pgmcp.errors import NoSession, StateRefused
+from pgmcp.errors import Fenced, NoSession, StateRefused
 from pgmcp.types import JournalEntry
+
+logger = logging.getLogger(__name__)
 
 KIND, EXPORT = "state", "export"
 KEYS, KEY_LENGTH, VALUE_BYTES = 64, 200, 64 * 1024
+
+EXPORT_LIMIT = 2.0
+"""Seconds that a server may take to export its memory of a session."""
 
 Write = Callable[[JournalEntry], Awaitable[None]]
 
@@ -72,6 +79,18 @@ class SessionState:
             await self._write(JournalEntry(KIND, key))
             del self._kept[key]
 
+    async def export(self, hooks: Hooks) -> None:
+        """Store what a server remembers of the session, for the next owner; what fails costs only that."""
+        if hooks.export is None:
+            return
+        try:
+            async with asyncio.timeout(EXPORT_LIMIT):
+                await self._write(JournalEntry(EXPORT, "", _encoded(await hooks.export(self))))
+        except Fenced:
+            return  # it has ended, or has another owner
+        except Exception:
+            logger.exception("a session leaves its server's memory behind")
+
 
 current: ContextVar[SessionState] = ContextVar("pgmcp_session_state")
 
@@ -122,15 +141,6 @@ def keep_memory(
 def hooks_of(server: object) -> Hooks:
     """The hooks of a server."""
     return _hooks.get(server, Hooks())
-
-
-def exported(value: Any) -> JournalEntry:
-    """The entry that carries what a server exported.
-
-    Raises:
-        StateRefused: it is no JSON, or larger than 64 KiB.
-    """
-    return JournalEntry(EXPORT, "", _encoded(value))
 
 
 def _encoded(value: Any) -> bytes:

@@ -1,0 +1,38 @@
+"""What an actor works on: the calls that are running, and the streams that carry their answers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from pgmcp.session.adapter import Outgoing
+from pgmcp.types import RequestKey, StreamId
+
+
+@dataclass(slots=True)
+class Stream:
+    """A stream as its owner knows it: the number of its next event, and how many of its requests are unfinished."""
+
+    id: StreamId
+    next_seq: int
+    unfinished: int = 0
+
+
+@dataclass(slots=True)
+class Call:
+    """A running request; ``floor`` is how far its progress was when an earlier owner ran it."""
+
+    key: RequestKey
+    method: str
+    body: bytes
+    stream: Stream
+    can_ask: bool
+    floor: float | None = None
+
+
+def repeats(call: Call, outgoing: Outgoing) -> bool:
+    """Whether a call that runs again says progress that its client has seen: it must only grow (MCP, "Progress")."""
+    if call.floor is None or outgoing.method != "notifications/progress":
+        return False
+    progress = (json.loads(outgoing.message).get("params") or {}).get("progress")
+    return isinstance(progress, (int, float)) and progress <= call.floor
