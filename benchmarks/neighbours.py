@@ -7,8 +7,8 @@ event loop of the measured callers is not what is measured; callers, neighbours,
 machine's cores.
 
     flood          one session with 50 connections, each of which calls without a pause
-    slow reader    calls whose answer has 6 MB (more than sockets take), none of which is read; renewed when the node has
-                   given it up
+    slow reader    calls whose answer has 6 MB (more than sockets take), none of which is read; renewed when the node
+                   has given it up
     long call      a call of ten seconds, always one
 
 With ``--nodes 2`` the neighbours come over a second node: their sessions live on the node of the others, their
