@@ -82,8 +82,8 @@ def _tasks(name: str = "") -> int:
 
 async def _state(nodes: Sequence[RunningNode], tables: Tables) -> dict[str, int]:
     """What the cluster holds right now."""
-    backends = "select count(*) from pg_stat_activity where application_name in ('pgmcp n1', 'pgmcp n2')"
-    lines = "select count(*) from pg_stat_activity where application_name like 'pgmcp n_ line'"
+    ours = "select count(*) from pg_stat_activity where datname = current_database() and application_name "
+    backends, lines = ours + "in ('pgmcp n1', 'pgmcp n2')", ours + "like 'pgmcp n_ line'"
     return {
         "tasks": sum(not task.done() for task in asyncio.all_tasks()),
         "tails": sum(len(node.incarnation.tails) for node in nodes),

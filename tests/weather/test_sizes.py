@@ -168,7 +168,7 @@ async def test_strange_messages_arrive_unchanged_and_cost_no_neighbour_anything(
                 ]
                 refused = [group.create_task(opener.post(base, body)) for body in REFUSED.values()]
             await first
-        assert sizes == [1, len(opened)]
+        assert sorted(sizes) == [1, 1, 1, len(opened) - 2], "the two long ones go alone"
         assert [(exchange.result().status, name) for exchange, name in zip(refused, REFUSED, strict=True)] == [
             (400, name) for name in REFUSED
         ]
