@@ -193,13 +193,24 @@ class Database:
         except (*TROUBLE, asyncpg.PostgresError) as error:
             raise unavailable(self.settings.database_url, error) from error
 
-    async def persist(self, name: str, *args: object, patience: float) -> list[asyncpg.Record]:
+    async def persist(
+        self, name: str, *args: object, patience: float, gate: Callable[[], Awaitable[None]] | None = None
+    ) -> list[asyncpg.Record]:
         """Run a repeatable statement until it gets through or ``patience`` seconds are over.
+
+        Args:
+            gate: awaited before each try; an owner waits here for trust.
 
         Raises:
             DatabaseUnavailable: the patience is over.
         """
-        return await self.retry(lambda: self.fetch(name, *args), patience=patience)
+
+        async def once() -> list[asyncpg.Record]:
+            if gate is not None:
+                await gate()
+            return await self.fetch(name, *args)
+
+        return await self.retry(once, patience=patience)
 
     async def retry(self, call: Callable[[], Awaitable[Result]], *, patience: float) -> Result:
         """Call until there is neither trouble nor contention, or ``patience`` seconds are over.

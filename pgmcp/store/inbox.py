@@ -246,11 +246,8 @@ class TableInbox:
             raise over(ownership)
 
     async def _owner_write(self, name: str, ownership: Ownership, *args: object) -> list[asyncpg.Record]:
-        async def once() -> list[asyncpg.Record]:
-            await self._gate()
-            return await self._database.fetch(name, ownership.session, self._node, ownership.epoch, *args)
-
-        return await self._database.retry(once, patience=self._hold)
+        fence = (ownership.session, self._node, ownership.epoch)
+        return await self._database.persist(name, *fence, *args, patience=self._hold, gate=self._gate)
 
     async def claimed(self) -> dict[Ownership, list[RequestKey]]:
         """See ``Inbox.claimed``."""

@@ -175,14 +175,10 @@ class TableLog:
 
     async def drop_sink(self, ownership: Ownership, stream: StreamId | None) -> tuple[StreamId, NodeId | None] | None:
         """See ``Log.drop_sink``."""
-
-        async def once() -> list[asyncpg.Record]:
-            await self._gate()
-            return await self._database.fetch("drop_sink", ownership.session, self._node, ownership.epoch, stream)
-
         # The sink is read first: a repeat after a lost reply could not name it any more.
         found = await self._database.persist("sink_of", ownership.session, stream, patience=self._hold)
-        rows = await self._database.retry(once, patience=self._hold)
+        fence = (ownership.session, self._node, ownership.epoch)
+        rows = await self._database.persist("drop_sink", *fence, stream, patience=self._hold, gate=self._gate)
         if not rows or not found:
             return None
         return StreamId(rows[0]["stream"]), None if found[0]["sink"] is None else NodeId(found[0]["sink"])

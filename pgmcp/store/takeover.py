@@ -125,11 +125,8 @@ class TableTakeovers:
         await self._owner_write("end_restore", ownership)
 
     async def _owner_write(self, name: str, ownership: Ownership, *args: object) -> list[asyncpg.Record]:
-        async def once() -> list[asyncpg.Record]:
-            await self._gate()
-            return await self._database.fetch(name, ownership.session, self._node, ownership.epoch, *args)
-
-        return await self._database.retry(once, patience=self._hold)
+        fence = (ownership.session, self._node, ownership.epoch)
+        return await self._database.persist(name, *fence, *args, patience=self._hold, gate=self._gate)
 
     async def _persist(self, name: str, *args: object) -> list[asyncpg.Record]:
         return await self._database.persist(name, *args, patience=self._hold)
