@@ -7,7 +7,6 @@ import statistics
 
 STRICT = "CHAOS_STRICT" in os.environ
 ROUNDS = int(os.environ.get("CHAOS_ROUNDS", "3"))
-SLOW_ROUNDS = ROUNDS if "CHAOS_ROUNDS" in os.environ else 1
 """Of what takes long by its nature: a lease that runs out, three crashes one after the other."""
 
 SLACK = 1.0 if STRICT else 2.0

@@ -10,7 +10,7 @@ import pytest
 import pytest_asyncio
 
 from pgmcp.settings import Settings
-from tests.chaos.figures import SLOW_ROUNDS, took
+from tests.chaos.figures import ROUNDS, took
 from tests.chaos.stage import Call, Case, Stage, step, text_of
 from tests.harness.cluster import eventually
 from tests.harness.processes import NodeProcess
@@ -197,7 +197,7 @@ async def hanging(stage: Stage, node: NodeProcess, edge: NodeProcess) -> Case:
         assert len(stage.truth("restore", str(session.session_id))) == 2
 
 
-@pytest.mark.parametrize("turn", range(SLOW_ROUNDS))
+@pytest.mark.parametrize("turn", range(ROUNDS))
 async def test_leases(stage: Stage, far: Far, deaf: Far, turn: int) -> None:
     frozen, *edges = stage.nodes[turn % 4 : 4] + stage.nodes[: turn % 4]
     await short_freeze(stage, frozen, edges[0])

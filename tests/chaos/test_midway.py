@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from tests.chaos.figures import ROUNDS, SLOW_ROUNDS, took
+from tests.chaos.figures import ROUNDS, took
 from tests.chaos.stage import Stage, text_of
 from tests.harness.cluster import eventually
 from tests.harness.processes import NodeProcess
@@ -59,7 +59,7 @@ async def _taken(stage: Stage, session_id: str) -> str | None:
     return await stage.tables.value(query, session_id)
 
 
-@pytest.mark.parametrize("turn", range(SLOW_ROUNDS))
+@pytest.mark.parametrize("turn", range(ROUNDS))
 async def test_a_call_that_kills_its_node_kills_two(stage: Stage, turn: int) -> None:
     owner, edge, *_ = stage.nodes[turn % 4 :] + stage.nodes[: turn % 4]
     async with stage.session(owner, edge) as session, stage.session(edge, owner) as other:
@@ -75,7 +75,7 @@ async def test_a_call_that_kills_its_node_kills_two(stage: Stage, turn: int) -> 
             await client.call_tool(living[0].url, "count", 30)
 
 
-@pytest.mark.parametrize("turn", range(SLOW_ROUNDS))
+@pytest.mark.parametrize("turn", range(ROUNDS))
 async def test_a_session_that_kills_whoever_restores_it_kills_three(stage: Stage, turn: int) -> None:
     """Nodes that die are started again, as a supervisor does."""
     owner, *others = stage.nodes[turn % 4 :] + stage.nodes[: turn % 4]

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from tests.chaos.figures import ROUNDS, SLOW_ROUNDS, took
+from tests.chaos.figures import ROUNDS, took
 from tests.chaos.stage import Case, Stage, play, text_of
 from tests.harness.clients import Message
 from tests.harness.cluster import eventually
@@ -160,7 +160,7 @@ async def interrupted(stage: Stage, owner: NodeProcess, edge: NodeProcess, *, to
         assert (counted["memory"], counted["kept"], counted["restored"]) == (2, 2, True), "what it exported moves too"
 
 
-@pytest.mark.parametrize("turn", range(SLOW_ROUNDS))
+@pytest.mark.parametrize("turn", range(ROUNDS))
 async def test_the_owner_leaves(stage: Stage, turn: int) -> None:
     """In an orderly way (SIGTERM), in the middle of calls."""
     owner, edge, *_ = stage.nodes[turn % 4 :] + stage.nodes[: turn % 4]
