@@ -7,6 +7,7 @@ settings of the served server are honoured without being read one by one.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
 import sys
@@ -20,7 +21,7 @@ from mcp.server.auth.middleware.bearer_auth import RequireAuthMiddleware
 from mcp.server.mcpserver import MCPServer
 from starlette.applications import Starlette
 from starlette.routing import BaseRoute, Route
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pgmcp.errors import TargetError
 from pgmcp.session.adapter import Adapter
@@ -44,33 +45,49 @@ def target_of(served: object, path: str) -> Target:
     """Adapt a server object.
 
     Args:
-        served: an ``MCPServer`` or a low-level ``Server`` of mcp 2.x.
+        served: an ``MCPServer`` or a low-level ``Server`` of mcp 2.x, or a ``FastMCP`` 4.
         path: where the endpoint will be.
 
     Raises:
-        TargetError: it is neither.
+        TargetError: it is none of them.
     """
-    if not isinstance(served, (MCPServer, Server)):
-        kind = f"{type(served).__module__}.{type(served).__qualname__}"
-        message = f"The target is a {kind}; pgmcp serves mcp.server.MCPServer and mcp.server.Server objects (mcp 2.x)."
-        raise TargetError(message)
-    whole = served.streamable_http_app(streamable_http_path=path)
-    server: Server[Any] = served.session_manager.app
+    whole, adapter = _taken_apart(served, path)
     endpoint = next(route for route in whole.routes if isinstance(route, Route) and route.path == path)
     return Target(
-        adapter=SdkAdapter(server, hooks_of(served)),
+        adapter=adapter,
         protect=lambda app: _protected(app, whole, endpoint),
         routes=[route for route in whole.routes if route is not endpoint],
     )
 
 
+def _taken_apart(served: object, path: str) -> tuple[Starlette, SdkAdapter]:
+    """The application that the server's package would serve, and the adapter to the server in it."""
+    if isinstance(served, (MCPServer, Server)):
+        whole = served.streamable_http_app(streamable_http_path=path)
+        return whole, SdkAdapter(served.session_manager.app, hooks_of(served))
+    if (package := sys.modules.get("fastmcp")) is not None and isinstance(served, package.FastMCP):
+        from pgmcp.session.adapters.fastmcp import FastMcpAdapter  # noqa: PLC0415 - FastMCP is an extra
+
+        return served.http_app(path=path), FastMcpAdapter(served, hooks_of(served))
+    kind = f"{type(served).__module__}.{type(served).__qualname__}"
+    message = f"The target is a {kind}; pgmcp serves MCPServer and Server objects (mcp 2.x) and FastMCP ones (4.x)."
+    raise TargetError(message)
+
+
 def _protected(app: ASGIApp, whole: Starlette, endpoint: Route) -> ASGIApp:
-    guard = endpoint.app
-    if isinstance(guard, RequireAuthMiddleware):
-        app = RequireAuthMiddleware(app, guard.required_scopes, guard.resource_metadata_url)
+    if isinstance(endpoint.app, RequireAuthMiddleware):
+        guard = copy.copy(endpoint.app)  # FastMCP has arguments of its own
+        guard.app = app
+        app = guard
     for middleware in reversed(whole.user_middleware):
         app = middleware.cls(app, *middleware.args, **middleware.kwargs)
-    return app
+
+    async def known(scope: Scope, receive: Receive, send: Send) -> None:
+        scope["app"] = whole  # as in the application itself: middleware looks there for its settings
+        await protected(scope, receive, send)
+
+    protected = app
+    return known
 
 
 def load(target: str) -> object:

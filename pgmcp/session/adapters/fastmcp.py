@@ -1,0 +1,99 @@
+"""The adapter for FastMCP 4: an SDK server inside, with surroundings of its own.
+
+FastMCP is an extra of pgmcp: this module is imported only where a FastMCP server is served, so it is there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastmcp import FastMCP
+from fastmcp.server.context import set_transport
+from fastmcp.server.providers.base import Provider
+from fastmcp.utilities.versions import version_sort_key
+from mcp.server import Server
+
+from pgmcp.clock import Clock
+from pgmcp.session.adapter import Conversation
+from pgmcp.session.adapters.sdk import SdkAdapter
+from pgmcp.session.state import Hooks
+
+logger = logging.getLogger(__name__)
+
+FRESH, LIMIT = 5.0, 5.0
+"""Seconds after which the catalogue is read anew, and those that this may take."""
+
+
+class FastMcpAdapter(SdkAdapter):
+    """The ``Adapter`` for a FastMCP server; its lifespan runs once per node, whatever its sessions.
+
+    Args:
+        served: the server.
+        hooks: what it does with its own memory when a session moves.
+    """
+
+    def __init__(self, served: FastMCP[Any], hooks: Hooks) -> None:
+        self.server: Server[Any] = served._mcp_server  # noqa: SLF001 - FastMCP has no public way to it
+        super().__init__(self.server, hooks)
+        self._catalogue = Catalogue(served, Clock())
+        if self.server.get_tool_input_schema is None:
+            self.server.get_tool_input_schema = self._catalogue.schema
+
+    @asynccontextmanager
+    async def _lifespan(self) -> AsyncIterator[None]:
+        async with super()._lifespan():
+            await self._catalogue.read()
+            try:
+                yield
+            finally:
+                self._catalogue.close()
+
+    async def converse(self, session_id: str, conversation: Conversation) -> None:
+        """See ``Adapter.converse``; handlers see ``ctx.transport``, which FastMCP's own HTTP application sets."""
+        set_transport("streamable-http")
+        await super().converse(session_id, conversation)
+
+
+class Catalogue:
+    """The input schemas of a server's tools, for the SDK to check ``Mcp-Param-*`` headers against.
+
+    Without it the SDK lists all tools before each call of a tool. A lookup answers from memory, and has the list read
+    anew when that is older than ``FRESH`` seconds: a tool that came just now is unknown, and not checked, for a moment.
+    """
+
+    def __init__(self, served: FastMCP[Any], clock: Clock) -> None:
+        self._served, self._clock = served, clock
+        self._schemas: dict[str, Mapping[str, Any]] = {}
+        self._due = 0.0
+        self._reading: asyncio.Task[None] | None = None
+
+    def schema(self, name: str) -> Mapping[str, Any] | None:
+        """A tool's schema; None where no such tool is known."""
+        if self._clock.boottime() >= self._due and self._reading is None:
+            self._reading = asyncio.create_task(self.read())
+            self._reading.add_done_callback(self._read)
+        return self._schemas.get(name)
+
+    def _read(self, _: asyncio.Task[None]) -> None:
+        self._reading = None
+
+    async def read(self) -> None:
+        """Read the list; what was known stays when that fails."""
+        try:
+            async with asyncio.timeout(LIMIT):
+                tools = await Provider.list_tools(self._served)  # of all callers: before what each may see
+            self._schemas = {tool.name: tool.parameters for tool in sorted(tools, key=version_sort_key)}
+        except Exception:
+            logger.warning(
+                "the list of tools could not be read; headers are checked against the one before", exc_info=True
+            )
+        self._due = self._clock.boottime() + FRESH
+
+    def close(self) -> None:
+        """Stop reading."""
+        if self._reading is not None:
+            self._reading.cancel()
