@@ -62,7 +62,7 @@ class Incarnation:
         )
         self.lease = Lease(self.line, settings, clock, self._on_fenced)
         self.tails = Tails()
-        self._upkeep = Upkeep(database)
+        self._upkeep = Upkeep(database, ids)
         self.wakeups = Wakeups(self.node_id, TableNotifier(database), clock, self._hear)
         self.inbox = TableInbox(database, self.node_id, clock, ids, self.lease.acting)
         self.log = TableLog(database, self.node_id, clock, self.lease.acting)
