@@ -14,7 +14,11 @@ class TargetError(PgmcpError):
 
 
 class SchemaError(PgmcpError):
-    """The database's schema is not the one that this build understands."""
+    """The database's schema is not one that this build understands."""
+
+
+class SchemaInUse(SchemaError):
+    """Living nodes could not work with what a migration would leave; the steps before it were taken."""
 
 
 class EmbeddedError(PgmcpError):

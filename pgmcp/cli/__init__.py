@@ -5,7 +5,8 @@ Exit codes:
     1  the work failed
     2  the command line or a setting cannot work, or the target is no MCP server
     3  the database cannot be reached
-    4  the database's schema is not the one that this build understands
+    4  the database's schema is not one that this build understands
+    5  a migration waits for living nodes that need what it would take away
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import click
 
 from pgmcp import __version__
-from pgmcp.errors import DatabaseUnavailable, PgmcpError, SchemaError, SettingsError, TargetError
+from pgmcp.errors import DatabaseUnavailable, PgmcpError, SchemaError, SchemaInUse, SettingsError, TargetError
 
 COMMANDS = {
     "up": "pgmcp.cli.up:up",
@@ -33,6 +34,7 @@ EXIT_CODES: tuple[tuple[type[PgmcpError], int], ...] = (
     (SettingsError, 2),
     (TargetError, 2),
     (DatabaseUnavailable, 3),
+    (SchemaInUse, 5),
     (SchemaError, 4),
     (PgmcpError, 1),
 )
@@ -74,5 +76,5 @@ class Commands(click.Group):
 def main() -> None:
     """Run an unchanged MCP server on many nodes, with PostgreSQL as the only coordinator.
 
-    Exit codes: 0 done, 1 failed, 2 wrong usage or setting, 3 database unreachable, 4 schema refused.
+    Exit codes: 0 done, 1 failed, 2 wrong usage or setting, 3 database unreachable, 4 schema refused, 5 schema in use.
     """

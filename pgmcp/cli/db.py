@@ -1,6 +1,7 @@
 """``pgmcp db``: the schema of a database, forward and back.
 
-Exit codes: 0 done, 1 failed, 2 usage, 3 the database cannot be reached, 4 the schema is refused.
+Exit codes: 0 done, 1 failed, 2 usage, 3 the database cannot be reached, 4 the schema is refused, 5 living nodes need
+what a migration would take away (those before it were applied).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, TypeVar
 
 import click
 
-from pgmcp.errors import SchemaError
+from pgmcp.errors import SchemaError, SchemaInUse
 from pgmcp.store import migrations
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -48,12 +49,26 @@ def db() -> None:
 
 @db.command()
 @click.argument("revision", default="head")
+@click.option(
+    "--contract-later",
+    is_flag=True,
+    help="End with 0 when a contract step has to wait for older nodes: for the job before they are replaced.",
+)
 @_connected
-def upgrade(database_url: str, schema: str, revision: str, as_json: bool) -> None:
-    """Bring the schema to REVISION (default: head). Safe while nodes run and while others do the same."""
+def upgrade(database_url: str, schema: str, revision: str, contract_later: bool, as_json: bool) -> None:
+    """Bring the schema to REVISION (default: head). Safe while nodes run and while others do the same.
+
+    Expand steps are always taken. A contract step is refused (exit code 5) while nodes live that need what it removes.
+    """
     before = migrations.current(database_url, schema)
-    migrations.upgrade(database_url, schema, revision)
-    _moved(database_url, schema, before, as_json=as_json)
+    try:
+        migrations.upgrade(database_url, schema, revision)
+    except SchemaInUse as error:
+        _moved(database_url, schema, before, as_json=as_json, waits=str(error) if contract_later else None)
+        if not contract_later:
+            raise
+    else:
+        _moved(database_url, schema, before, as_json=as_json)
 
 
 @db.command(context_settings={"ignore_unknown_options": True})  # -1 is a revision here, not an option
@@ -123,15 +138,18 @@ def sql(schema: str, revision: str, down: bool, as_json: bool) -> None:
         click.echo(script, nl=False)
 
 
-def _moved(database_url: str, schema: str, before: str | None, *, as_json: bool) -> None:
-    """Say where the schema was and where it is now."""
+def _moved(database_url: str, schema: str, before: str | None, *, as_json: bool, waits: str | None = None) -> None:
+    """Say where the schema was and where it is now, and what waits."""
     after = migrations.current(database_url, schema)
     if as_json:
-        _print_json({"schema": schema, "before": before, "revision": after})
-    elif before == after:
+        _print_json({"schema": schema, "before": before, "revision": after} | ({"waits": waits} if waits else {}))
+        return
+    if before == after:
         click.echo(f"Schema {schema} was already at {after or 'base'}.")
     else:
         click.echo(f"Schema {schema}: {before or 'base'} -> {after or 'base'}.")
+    if waits:
+        click.echo(waits)
 
 
 def _print_json(value: object) -> None:

@@ -14,7 +14,7 @@ import signal
 import socket
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import pgmcp
 from pgmcp.cli.local import LocalCluster
 from pgmcp.cli.options import arguments, environment, load
 from pgmcp.embedded import EmbeddedPostgres, free_port
-from pgmcp.errors import SettingsError, TargetError
+from pgmcp.errors import SchemaInUse, SettingsError, TargetError
 from pgmcp.settings import Settings
 from pgmcp.store import migrations
 
@@ -64,7 +64,8 @@ def local_cluster(
     with _entry_socket(settings) as entry_socket:
         ports = _node_ports(settings.port, count)
         with _database(settings, data_dir, count) as url:
-            migrations.upgrade(url, settings.schema_name)
+            with suppress(SchemaInUse):  # others live there: what this build needs of it was done
+                migrations.upgrade(url, settings.schema_name)
             passed = {name: value for name, value in given.items() if name not in ("host", "port")}
             env, options = _node_environment(settings, passed, url), arguments(passed)
             yield LocalCluster(settings, target, ports, entry_socket, env, options, report), url

@@ -25,7 +25,7 @@ from pgmcp.store.database import Database
 from pgmcp.store.inbox import TableInbox
 from pgmcp.store.line import Line, TableNotifier
 from pgmcp.store.log import TableLog
-from pgmcp.store.nodes import join, own_state
+from pgmcp.store.nodes import join, outgrown, own_state
 from pgmcp.store.secrets import KeyRing
 from pgmcp.store.takeover import TableTakeovers
 from pgmcp.store.upkeep import EVERY, Upkeep
@@ -49,6 +49,7 @@ class Incarnation:
         self.node_id = NodeId(ids.uuid())
         self._settings, self._database, self._clock, self._ids = settings, database, clock, ids
         self.over = asyncio.Event()
+        self.outgrown = False
         self.line = Line(
             settings,
             self.node_id,
@@ -61,7 +62,7 @@ class Incarnation:
         )
         self.lease = Lease(self.line, settings, clock, self._on_fenced)
         self.tails = Tails()
-        self._upkeep = Upkeep(database)
+        self._upkeep = Upkeep(database, ids)
         self.wakeups = Wakeups(self.node_id, TableNotifier(database), clock, self._hear)
         self.inbox = TableInbox(database, self.node_id, clock, ids, self.lease.acting)
         self.log = TableLog(database, self.node_id, clock, self.lease.acting)
@@ -114,6 +115,7 @@ class Incarnation:
 
         Raises:
             DatabaseUnavailable: PostgreSQL cannot be reached.
+            SchemaError: the database needs a newer build.
         """
         settings = self._settings
         address = settings.address or f"{settings.host}:{settings.port}"
@@ -133,6 +135,7 @@ class Incarnation:
             asyncio.create_task(self._every(settings.idle_poll, self.host.survey)),
             asyncio.create_task(self._every(EVERY, self._sweep)),
             asyncio.create_task(self._every(TOUCH_EVERY, self.host.note_activity)),
+            asyncio.create_task(self._every(settings.idle_poll, self._look_at_schema)),
         ]
 
     async def drain(self, shut: Callable[[], Awaitable[None]]) -> None:
@@ -195,6 +198,11 @@ class Incarnation:
     async def _look_while_deaf(self) -> None:
         if not self.line.up:
             self._hear(Wake(everything=True))
+
+    async def _look_at_schema(self) -> None:
+        if not self.outgrown and await outgrown(self._database):
+            self.outgrown = True
+            logger.error("the database has come to need a newer build than this one: replace this node")
 
     async def _sweep(self) -> None:
         for session in await self._upkeep.expire():

@@ -18,7 +18,7 @@ from starlette.types import ASGIApp
 
 from pgmcp.clock import Clock, Ids
 from pgmcp.cluster.lease import LeaseState
-from pgmcp.errors import NodeNotReady, PgmcpError, SettingsError
+from pgmcp.errors import NodeNotReady, PgmcpError, SchemaError, SettingsError
 from pgmcp.node.incarnation import Incarnation
 from pgmcp.node.signals import Signals
 from pgmcp.ops.access import AccessLog
@@ -60,6 +60,7 @@ class Node:
         self._target = target_of(served, settings.mcp_path)
         self._incarnation: Incarnation | None = None
         self._revision, self._started, self._draining = "", False, False
+        self._absent = "joining"
         self.failure: PgmcpError | None = None
         self.shut: Callable[[], Awaitable[None]] = _nothing
         """Closes the port on which the node is served, when it has drained; set by whoever runs the HTTP server."""
@@ -121,7 +122,7 @@ class Node:
 
         Raises:
             DatabaseUnavailable: PostgreSQL cannot be reached at the start.
-            SchemaError: the schema is not the one that this build understands.
+            SchemaError: the schema is not one that this build understands.
         """
         self._started = True
         mask_session_ids()  # whoever runs the HTTP server
@@ -177,6 +178,7 @@ class Node:
             try:
                 await self._enter()
             except PgmcpError as error:
+                self._absent = "schema" if isinstance(error, SchemaError) else "joining"
                 logger.warning("joining again failed: %s", error)
                 await self._clock.sleep(REJOIN)
 
@@ -212,7 +214,9 @@ class Node:
         if self._draining:
             return "draining"
         if self._incarnation is None:
-            return "joining"
+            return self._absent
+        if self._incarnation.outgrown:
+            return "schema"
         lease = self._incarnation.lease
         if lease.state is LeaseState.SUSPENDED and lease.suspended_for < self.settings.hold:
             return None

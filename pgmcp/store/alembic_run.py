@@ -22,14 +22,19 @@ from sqlalchemy import Connection, MetaData, NullPool
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
 
+from pgmcp.clock import Clock, Ids
 from pgmcp.errors import SchemaError
 from pgmcp.store.direct import LOCK_NOT_AVAILABLE, connect, place, sqlstate
 from pgmcp.store.pooler import refuse_transaction_pooler
 from pgmcp.store.schema import metadata
 
 LOCK_WAIT = 60.0  # seconds for another run to end
-TABLE_LOCK = 3.0  # seconds for a lock on a table, since everybody else queues behind a waiting ALTER TABLE
-TRIES = 5  # runs in all when a table stays locked
+# Everybody else queues behind a waiting ALTER TABLE: it waits for less time than a renewal may take (1.5 s), but for
+# longer than PostgreSQL waits until it sends an autovacuum away (deadlock_timeout, 1 s). Then others have their turn.
+TABLE_LOCK = 1.2  # seconds for a lock on a table
+PAUSE = 1.0  # seconds between runs, at most
+TRIES = 20  # runs in all when a table stays locked
+STATEMENT = 600.0  # seconds for any statement
 
 # An administrator's limits for forgotten transactions must not end the one that holds the lock.
 _LOCK = """
@@ -67,9 +72,22 @@ def config(schema: str, *, revision: str = "head", down: bool = False, connectio
     made.set_main_option("script_location", str(_folder()).replace("%", "%%"))
     made.set_main_option("path_separator", "os")
     made.attributes.update(
-        schema=schema, metadata=_metadata_in(schema), revision=revision, down=down, connection=connection
+        schema=schema,
+        metadata=_metadata_in(schema),
+        revision=revision,
+        down=down,
+        connection=connection,
+        limits=_limits(),
     )
     return made
+
+
+def _limits() -> tuple[str, ...]:
+    """The limits of a run's connection."""
+    return tuple(
+        f"set {name} = '{int(seconds * 1000)}ms'"
+        for name, seconds in (("lock_timeout", TABLE_LOCK), ("statement_timeout", STATEMENT))
+    )
 
 
 @functools.cache
@@ -84,7 +102,7 @@ async def on_own_connection(database_url: str, work: Callable[[Connection], Any]
     async def opened() -> asyncpg.Connection:
         connection = await connect(database_url)
         # Whatever search path the role has: names resolve alike, and reflection qualifies every table.
-        await connection.execute(f"set lock_timeout = {int(TABLE_LOCK * 1000)}; set search_path = pg_catalog")
+        await connection.execute("; ".join((*_limits(), "set search_path = pg_catalog")))
         return connection
 
     engine = create_async_engine("postgresql+asyncpg://", async_creator=opened, poolclass=NullPool)
@@ -129,9 +147,9 @@ async def _tried(database_url: str, work: Callable[[Connection], Any]) -> None:
         try:
             return await on_own_connection(database_url, work)
         except DBAPIError as error:
-            # Whoever queued behind us had the table meanwhile: no pause is needed.
             if sqlstate(error) != LOCK_NOT_AVAILABLE or not tries_left:
                 raise
+        await Clock().sleep(Ids().jitter(PAUSE))
     return None
 
 

@@ -114,11 +114,11 @@ class Database:
         self._pool = None
 
     async def revision(self) -> str:
-        """The schema's revision, which is the one that this build understands.
+        """The schema's revision, with which this build can work.
 
         Raises:
             DatabaseUnavailable: PostgreSQL does not answer.
-            SchemaError: it is another one; the message says what to run.
+            SchemaError: it cannot; the message says what to run.
         """
         if self._pool is None:
             raise unavailable(self.settings.database_url, ConnectionError("not connected"))

@@ -15,13 +15,14 @@ from typing import TypeVar
 import asyncpg
 from sqlalchemy.exc import DBAPIError
 
-from pgmcp.errors import DatabaseUnavailable, PgmcpError, SchemaError, SettingsError
+from pgmcp.errors import DatabaseUnavailable, PgmcpError, SchemaError, SchemaInUse, SettingsError
 
 T = TypeVar("T")
 
 CONNECT = 5.0  # seconds
 SCHEMA_NAME = re.compile(r"[a-z_][a-z0-9_]{0,40}")
 LOCK_NOT_AVAILABLE = "55P03"
+NODES_IN_THE_WAY = "MCP01"  # raised by migrations/env.py
 
 _AWAY = ("08", "57P", "53")  # connection lost, shutting down, out of resources
 _REFUSED = ("28", "3D")  # password or role, no such database
@@ -82,6 +83,7 @@ def finish(work: Callable[[], Awaitable[T]], database_url: str, limit: float) ->
     Raises:
         DatabaseUnavailable: the limit passed, or the connection was lost.
         SchemaError: PostgreSQL refused a statement.
+        SchemaInUse: living nodes need what a migration would take away.
     """
 
     async def bounded() -> T:
@@ -111,5 +113,8 @@ def explained(error: Exception, database_url: str) -> PgmcpError:
     reason = str(cause.__cause__ or cause).partition("\n")[0] or type(cause).__name__
     if state.startswith((*_AWAY, *_REFUSED)) or not state:
         return DatabaseUnavailable(f"{place(database_url)} was lost: {reason}. Run the command again when it is back.")
+    if state == NODES_IN_THE_WAY:
+        hint = "Replace or stop them (SIGTERM, or `pgmcp drain NODE`), then run the command again."
+        return SchemaInUse(f"{reason} The steps before it are done. {hint}")
     hint = _HINTS.get(state, "Run `pgmcp db check` to see how the schema differs from this build's.")
     return SchemaError(f"{place(database_url)} refused: {reason}. {hint}")

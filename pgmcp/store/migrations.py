@@ -6,6 +6,8 @@ Invariants:
   a fetched row would keep a portal and its snapshot, and CREATE INDEX CONCURRENTLY would wait for it for ever.
 - Each migration is one transaction: a run that is cut off leaves the revision before or after, nothing between.
 - Nothing outside the schema is read or written.
+- A step that takes away what a living node needs is not taken; a node that does not fit does not join. Both are put in
+  order by a lock on the row of ``schema_range``, which says what a build has to know.
 
 Failure handling: every call has a deadline (``LIMIT``, ``LOOK``) and raises ``DatabaseUnavailable`` past it; how long
 a run waits for another one and for locked tables stands in ``alembic_run``.
@@ -27,7 +29,7 @@ from sqlalchemy import Connection
 from pgmcp.errors import SchemaError
 from pgmcp.store import alembic_run, views
 from pgmcp.store.direct import T, checked, connect, finish
-from pgmcp.store.schema import VERSION_TABLE
+from pgmcp.store.schema import OLDEST, VERSION_TABLE
 
 LIMIT = 600.0  # seconds for a whole run, its waits included
 LOOK = 10.0  # seconds for a call that only reads
@@ -42,17 +44,28 @@ class Revision:
     message: str
 
 
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """A database's revision, and the one that a build has to know; None: of no migration that writes it."""
+
+    revision: str
+    needs: str | None
+
+
 def head() -> str:
-    """The revision that this build understands."""
+    """The newest revision that this build knows."""
     return str(alembic_run.scripts().get_current_head())
 
 
 def upgrade(database_url: str, schema: str, revision: str = "head") -> None:
-    """Create or bring forward the schema; safe while many nodes do so at once.
+    """Create or bring forward the schema; safe while nodes run, and while many do so at once.
+
+    A newer build may have gone further: to ``head`` there is nothing left to do then, as long as this build still fits.
 
     Raises:
         DatabaseUnavailable: no connection, or not done within ``LIMIT`` seconds.
-        SchemaError: refused, locked by somebody else, or the database is ahead of this build.
+        SchemaInUse: a contract step waits for living nodes; the steps before it are done.
+        SchemaError: refused, locked by somebody else, or the database needs a newer build.
     """
     _change(database_url, schema, revision, down=False)
 
@@ -64,6 +77,7 @@ def downgrade(database_url: str, schema: str, revision: str) -> None:
 
     Raises:
         DatabaseUnavailable: no connection, or not done within ``LIMIT`` seconds.
+        SchemaInUse: living nodes need what a step would take away; the steps before it are done.
         SchemaError: refused, locked by somebody else, or the revision is unknown.
     """
     _change(database_url, schema, revision, down=True)
@@ -75,9 +89,8 @@ def current(database_url: str, schema: str) -> str | None:
     Raises:
         DatabaseUnavailable: no answer within ``LOOK`` seconds.
     """
-    checked(schema)
-
-    return _looked(database_url, lambda connection: _revision(connection, schema))
+    found = _found(database_url, schema)
+    return found.revision if found else None
 
 
 def history(database_url: str, schema: str) -> list[Revision]:
@@ -101,7 +114,12 @@ def check(database_url: str, schema: str) -> list[str]:
         DatabaseUnavailable: no connection, or no answer within ``LIMIT`` seconds.
         SchemaError: the database is at another revision.
     """
-    _judge(current(database_url, schema), schema)
+    found = _found(database_url, schema)
+    _fit(found, schema)
+    if found is not None and found.revision != head():
+        _refuse_unknown(found, schema)
+        message = f"Schema {schema} is at revision {found.revision}, not at {head()}. Run `pgmcp db upgrade`."
+        raise SchemaError(message)
     lacking = _looked(database_url, lambda connection: views.missing(connection, schema))
     differences = [f"view {each} is missing" for each in lacking]
 
@@ -130,15 +148,20 @@ def sql(schema: str, revision: str = "head", *, down: bool = False) -> str:
 
 
 async def understood(connection: asyncpg.Connection | PoolConnectionProxy, schema: str) -> str:
-    """The database's revision, when it is the one of this build; a node asks before it joins.
+    """The database's revision, when this build can work with it; a node asks before it joins.
 
     Raises:
-        SchemaError: the schema is missing, behind or ahead; the message says what to run.
+        SchemaError: the schema is missing, behind, or needs a newer build; the message says what to run.
         TimeoutError: no answer within ``LOOK`` seconds.
     """
     async with asyncio.timeout(LOOK):
-        found = await _revision(connection, checked(schema))
-    return _judge(found, schema)
+        found = await _shape(connection, checked(schema))
+    return _fit(found, schema)
+
+
+def _found(database_url: str, schema: str) -> _Shape | None:
+    checked(schema)
+    return _looked(database_url, lambda connection: _shape(connection, schema))
 
 
 def _looked(database_url: str, question: Callable[[asyncpg.Connection], Awaitable[T]]) -> T:
@@ -154,42 +177,63 @@ def _looked(database_url: str, question: Callable[[asyncpg.Connection], Awaitabl
     return finish(look, database_url, LOOK)
 
 
-def _judge(found: str | None, schema: str) -> str:
-    wanted = head()
-    if found == wanted:
-        return wanted
+def _fit(found: _Shape | None, schema: str) -> str:
     if found is None:
         message = f"There are no tables of pgmcp in schema {schema}. Run `pgmcp db upgrade`."
         raise SchemaError(message)
-    _refuse_unknown(found, schema)
-    message = f"Schema {schema} is at revision {found}, this build needs {wanted}. Run `pgmcp db upgrade`."
-    raise SchemaError(message)
+    if found.needs is None:
+        _refuse_unknown(found, schema)
+    if found.needs is None or found.revision < OLDEST:
+        message = f"Schema {schema} is at revision {found.revision}, this build needs {OLDEST}. Run `pgmcp db upgrade`."
+        raise SchemaError(message)
+    if found.needs > head():
+        message = (
+            f"Schema {schema} is at revision {found.revision} and needs a build that knows {found.needs}; this one's "
+            f"newest is {head()}. Upgrade pgmcp, or point --schema or --database-url elsewhere."
+        )
+        raise SchemaError(message)
+    return found.revision
 
 
-def _refuse_unknown(found: str, schema: str) -> None:
-    if any(each.revision == found for each in alembic_run.scripts().walk_revisions()):
+def _known(found: _Shape) -> bool:
+    return any(each.revision == found.revision for each in alembic_run.scripts().walk_revisions())
+
+
+def _refuse_unknown(found: _Shape, schema: str) -> None:
+    if _known(found):
         return
     message = (
-        f"Schema {schema} is at revision {found}, which this build (newest: {head()}) does not know. "
+        f"Schema {schema} is at revision {found.revision}, which this build (newest: {head()}) does not know. "
         f"Upgrade pgmcp, or point --schema or --database-url elsewhere."
     )
     raise SchemaError(message)
 
 
-async def _revision(connection: asyncpg.Connection | PoolConnectionProxy, schema: str) -> str | None:
-    table = f'"{schema}".{VERSION_TABLE}'
+async def _shape(connection: asyncpg.Connection | PoolConnectionProxy, schema: str) -> _Shape | None:
+    revision = await _only(connection, schema, VERSION_TABLE, "version_num")
+    return _Shape(revision, await _only(connection, schema, "schema_range", "needs")) if revision else None
+
+
+async def _only(
+    connection: asyncpg.Connection | PoolConnectionProxy, schema: str, name: str, column: str
+) -> str | None:
+    """The value in a table of one row; None when there is no table, or no row in it."""
+    table = f'"{schema}".{name}'
     if not await connection.fetchval("select to_regclass($1) is not null", table, timeout=LOOK):
         return None
-    found: str | None = await connection.fetchval(f"select version_num from {table}", timeout=LOOK)  # noqa: S608
+    found: str | None = await connection.fetchval(f"select {column} from {table}", timeout=LOOK)  # noqa: S608
     return found
 
 
 def _change(database_url: str, schema: str, revision: str, *, down: bool) -> None:
-    found = current(database_url, schema)
+    found = _found(database_url, schema)
+    if found is not None and not down and revision == "head":
+        if found.revision == head():
+            return  # what every node but the first finds: no lock, no second connection
+        if not _known(found) and _fit(found, schema):
+            return  # a newer build was here before, and this one can go on
     if found is not None:
         _refuse_unknown(found, schema)
-    if not down and revision == "head" and found == head():
-        return  # what every node but the first finds: no lock, no second connection
 
     def run(connection: Connection) -> None:
         config = alembic_run.config(schema, revision=revision, down=down, connection=connection)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from pgmcp.errors import SchemaError
 from pgmcp.store.database import Database
+from pgmcp.store.migrations import head
+from pgmcp.store.schema import OLDEST
 from pgmcp.types import NodeId, NodeRecord, NodeState
 
 
 async def join(database: Database, record: NodeRecord) -> None:
-    """Write the row of a node that joins; a repeat finds its own row.
+    """Write the row of a node that joins, with the range of schemas that its build fits; a repeat finds its own row.
 
     Raises:
         DatabaseUnavailable: PostgreSQL does not answer.
+        SchemaError: a contract step has taken away what this build needs.
     """
-    await database.persist(
+    # Asked first: the statement that writes the row may be what does not fit any more.
+    if await outgrown(database) or not await database.persist(
         "join",
         record.node_id,
         record.name,
@@ -21,8 +26,22 @@ async def join(database: Database, record: NodeRecord) -> None:
         record.version,
         record.schema_revision,
         record.capacity,
+        OLDEST,
+        head(),
         patience=database.settings.statement_timeout,
-    )
+    ):
+        message = f"The database needs a build that is newer than {head()}, this one's newest revision. Upgrade pgmcp."
+        raise SchemaError(message)
+
+
+async def outgrown(database: Database) -> bool:
+    """Whether a contract step has taken away what this build needs, since it joined.
+
+    Raises:
+        DatabaseUnavailable: PostgreSQL does not answer.
+    """
+    rows = await database.ask("outgrown", head())
+    return bool(rows[0]["outgrown"])
 
 
 async def own_state(database: Database, node: NodeId) -> NodeState | None:

@@ -8,6 +8,8 @@ Invariants:
   has the smaller position, which is the order in which an owner takes messages.
 - An event with a topic may give way while it waits: to a newer one of the same topic, or when too many wait.
 - At most one request of a session with a given JSON-RPC id is open (``requests_open_rpc_id``).
+- Revisions are four digits that ascend. A build fits a database whose revision is not older than its ``OLDEST``, while
+  it knows the revision in ``schema_range.needs``, which only contract steps raise.
 """
 
 from __future__ import annotations
@@ -42,6 +44,9 @@ NOW = text("clock_timestamp()")
 TIME = DateTime(timezone=True)
 
 VERSION_TABLE = "alembic_version"
+OLDEST = "0003"
+"""The oldest revision with everything that this build's statements use."""
+
 VIEWS = ("live_nodes", "live_sessions", "live_requests", "live_streams", "takeover_history")
 
 
@@ -73,6 +78,8 @@ nodes = Table(
     Column("schema_revision", Text, nullable=False),
     Column("capacity", Integer, nullable=False),
     Column("cause", Text),
+    Column("schema_oldest", Text),
+    Column("schema_newest", Text),
     CheckConstraint("state in ('joining', 'ready', 'draining', 'left', 'dead')", name="state"),
     postgresql_with={"fillfactor": "50"},
 )
@@ -197,4 +204,12 @@ secrets = Table(
     Column("purpose", Text, nullable=False, index=True),
     Column("key", LargeBinary, nullable=False),
     Column("created_at", TIME, nullable=False, server_default=NOW),
+)
+
+schema_range = Table(
+    "schema_range",
+    metadata,
+    Column("one", Boolean, primary_key=True, server_default=text("true")),
+    Column("needs", Text, nullable=False),
+    CheckConstraint("one", name="one"),
 )

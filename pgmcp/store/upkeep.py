@@ -1,29 +1,94 @@
-"""Expiry and retention: what is over goes, in small batches, on whichever node gets to it.
+"""Expiry and retention: what is over goes, in small batches, on whichever node gets to it. There is no leader.
 
-Failure handling: rows that somebody works with are skipped and come up again; a sweep that fails is tried again at the
-next turn.
+Invariants:
+- Nobody waits for a sweep: rows that somebody works with, another node's sweep too, are skipped and come up again.
+- A batch is bounded in rows, and by the deadline of any statement; a duty is bounded by ``TURN``.
+- What an attached reader has not got yet stays.
+
+Failure handling: each duty stands for itself. One whose batch fails (because it takes longer than its deadline, most of
+all) goes on with half of it at the next sweep; after ``FAILURES`` in a row it pauses, twice as long each time up to
+``LONGEST``, and says so once. The first batch that succeeds ends the pauses; the batches grow back slowly.
 """
 
 from __future__ import annotations
 
+import logging
+
+import asyncpg
+
+from pgmcp.clock import Ids
+from pgmcp.errors import DatabaseUnavailable
 from pgmcp.store.database import Database
 from pgmcp.types import SessionKey
 
+logger = logging.getLogger(__name__)
+
 EVERY = 30.0
-"""Seconds between the sweeps of one node."""
+"""Seconds between the sweeps of one node, at most."""
 
 SSE_GONE = 60.0
 """Seconds for which an HTTP+SSE session waits for its client to come back."""
 
-ROUNDS = 20
-"""Batches of one kind that a sweep takes at most."""
+BATCH = 500
+"""Rows that a statement takes at most."""
+
+SESSIONS = 100
+"""Sessions that a statement ends at most: much goes with each of them."""
+
+TURN = 15.0
+"""Seconds after which a duty leaves the rest to the next sweep."""
+
+BREATH = 0.05
+"""Seconds between two batches, at most."""
+
+FAILURES = 3
+"""Failures in a row after which a duty pauses."""
+
+PAUSE, LONGEST = 60.0, 1800.0
+"""Seconds of the first pause, and of the longest."""
+
+GROWTH = 20
+"""Batches in a row that have to succeed before they become larger."""
+
+
+class Breaker:
+    """How large the batches of one duty may be, and whether it has to pause."""
+
+    def __init__(self, most: int) -> None:
+        self.size, self._most = most, most
+        self._failures = self._good = 0
+        self._until = 0.0
+
+    def closed(self, now: float) -> bool:
+        """Whether the duty may be tried."""
+        return now >= self._until
+
+    def failed(self, now: float) -> float | None:
+        """A batch failed; the seconds of the first pause, when that begins now."""
+        self._failures, self._good = self._failures + 1, 0
+        self.size = max(1, self.size // 2)
+        pauses = self._failures - FAILURES
+        if pauses < 0:
+            return None
+        pause = min(LONGEST, PAUSE * 2**pauses)
+        self._until = now + pause
+        return None if pauses else pause
+
+    def succeeded(self) -> bool:
+        """A batch went through; whether that ends the pauses."""
+        paused = self._failures >= FAILURES
+        self._failures, self._good = 0, self._good + 1
+        if self._good >= GROWTH:
+            self.size, self._good = min(self._most, 2 * self.size), 0
+        return paused
 
 
 class Upkeep:
     """The sweeps of one node."""
 
-    def __init__(self, database: Database) -> None:
-        self._database, self._settings = database, database.settings
+    def __init__(self, database: Database, ids: Ids) -> None:
+        self._database, self._settings, self._clock, self._ids = database, database.settings, database.clock, ids
+        self.breakers: dict[str, Breaker] = {}
 
     async def expire(self) -> list[SessionKey]:
         """End sessions that are idle or too old.
@@ -32,14 +97,34 @@ class Upkeep:
             those that were ended, for their exchanges to be told.
         """
         settings = self._settings
-        rows = await self._database.ask("expire_sessions", settings.idle_timeout, settings.max_age, SSE_GONE)
-        return [SessionKey(row["id"]) for row in rows]
+        times = (settings.idle_timeout, settings.max_age, SSE_GONE)
+        return [SessionKey(row["id"]) for row in await self._clear("expire_sessions", *times, most=SESSIONS)]
 
     async def prune(self) -> None:
         """Remove finished streams, messages and delivered events that are older than the retention, and old nodes."""
-        for name in ("prune_streams", "prune_messages", "prune_standalone"):
-            for _ in range(ROUNDS):
-                if not await self._database.ask(name, self._settings.retention):
-                    break
-        for name in ("drop_dead_sinks", "prune_nodes", "prune_takeovers"):
-            await self._database.ask(name)
+        await self._clear("drop_dead_sinks")
+        for name in ("prune_streams", "prune_long_streams", "prune_messages", "prune_standalone"):
+            await self._clear(name, self._settings.retention)
+        for name in ("prune_nodes", "prune_takeovers"):
+            await self._clear(name)
+
+    async def _clear(self, name: str, *args: float, most: int = BATCH) -> list[asyncpg.Record]:
+        """Repeat a duty's statement until nothing is left, its turn is over or it fails; the rows that it returned."""
+        breaker = self.breakers.setdefault(name, Breaker(most))
+        cleared: list[asyncpg.Record] = []
+        start = self._clock.boottime()
+        while breaker.closed(now := self._clock.boottime()):
+            size = breaker.size
+            try:
+                rows = await self._database.ask(name, *args, size)
+            except DatabaseUnavailable as error:
+                if pause := breaker.failed(now):
+                    logger.warning("%s failed %d times and pauses for %g s or more: %s", name, FAILURES, pause, error)
+                break
+            if breaker.succeeded():
+                logger.info("%s works again", name)
+            cleared += rows
+            if len(rows) < size or self._clock.boottime() >= start + TURN:
+                break
+            await self._clock.sleep(self._ids.jitter(BREATH))
+        return cleared

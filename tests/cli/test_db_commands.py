@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+from pathlib import Path
 
 import asyncpg
 import pytest
 from click.testing import CliRunner, Result
 
+from pgmcp.cli import main
 from pgmcp.cli.db import db
 from pgmcp.errors import DatabaseUnavailable, SchemaError
+from pgmcp.store.migrations import head
+from tests.harness.builds import newer, newer_migrations
+
+HEAD = head()
 
 
 def run(*arguments: str, dsn: str = "") -> Result:
@@ -20,15 +26,16 @@ def run(*arguments: str, dsn: str = "") -> Result:
 def test_the_way_up_and_back_as_people_see_it(empty_database: str) -> None:
     steps = [
         (("current",), "none: schema tests has no tables of pgmcp. Run `pgmcp db upgrade`."),
-        (("upgrade",), "Schema tests: base -> 0002."),
-        (("upgrade", "head"), "Schema tests was already at 0002."),
-        (("current",), "0002 (head)"),
-        (("history",), "0002  applied  Expand: "),
-        (("check",), "Schema tests is at revision 0002 and as this build expects."),
+        (("upgrade",), f"Schema tests: base -> {HEAD}."),
+        (("upgrade", "head"), f"Schema tests was already at {HEAD}."),
+        (("current",), f"{HEAD} (head)"),
+        (("history",), f"{HEAD}  applied  Expand: "),
+        (("check",), f"Schema tests is at revision {HEAD} and as this build expects."),
+        (("downgrade", "0002"), f"Schema tests: {HEAD} -> 0002."),
         (("downgrade", "-1"), "Schema tests: 0002 -> 0001."),
         (("downgrade", "base"), "Schema tests: 0001 -> base."),
         (("downgrade",), "Schema tests was already at base."),
-        (("history",), "0002  missing  Expand: "),
+        (("history",), f"{HEAD}  missing  Expand: "),
     ]
     for arguments, wanted in steps:
         result = run(*arguments, dsn=empty_database)
@@ -42,16 +49,16 @@ def test_every_command_prints_json(empty_database: str) -> None:
         assert result.exit_code == 0
         return json.loads(result.stdout)
 
-    assert printed("current") == {"schema": "tests", "revision": None, "head": "0002"}
-    assert printed("upgrade") == {"schema": "tests", "before": None, "revision": "0002"}
-    assert printed("check") == {"schema": "tests", "head": "0002", "differences": []}
+    assert printed("current") == {"schema": "tests", "revision": None, "head": HEAD}
+    assert printed("upgrade") == {"schema": "tests", "before": None, "revision": HEAD}
+    assert printed("check") == {"schema": "tests", "head": HEAD, "differences": []}
     history = printed("history")
     assert isinstance(history, list)
-    assert (history[0]["revision"], history[0]["applied"]) == ("0002", True)
+    assert (history[0]["revision"], history[0]["applied"]) == (HEAD, True)
     script = printed("sql")
     assert isinstance(script, dict)
     assert 'create schema "tests"' in script["sql"]
-    assert printed("downgrade", "base") == {"schema": "tests", "before": "0002", "revision": None}
+    assert printed("downgrade", "base") == {"schema": "tests", "before": HEAD, "revision": None}
 
 
 def test_refusals_are_errors_of_pgmcp_and_usage_is_2(empty_database: str) -> None:
@@ -75,3 +82,31 @@ def test_check_shows_what_was_changed(empty_database: str) -> None:
     assert json.loads(result.stdout)["differences"] == ["view live_streams is missing"]
     with pytest.raises(SchemaError, match="live_streams is missing"):
         raise result.exception or AssertionError
+
+
+def test_a_contract_step_that_waits_has_an_exit_code_of_its_own_or_is_left_for_later(
+    database: str, tmp_path: Path
+) -> None:
+    async def start_node() -> None:
+        connection = await asyncpg.connect(database, timeout=10)
+        await connection.execute(
+            "insert into pgmcp.nodes (node_id, name, address, state, expires_at, version, schema_revision, capacity) "
+            "values (gen_random_uuid(), 'n1', '', 'ready', now() + interval '1 minute', '1', '0002', 1)"
+        )
+        await connection.close()
+
+    def upgrade(*options: str) -> Result:
+        return CliRunner().invoke(main, ["db", "upgrade", *options], env={"PGMCP_DATABASE_URL": database})
+
+    asyncio.run(start_node())
+    with newer(newer_migrations(tmp_path / "migrations")):
+        refused = upgrade()
+        assert refused.exit_code == 5
+        assert refused.stdout == f"Schema pgmcp: {HEAD} -> 0900.\n"
+        assert "The step to 0901 waits for living nodes that could not go on after it: n1 (" in refused.stderr
+        assert "`pgmcp drain NODE`" in refused.stderr
+        later = upgrade("--contract-later")
+        assert later.exit_code == 0
+        assert later.stdout.startswith("Schema pgmcp was already at 0900.\nThe step to 0901 waits ")
+        printed = json.loads(upgrade("--contract-later", "--json").stdout)
+        assert (printed["revision"], printed["waits"][:16]) == ("0900", "The step to 0901")

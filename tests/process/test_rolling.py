@@ -6,196 +6,22 @@ drain's limit is twice that and a margin for a machine that others use (25 s for
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import itertools
 import json
 import os
-import signal
-import time
-from collections import Counter
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from mcp import types
-from mcp.client.session import ClientRequestContext
 
-from tests.harness.clients import RawSession, connect
-from tests.harness.cluster import eventually
-from tests.harness.conformance import node_binary
+from tests.harness.load import TARGET, Load, Rotation, check, figures_of
 from tests.harness.nginx import Nginx
-from tests.harness.processes import REPOSITORY, ManagedProcess, NodeProcess, nodes
+from tests.harness.processes import REPOSITORY, nodes
 
 ROUNDS = int(os.environ.get("ROLLING_ROUNDS", "1"))
 LONG = float(os.environ.get("ROLLING_LONG", "3"))
 LIMIT = 2 * LONG + 5
-TARGET = "tests/harness/deploys.py:mcp"
-LOAD = REPOSITORY / "tests/harness/typescript/load.mjs"
-PACKAGES = REPOSITORY / ".cache/typescript"
 FIGURES = REPOSITORY / ".cache/rolling.json"
 
 pytestmark = pytest.mark.timeout(120 + ROUNDS * (60 + 9 * LIMIT))
-
-
-@dataclass
-class Seen:
-    """What a client called, with the seconds that it took; what it was told; what failed."""
-
-    calls: list[tuple[str, str, float]] = field(default_factory=list)
-    told: list[str] = field(default_factory=list)
-    failures: list[str] = field(default_factory=list)
-
-    def texts(self, tool: str = "") -> list[str]:
-        """The arguments of all calls of a tool, or of all tools."""
-        return [text for name, text, _ in self.calls if tool in {"", name}]
-
-
-class PythonClient:
-    """The official Python client at steady work."""
-
-    def __init__(self, url: str, label: str, going: Callable[[], bool]) -> None:
-        self.seen = Seen()
-        self._url, self._label, self._going = url, label, going
-
-    async def run(self) -> Seen:
-        """Work until there is to be no more, then wait for what is still to come."""
-        try:
-            async with connect(
-                self._url, read_timeout_seconds=60, elicitation_callback=self._accept, message_handler=self._hear
-            ) as client:
-
-                async def call(tool: str, text: str, **more: object) -> str:
-                    result = await client.call_tool(tool, {"text": text, **more})
-                    [content] = result.content
-                    assert isinstance(content, types.TextContent), result
-                    return "error" if result.is_error else content.text
-
-                async def loop(tool: str, pause: float, expected: str = "{}", **more: object) -> None:
-                    for number in itertools.count():
-                        if not self._going():
-                            return
-                        text = f"{self._label}-{tool}-{number}"
-                        start = time.monotonic()
-                        try:
-                            assert await call(tool, text, **more) == expected.format(text)
-                            self.seen.calls.append((tool, text, time.monotonic() - start))
-                        except Exception as error:  # noqa: BLE001 - whatever it is, it counts
-                            self.seen.failures.append(f"{text}: {error!r}")
-                        await asyncio.sleep(pause)
-
-                await asyncio.gather(
-                    loop("unsafe", 0.2),
-                    loop("unsafe_long", 0.1, seconds=LONG),
-                    loop("ask", 0.3, expected="{}: accept"),
-                    loop("announce", 0.3),
-                )
-                with contextlib.suppress(AssertionError):
-                    announced = len(self.seen.texts("announce"))
-                    await eventually(lambda: len(self.seen.told) >= announced, "notifications")
-        except Exception as error:  # noqa: BLE001 - whatever it is, it counts
-            self.seen.failures.append(f"{self._label}: {error!r}")
-        return self.seen
-
-    async def _accept(self, context: ClientRequestContext, params: types.ElicitRequestParams) -> types.ElicitResult:
-        del context, params
-        await asyncio.sleep(0.2)
-        return types.ElicitResult(action="accept", content={"ok": True})
-
-    async def _hear(self, message: types.ServerNotification | Exception) -> None:
-        if isinstance(message, types.ResourceUpdatedNotification):
-            self.seen.told.append(str(message.params.uri))
-
-
-async def newcomers(url: str, going: Callable[[], bool]) -> Seen:
-    """Clients that come, call and go."""
-    seen = Seen()
-    for number in itertools.count():
-        if not going():
-            return seen
-        text, start = f"newcomer-{number}", time.monotonic()
-        try:
-            async with connect(url, read_timeout_seconds=60) as client:
-                result = await client.call_tool("unsafe", {"text": text})
-                assert not result.is_error, result
-            seen.calls.append(("newcomer", text, time.monotonic() - start))
-        except Exception as error:  # noqa: BLE001 - whatever it is, it counts
-            seen.failures.append(f"{text}: {error!r}")
-        await asyncio.sleep(0.5)
-    raise AssertionError
-
-
-async def old_client(base: str, going: Callable[[], bool]) -> Seen:
-    """A client of 2025-03-26, whose exchanges cannot be resumed."""
-    seen = Seen()
-    async with RawSession(protocol_version="2025-03-26") as session:
-        await session.open(base)
-        for number in itertools.count():
-            if not going():
-                return seen
-            text, start = f"old-{number}", time.monotonic()
-            try:
-                await session.call_tool(base, "unsafe", LONG + 30, text=text, seconds=LONG / 2)
-                seen.calls.append(("old", text, time.monotonic() - start))
-            except Exception as error:  # noqa: BLE001 - whatever it is, it counts
-                seen.failures.append(f"{text}: {error!r}")
-    raise AssertionError
-
-
-@contextlib.asynccontextmanager
-async def typescript(version: str, url: str, folder: Path) -> AsyncIterator[ManagedProcess]:
-    """One of the official TypeScript clients at steady work."""
-    node = node_binary()
-    assert node is not None, "node 22 or newer is missing: `make test` installs it"
-    script = PACKAGES / f"load-{os.getpid()}-{version}.mjs"  # packages are looked for beside the script
-    script.write_bytes(LOAD.read_bytes())
-    command = [node, str(script), version, url, f"ts-{version}", str(LONG)]
-    process = ManagedProcess(command, log_path=folder / f"typescript-{version}.log")
-    try:
-        with process:
-            await eventually(lambda: process.log.startswith("ready"), "the TypeScript client works", 20)
-            yield process
-    finally:
-        script.unlink()
-
-
-async def ended(process: ManagedProcess) -> Seen:
-    """Ask a TypeScript client to finish; what it saw."""
-    process.signal(signal.SIGTERM)
-    await eventually(lambda: not process.running, "the TypeScript client ends", 90)
-    assert process.returncode == 0, process.log
-    return Seen(**json.loads(process.log.splitlines()[-1]))
-
-
-class Rotation:
-    """Restarts nodes one after the other."""
-
-    def __init__(self, nginx: Nginx) -> None:
-        self.left: list[float] = []
-        self._nginx = nginx
-        self._back: list[tuple[NodeProcess, int]] = []
-
-    async def restart(self, node: NodeProcess) -> None:
-        """Restart a node: SIGTERM, its end with code 0, the start, and until it is ready.
-
-        nginx gives no work for ten seconds to a node that refused a connection, and none to anybody when all have. So
-        the last but one that was restarted must be at work again.
-        """
-        for other, since in self._back[-2:-1]:
-
-            def works(port: int = other.port, since: int = since) -> bool:
-                return any(exchange.ports[-1:] == (port,) for exchange in self._nginx.exchanges[since:])
-
-            await eventually(works, f"nginx gives work to {other.name}", 30)
-        start = time.monotonic()
-        node.signal(signal.SIGTERM)
-        await eventually(lambda: not node.running, f"{node.name} leaves", 0.5 + LIMIT + 10)
-        self.left.append(time.monotonic() - start)
-        assert node.returncode == 0, node.log[-4000:]
-        node.start()
-        await eventually(lambda: node.running and node.is_ready(), f"{node.name} is back", 60)
-        self._back.append((node, len(self._nginx.exchanges)))
 
 
 async def test_a_rolling_restart_fails_no_call_and_loses_no_notification(database: str, tmp_path: Path) -> None:
@@ -206,50 +32,18 @@ async def test_a_rolling_restart_fails_no_call_and_loses_no_notification(databas
         "PGMCP_DRAIN_NOTICE": "0.5",
         "PGMCP_DRAIN_LIMIT": str(LIMIT),
     }
-    working = True
-
-    def going() -> bool:
-        return working
-
     with (
         nodes(TARGET, 3, database_url=database, log_dir=tmp_path, env=env) as members,
         Nginx([node.port for node in members], plain=True, directory=tmp_path / "nginx") as nginx,
     ):
-        async with typescript("v1", nginx.mcp_url, tmp_path) as v1, typescript("v2", nginx.mcp_url, tmp_path) as v2:
-            rotation = Rotation(nginx)
-            clients = [PythonClient(nginx.mcp_url, f"python-{number}", going) for number in range(2)]
-            work = [asyncio.create_task(client.run()) for client in clients]
-            work += [
-                asyncio.create_task(one(url, going))
-                for one, url in ((newcomers, nginx.mcp_url), (old_client, nginx.url))
-            ]
-            await eventually(lambda: all(client.seen.texts("ask") for client in clients), "every client works", 20)
-            try:
-                for _ in range(ROUNDS):
-                    for node in members:
-                        await rotation.restart(node)
-            finally:
-                working = False
-            saw = [*await asyncio.gather(*work), await ended(v1), await ended(v2)]
-        bad = [exchange for exchange in nginx.exchanges if exchange.status not in {200, 202, 204, 499}]
-    pauses = {
-        tool: max(seconds for seen in saw for name, _, seconds in seen.calls if name == tool)
-        for tool in ("unsafe", "unsafe_long", "ask", "announce", "newcomer", "old")
-    }
-    figures = {
-        "rounds": ROUNDS,
-        "calls": sum(len(seen.calls) for seen in saw),
-        "notifications": sum(len(seen.told) for seen in saw),
-        "longest": {tool: round(seconds, 2) for tool, seconds in pauses.items()},
-        "left after": [round(seconds, 1) for seconds in rotation.left],
-        "failures": [failure for seen in saw for failure in seen.failures],
-        "refused": [str(exchange) for exchange in bad],
-    }
-    FIGURES.parent.mkdir(exist_ok=True)
-    FIGURES.write_text(json.dumps(figures, indent=1))
-    assert not figures["failures"], figures
-    assert not bad, figures
-    for seen in saw:
-        assert Counter(seen.told) == Counter(f"test://{text}" for text in seen.texts("announce"))
-    started = Counter(text for kind, text, _ in map(json.loads, truth.read_text().splitlines()) if kind == "start")
-    assert started == Counter(text for seen in saw for text in seen.texts()), "each call ran once"
+        rotation = Rotation(nginx, LIMIT)
+        async with Load(nginx, tmp_path, LONG) as load:
+            for _ in range(ROUNDS):
+                for node in members:
+                    await rotation.restart(node)
+            saw = await load.finish()
+        left = [round(seconds, 1) for seconds in rotation.left]
+        figures = {"rounds": ROUNDS, **figures_of(saw, nginx), "left after": left}
+        FIGURES.parent.mkdir(exist_ok=True)
+        FIGURES.write_text(json.dumps(figures, indent=1))
+        check(saw, figures, truth)

@@ -18,7 +18,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from pgmcp.errors import DatabaseUnavailable, SchemaError, SettingsError
 from pgmcp.store import alembic_run, migrations, views
-from pgmcp.store.schema import metadata
+from pgmcp.store.schema import OLDEST, metadata
 
 OBJECTS = """
 select n.nspname, c.relname, c.relkind::text
@@ -170,7 +170,7 @@ def test_up_down_up_leaves_nothing_behind(empty_database: str) -> None:
         assert ask(empty_database, OBJECTS) == full
     migrations.upgrade(empty_database, "pgmcp")
     assert migrations.current(empty_database, "pgmcp") == migrations.head()
-    assert [each.applied for each in migrations.history(empty_database, "pgmcp")] == [True, True]
+    assert {each.applied for each in migrations.history(empty_database, "pgmcp")} == {True}
 
 
 def test_the_offline_scripts_do_the_same(empty_database: str) -> None:
@@ -290,6 +290,7 @@ def test_a_table_that_stays_locked_is_tried_again_and_then_named(
     empty_database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(alembic_run, "TABLE_LOCK", 0.1)
+    monkeypatch.setattr(alembic_run, "PAUSE", 0.01)
     with held(empty_database), pytest.raises(SchemaError, match=r"end it .* and run again"):
         migrations.upgrade(empty_database, "pgmcp")
     monkeypatch.setattr(alembic_run, "TRIES", 1000)
@@ -327,6 +328,11 @@ async def test_a_node_is_told_what_to_run_when_it_does_not_understand_the_schema
     assert await migrations.understood(connection, "pgmcp") == migrations.head()
 
     await connection.execute("update pgmcp.alembic_version set version_num = '9999'")
+    assert await migrations.understood(connection, "pgmcp") == "9999", "what was only expanded"
+    await connection.execute("update pgmcp.schema_range set needs = '9998'")
+    with pytest.raises(SchemaError, match=r"9999 and needs a build that knows 9998; .* Upgrade pgmcp"):
+        await migrations.understood(connection, "pgmcp")
+    await connection.execute("drop table pgmcp.schema_range")
     with pytest.raises(SchemaError, match=r"9999, which this build .* does not know. Upgrade pgmcp"):
         await migrations.understood(connection, "pgmcp")
     for move in (migrations.upgrade, migrations.downgrade):
@@ -344,11 +350,15 @@ async def test_a_node_is_told_what_to_run_when_it_does_not_understand_the_schema
 async def test_a_database_that_is_behind_is_told_from_one_that_is_ahead(
     empty_database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    await asyncio.to_thread(migrations.upgrade, empty_database, "pgmcp", "0002")
+    connection = await asyncpg.connect(empty_database, timeout=10)
+    with pytest.raises(SchemaError, match=rf"at revision 0002, this build needs {OLDEST}. Run `pgmcp db upgrade`"):
+        await migrations.understood(connection, "pgmcp")
     await asyncio.to_thread(migrations.upgrade, empty_database, "pgmcp")
     monkeypatch.setattr(migrations, "head", lambda: "9999")
-    connection = await asyncpg.connect(empty_database, timeout=10)
-    with pytest.raises(SchemaError, match=r"at revision 0002, this build needs 9999. Run `pgmcp db upgrade`"):
-        await migrations.understood(connection, "pgmcp")
+    assert await migrations.understood(connection, "pgmcp") == alembic_run.scripts().get_current_head()
+    with pytest.raises(SchemaError, match=r"not at 9999. Run `pgmcp db upgrade`"):
+        await asyncio.to_thread(migrations.check, empty_database, "pgmcp")
     await connection.close()
 
 

@@ -18,7 +18,6 @@ import pytest
 import pgmcp
 from pgmcp.settings import Settings
 from pgmcp.store import line as line_module
-from pgmcp.store.upkeep import Upkeep
 from tests.harness.clients import RawSession
 from tests.harness.cluster import cluster, eventually
 from tests.harness.proxy import proxied
@@ -214,12 +213,13 @@ async def test_museum_21_a_limit_is_a_limit_also_for_sweeps_at_once(database, ta
             node.node,
         )
         await tables.execute("analyze")
-        ended = await asyncio.gather(*(Upkeep(node.database).expire() for _ in range(8)))
+        times = (3600.0, 3600.0, 60.0)
+        ended = await asyncio.gather(*(node.database.ask("expire_sessions", *times, 100) for _ in range(8)))
         assert all(len(found) <= 100 for found in ended)
-        assert len({key for found in ended for key in found}) == sum(map(len, ended)) > 0
+        assert len({row["id"] for found in ended for row in found}) == sum(map(len, ended)) > 0
         left = await tables.value("select count(*) from pgmcp.sessions where session_id like 'old%'")
         assert left == 1000 - sum(map(len, ended))
-        pruned = await asyncio.gather(*(node.database.ask("prune_streams", 60.0) for _ in range(3)))
+        pruned = await asyncio.gather(*(node.database.ask("prune_streams", 60.0, 500) for _ in range(3)))
         assert all(len(rows) <= 500 for rows in pruned)
         assert await tables.value("select count(*) from pgmcp.streams where closed") == 2000 - sum(map(len, pruned))
 

@@ -1,8 +1,17 @@
 -- name: join
-insert into {schema}.nodes
-    (node_id, name, address, state, expires_at, version, schema_revision, capacity)
-values ($1, $2, $3, 'joining', clock_timestamp() + make_interval(secs => $4), $5, $6, $7)
-on conflict (node_id) do nothing;
+-- No row comes back when the database needs a newer build ($9: what this one knows). The lock on the one row of
+-- schema_range puts a join and a contract step in order: the one sees the node, or the other what it leaves.
+with guard as materialized (
+    select set_config('lock_timeout', '250ms', true)
+), fit as materialized (
+    select r.needs from guard, {schema}.schema_range r where r.needs <= $9 for share of r
+), made as (
+    insert into {schema}.nodes
+        (node_id, name, address, state, expires_at, version, schema_revision, capacity, schema_oldest, schema_newest)
+    select $1, $2, $3, 'joining', clock_timestamp() + make_interval(secs => $4), $5, $6, $7, $8, $9 from fit
+    on conflict (node_id) do nothing
+)
+select needs from fit;
 
 -- name: renew
 -- One autocommit statement in database time; no row means that the node was declared dead. $3 is when the line's backend
@@ -49,3 +58,7 @@ update {schema}.nodes set state = 'draining' where node_id = $1 and state = 'rea
 
 -- name: own_state
 select state from {schema}.nodes where node_id = $1;
+
+-- name: outgrown
+-- Whether the database has come to need a newer build than one that knows $1.
+select exists (select from {schema}.schema_range where needs > $1) as outgrown;

@@ -192,26 +192,6 @@ with guard as materialized (
 )
 select id from held;
 
--- name: prune_nodes
--- Rows of nodes that are over are kept for people: the last 25, for a week at most; and while they own sessions.
-delete from {schema}.nodes n
-where n.state in ('left', 'dead')
-  and not exists (select from {schema}.sessions s where s.owner = n.node_id)
-  and (
-      n.renewed_at < clock_timestamp() - interval '7 days'
-      or n.node_id not in (
-          select k.node_id from {schema}.nodes k where k.state in ('left', 'dead') order by k.renewed_at desc limit 25
-      )
-  );
-
--- name: prune_takeovers
-delete from {schema}.takeovers
-where id in (
-    select id from {schema}.takeovers where at < clock_timestamp() - interval '7 days' order by id limit 500
-    for update skip locked
-)
-returning 1;
-
 -- name: ready_nodes
 select n.node_id, n.version, (select count(*) from {schema}.sessions s where s.owner = n.node_id) as sessions
 from {schema}.nodes n

@@ -1,6 +1,6 @@
 -- name: expire_sessions
 -- fence: DELETE locks the rows FOR UPDATE; those that somebody works with are skipped. $1 idle and $2 absolute age,
--- $3 for HTTP+SSE sessions whose stream nobody carries, in seconds.
+-- $3 for HTTP+SSE sessions whose stream nobody carries, in seconds; $4 at most.
 delete from {schema}.sessions
 where id in (
     select s.id
@@ -12,7 +12,7 @@ where id in (
            and not exists (select from {schema}.streams st where st.session = s.id and st.sink is not null)
            and not exists (select from {schema}.requests r where r.session = s.id and r.finished_at is null)
        )
-    limit 100
+    limit $4
     for update of s skip locked
 )
 returning id;
@@ -25,23 +25,50 @@ where id in (
     select st.id from {schema}.streams st
     join {schema}.nodes n on n.node_id = st.sink and n.state in ('left', 'dead')
     order by st.id
-    limit 500
+    limit $1
     for no key update of st skip locked
 )
 returning 1;
 
 -- name: prune_streams
+-- With their events, as long as those are few. Somebody may read slowly: then a stream stays, but a sink that was never let
+-- go keeps nothing for ever.
 delete from {schema}.streams
 where id in (
     select id from {schema}.streams
     where closed_at < clock_timestamp() - make_interval(secs => $1)
-      -- somebody reads slowly; a sink that was never let go keeps nothing for ever
       and (sink is null or closed_at < clock_timestamp() - make_interval(secs => 10 * $1))
+      and next_seq - floor_seq <= 101
     order by closed_at
-    limit 500
+    limit $2
     for update skip locked
 )
 returning 1;
+
+-- name: prune_long_streams
+-- Finished streams with more events lose those first, the oldest before the newer ones: what is gone lies below the floor,
+-- so that nobody takes the rest for the whole.
+with long as materialized (
+    select st.id from {schema}.streams st
+    where st.closed_at < clock_timestamp() - make_interval(secs => $1)
+      and (st.sink is null or st.closed_at < clock_timestamp() - make_interval(secs => 10 * $1))
+      and st.next_seq - st.floor_seq > 101
+    order by st.closed_at
+    limit 10
+    for no key update of st skip locked
+), old as materialized (
+    select e.stream, e.seq from long join {schema}.events e on e.stream = long.id
+    order by e.stream, e.seq
+    limit $2
+), gone as (
+    delete from {schema}.events e using old where e.stream = old.stream and e.seq = old.seq
+), moved as (
+    update {schema}.streams st
+    set floor_seq = greatest(st.floor_seq, o.floor)
+    from (select stream, max(seq) as floor from old group by stream) o
+    where st.id = o.stream
+)
+select 1 from old;
 
 -- name: prune_messages
 delete from {schema}.requests
@@ -49,28 +76,67 @@ where id in (
     select id from {schema}.requests
     where stream is null and finished_at < clock_timestamp() - make_interval(secs => $1)
     order by finished_at
-    limit 500
+    limit $2
     for update skip locked
 )
 returning 1;
 
 -- name: prune_standalone
-with floors as (
+-- Only streams whose first event is old are looked into: others must not stand before them in every batch.
+with floors as materialized (
     select st.id, st.delivered_seq
     from {schema}.streams st
     where st.kind = 'standalone' and st.floor_seq < st.delivered_seq
+      and (select e.stored_at from {schema}.events e where e.stream = st.id order by e.seq limit 1)
+          < clock_timestamp() - make_interval(secs => $1)
     order by st.id
-    limit 500
-    for no key update skip locked
-), old as (
-    delete from {schema}.events e
-    using floors f
-    where e.stream = f.id and e.seq <= f.delivered_seq
-      and e.stored_at < clock_timestamp() - make_interval(secs => $1)
-    returning e.stream, e.seq
+    limit $2
+    for no key update of st skip locked
+), old as materialized (
+    select e.stream, e.seq
+    from floors f
+    join {schema}.events e on e.stream = f.id and e.seq <= f.delivered_seq
+    where e.stored_at < clock_timestamp() - make_interval(secs => $1)
+    order by e.stream, e.seq
+    limit $2
+), gone as (
+    delete from {schema}.events e using old where e.stream = old.stream and e.seq = old.seq
+), moved as (
+    update {schema}.streams st
+    set floor_seq = greatest(st.floor_seq, o.floor)
+    from (select stream, max(seq) as floor from old group by stream) o
+    where st.id = o.stream
 )
-update {schema}.streams st
-set floor_seq = greatest(st.floor_seq, o.floor)
-from (select stream, max(seq) as floor from old group by stream) o
-where st.id = o.stream
+select 1 from old;
+
+-- name: prune_nodes
+-- Rows of nodes that are over are kept for people: the last 25, for a week at most; and while they own sessions.
+delete from {schema}.nodes
+where node_id in (
+    select n.node_id from {schema}.nodes n
+    where n.state in ('left', 'dead')
+      and not exists (select from {schema}.sessions s where s.owner = n.node_id)
+      and (
+          n.renewed_at < clock_timestamp() - interval '7 days'
+          or n.node_id not in (
+              select k.node_id from {schema}.nodes k where k.state in ('left', 'dead') order by k.renewed_at desc limit 25
+          )
+      )
+    limit $1
+    for update of n skip locked
+)
+returning 1;
+
+-- name: prune_takeovers
+-- The history goes back a week, and a hundred thousand changes at most. Only the oldest rows are looked at.
+delete from {schema}.takeovers
+where id in (
+    select t.id from {schema}.takeovers t
+    where t.id in (select o.id from {schema}.takeovers o order by o.id limit $1)
+      and (
+          t.at < clock_timestamp() - interval '7 days'
+          or t.id <= (select max(m.id) from {schema}.takeovers m) - 100000
+      )
+    for update of t skip locked
+)
 returning 1;
