@@ -75,6 +75,7 @@ class Settings(BaseSettings):
     max_sessions_per_caller: int = Field(1_000, gt=0, description="Sessions that one authenticated caller may have.")
     max_in_flight: int = Field(100, gt=0, description="Requests of one session that may be unfinished.")
     max_streams: int = Field(100, gt=0, description="Streams of one session that may be open at once.")
+    max_exchanges: int = Field(5_000, gt=0, description="Exchanges of 2026-07-28 that a node may have open.")
     max_waiting_events: int = Field(256, gt=0, description="Standalone notifications that wait for a listener.")
     read_timeout: float = Field(30.0, gt=0, description="Seconds for which a client may take to send its body.")
     write_timeout: float = Field(30.0, gt=0, description="Seconds for which a client may not read from its stream.")
