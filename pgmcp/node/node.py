@@ -29,7 +29,8 @@ from pgmcp.session.adapter import Shared
 from pgmcp.session.adapters.target import target_of
 from pgmcp.settings import Settings
 from pgmcp.store.database import Database
-from pgmcp.store.secrets import KeyRing
+from pgmcp.store.secrets import CONTEXTS, REFRESH, KeyRing, StateRing
+from pgmcp.store.wrapping import wrapping_of
 from pgmcp.web.admission import Admission
 from pgmcp.web.application import Application, host_rules
 from pgmcp.web.edge import Edge
@@ -60,7 +61,9 @@ class Node:
             raise SettingsError(message)
         self.settings, self._clock, self._ids = settings, clock or Clock(), ids or Ids()
         self._database = Database(settings, self._clock)
-        self._box = KeyRing(self._database)
+        wrapping = wrapping_of(settings)
+        self._box = KeyRing(self._database, CONTEXTS, wrapping)
+        self._states = StateRing(self._database, wrapping, self._ids)
         self._target = target_of(served, settings.mcp_path)
         self._admission = Admission(self._clock)
         self._modern = Modern(self._stateless, self._admission, security=host_rules(settings), settings=settings)
@@ -153,16 +156,18 @@ class Node:
         stack.push_async_callback(self._database.close)
         await self._database.open()
         self._revision = await self._database.revision()
-        await self._box.load()
-        shared = Shared(json_only=self.settings.response == "json")
+        for ring in (self._box, self._states):
+            await ring.load()
+        shared = Shared(self._states, self.settings.single_use_states, json_only=self.settings.response == "json")
         await stack.enter_async_context(self._target.adapter.lifespan(shared))
         await self._enter()
         stack.push_async_callback(self._exit)
         keeper = asyncio.create_task(self._keep())
         obedience = asyncio.create_task(self._obey())
-        stack.push_async_callback(asyncio.wait, {keeper, obedience})
-        stack.callback(obedience.cancel)
-        stack.callback(keeper.cancel)
+        refreshing = asyncio.create_task(self._refresh())
+        stack.push_async_callback(asyncio.wait, {keeper, obedience, refreshing})
+        for task in (refreshing, obedience, keeper):
+            stack.callback(task.cancel)
 
     async def _enter(self) -> None:
         incarnation = Incarnation(
@@ -201,6 +206,16 @@ class Node:
             except PgmcpError as error:
                 logger.warning("joining again failed: %s", error)
                 await self._clock.sleep(REJOIN)
+
+    async def _refresh(self) -> None:
+        """Read the key rings anew now and then."""
+        while True:
+            await self._clock.sleep(self._ids.jitter(REFRESH))
+            for ring in (self._box, self._states):
+                try:
+                    await ring.load()
+                except PgmcpError as error:
+                    logger.warning("the cluster's keys are read again later: %s", error)
 
     async def drain(self) -> None:
         """Leave in an orderly way (G10): unready, then nobody's owner, then nobody's edge.

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from starlette.types import Receive, Scope, Send
 
+from pgmcp.ports import StateBox
 from pgmcp.session.state import Hooks, SessionState
 
 
@@ -80,9 +81,12 @@ class Conversation(Protocol):
 class Shared:
     """What a server is given for requests without a session (2026-07-28), which any node may get.
 
-    ``json_only`` says whether answers must be plain JSON.
+    ``states`` seals ``requestState``, and ``states_once`` says whether each may be used once only; ``json_only`` says
+    whether answers must be plain JSON.
     """
 
+    states: StateBox
+    states_once: bool = False
     json_only: bool = False
 
 

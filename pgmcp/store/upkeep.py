@@ -41,5 +41,5 @@ class Upkeep:
             for _ in range(ROUNDS):
                 if not await self._database.ask(name, self._settings.retention):
                     break
-        for name in ("drop_dead_sinks", "prune_nodes", "prune_takeovers"):
+        for name in ("drop_dead_sinks", "prune_nodes", "prune_takeovers", "prune_states"):
             await self._database.ask(name)

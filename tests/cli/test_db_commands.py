@@ -20,15 +20,15 @@ def run(*arguments: str, dsn: str = "") -> Result:
 def test_the_way_up_and_back_as_people_see_it(empty_database: str) -> None:
     steps = [
         (("current",), "none: schema tests has no tables of pgmcp. Run `pgmcp db upgrade`."),
-        (("upgrade",), "Schema tests: base -> 0002."),
-        (("upgrade", "head"), "Schema tests was already at 0002."),
-        (("current",), "0002 (head)"),
-        (("history",), "0002  applied  Expand: "),
-        (("check",), "Schema tests is at revision 0002 and as this build expects."),
-        (("downgrade", "-1"), "Schema tests: 0002 -> 0001."),
+        (("upgrade",), "Schema tests: base -> 0005."),
+        (("upgrade", "head"), "Schema tests was already at 0005."),
+        (("current",), "0005 (head)"),
+        (("history",), "0005  applied  Expand: "),
+        (("check",), "Schema tests is at revision 0005 and as this build expects."),
+        (("downgrade", "0001"), "Schema tests: 0005 -> 0001."),
         (("downgrade", "base"), "Schema tests: 0001 -> base."),
         (("downgrade",), "Schema tests was already at base."),
-        (("history",), "0002  missing  Expand: "),
+        (("history",), "0005  missing  Expand: "),
     ]
     for arguments, wanted in steps:
         result = run(*arguments, dsn=empty_database)
@@ -42,16 +42,16 @@ def test_every_command_prints_json(empty_database: str) -> None:
         assert result.exit_code == 0
         return json.loads(result.stdout)
 
-    assert printed("current") == {"schema": "tests", "revision": None, "head": "0002"}
-    assert printed("upgrade") == {"schema": "tests", "before": None, "revision": "0002"}
-    assert printed("check") == {"schema": "tests", "head": "0002", "differences": []}
+    assert printed("current") == {"schema": "tests", "revision": None, "head": "0005"}
+    assert printed("upgrade") == {"schema": "tests", "before": None, "revision": "0005"}
+    assert printed("check") == {"schema": "tests", "head": "0005", "differences": []}
     history = printed("history")
     assert isinstance(history, list)
-    assert (history[0]["revision"], history[0]["applied"]) == ("0002", True)
+    assert (history[0]["revision"], history[0]["applied"]) == ("0005", True)
     script = printed("sql")
     assert isinstance(script, dict)
     assert 'create schema "tests"' in script["sql"]
-    assert printed("downgrade", "base") == {"schema": "tests", "before": "0002", "revision": None}
+    assert printed("downgrade", "base") == {"schema": "tests", "before": "0005", "revision": None}
 
 
 def test_refusals_are_errors_of_pgmcp_and_usage_is_2(empty_database: str) -> None:

@@ -119,7 +119,6 @@ CASES = [
          headers={"mcp-session-id": None}),
     Case("initialize as a notification", 400, INVALID_REQUEST, message("initialize"),
          headers={"mcp-session-id": None}),
-    Case("blank version", 404, INVALID_REQUEST, headers={"mcp-protocol-version": " ", "mcp-session-id": "x"}),
     Case("accepts JSON only", 406, INVALID_REQUEST, headers={"accept": "application/json"}),
     Case("accepts events only", 406, INVALID_REQUEST, headers={"accept": "text/event-stream"}),
     Case("accepts HTML", 406, INVALID_REQUEST, headers={"accept": "text/html"}),

@@ -347,7 +347,7 @@ async def test_a_database_that_is_behind_is_told_from_one_that_is_ahead(
     await asyncio.to_thread(migrations.upgrade, empty_database, "pgmcp")
     monkeypatch.setattr(migrations, "head", lambda: "9999")
     connection = await asyncpg.connect(empty_database, timeout=10)
-    with pytest.raises(SchemaError, match=r"at revision 0002, this build needs 9999. Run `pgmcp db upgrade`"):
+    with pytest.raises(SchemaError, match=r"at revision 0005, this build needs 9999. Run `pgmcp db upgrade`"):
         await migrations.understood(connection, "pgmcp")
     await connection.close()
 

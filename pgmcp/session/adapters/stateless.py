@@ -18,6 +18,7 @@ from mcp.server.subscriptions import ListenHandler
 from starlette.types import Receive, Scope, Send
 
 from pgmcp.session.adapter import Shared
+from pgmcp.session.adapters.states import with_shared_states
 
 LISTEN = "subscriptions/listen"
 
@@ -65,4 +66,5 @@ def view(server: Server[Any], state: Any, shared: Shared) -> Server[Any]:
         yield state
 
     seen.lifespan = entered
+    seen.middleware = with_shared_states(server, shared.states, once=shared.states_once)
     return seen
