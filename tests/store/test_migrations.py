@@ -170,7 +170,7 @@ def test_up_down_up_leaves_nothing_behind(empty_database: str) -> None:
         assert ask(empty_database, OBJECTS) == full
     migrations.upgrade(empty_database, "pgmcp")
     assert migrations.current(empty_database, "pgmcp") == migrations.head()
-    assert [each.applied for each in migrations.history(empty_database, "pgmcp")] == [True, True]
+    assert [each.applied for each in migrations.history(empty_database, "pgmcp")] == [True, True, True]
 
 
 def test_the_offline_scripts_do_the_same(empty_database: str) -> None:
