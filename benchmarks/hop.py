@@ -32,8 +32,8 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -51,8 +51,10 @@ from pgmcp.settings import Settings
 from pgmcp.store import database, statements
 from pgmcp.store.line import TableNotifier
 from pgmcp.store.migrations import head
-from pgmcp.store.secrets import KeyRing
+from pgmcp.store.secrets import CONTEXTS, KeyRing
+from pgmcp.store.wrapping import Wrapping
 from pgmcp.types import ANONYMOUS, NewSession, NodeId, StreamId
+from pgmcp.web.admission import Admission
 from pgmcp.web.call import Call
 from pgmcp.web.posting import Posting
 
@@ -154,11 +156,6 @@ class SwitchedNotifier(TableNotifier):
 class EchoAdapter:
     """Answers every request after ``SERVER_WORK``."""
 
-    @asynccontextmanager
-    async def lifespan(self) -> AsyncIterator[None]:
-        """Nothing to start."""
-        yield
-
     async def converse(self, _session_id: str, conversation: Conversation) -> None:
         """Echo."""
         while (incoming := await conversation.receive()) is not None:
@@ -186,7 +183,7 @@ class BenchNode:
         self._settings = Settings(database_url=url, node_name=name, response="json", pool_size=6)
         self._clock, self._ids = Clock(), Ids()
         self._database = CountingDatabase(self._settings, self._clock)
-        self._box = KeyRing(self._database)
+        self._box = KeyRing(self._database, CONTEXTS, Wrapping([]))
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self, folder: Path) -> None:
@@ -195,7 +192,10 @@ class BenchNode:
         await self._database.open()
         await self._box.load()
         adapter: Any = EchoAdapter()
-        self._here = node.Incarnation(self._settings, self._database, self._box, adapter, self._clock, self._ids)
+        turns = Admission(self._clock)
+        self._here = node.Incarnation(
+            self._settings, self._database, self._box, adapter, turns, self._clock, self._ids, busy=lambda: 0
+        )
         await self._here.join(head())
         peers = await asyncio.start_unix_server(self._peer, folder / self._here.node_id.hex)
         clients = await asyncio.start_unix_server(self._client, folder / self._settings.node_name)

@@ -49,6 +49,10 @@ class ClusterFull(PgmcpError):
     """The cluster has as many sessions as it may have."""
 
 
+class NodeFull(PgmcpError):
+    """This node has as many exchanges open as it may have."""
+
+
 class TooManySessions(PgmcpError):
     """One caller has as many sessions as it may have."""
 

@@ -75,6 +75,7 @@ class Settings(BaseSettings):
     max_sessions_per_caller: int = Field(1_000, gt=0, description="Sessions that one authenticated caller may have.")
     max_in_flight: int = Field(100, gt=0, description="Requests of one session that may be unfinished.")
     max_streams: int = Field(100, gt=0, description="Streams of one session that may be open at once.")
+    max_exchanges: int = Field(5_000, gt=0, description="Exchanges of 2026-07-28 that a node may have open.")
     max_waiting_events: int = Field(256, gt=0, description="Standalone notifications that wait for a listener.")
     read_timeout: float = Field(30.0, gt=0, description="Seconds for which a client may take to send its body.")
     write_timeout: float = Field(30.0, gt=0, description="Seconds for which a client may not read from its stream.")
@@ -104,6 +105,16 @@ class Settings(BaseSettings):
         gt=0,
         description="Seconds that a leaving node has to hand over and to finish: more than twice your longest call.",
     )
+    key_rotation: float = Field(
+        30 * 86400.0,
+        ge=3600,
+        description="Seconds after which a new key takes over; older ones still open.",
+    )
+    secrets_key: str = Field(
+        "", description="Wraps the keys in the database; 32 characters or more. Of several (a,b) the first wraps."
+    )
+    secrets_key_file: str = Field("", description="File with the secrets key, one a line if there are several.")
+    single_use_states: bool = Field(False, description="Refuse a requestState (2026-07-28) that was used before.")
     statement_timeout: float = Field(5.0, gt=0, description="Seconds that one database call may take.")
 
     def __init__(self, **values: Any) -> None:
@@ -125,6 +136,13 @@ class Settings(BaseSettings):
                 f"renew + 2 * deadline + ttl / 10 <= trust < ttl must hold, but "
                 f"{self.renew} + 2 * {self.deadline} + {margin} <= {self.trust} < {self.ttl} does not"
             )
+            raise ValueError(message)
+        return self
+
+    @model_validator(mode="after")
+    def _one_place_for_the_key(self) -> Settings:
+        if self.secrets_key and self.secrets_key_file:
+            message = "give --secrets-key or --secrets-key-file, not both"
             raise ValueError(message)
         return self
 

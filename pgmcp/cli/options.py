@@ -15,8 +15,8 @@ from pydantic.fields import FieldInfo
 from pgmcp.settings import Settings
 
 PREFIX = "PGMCP_"
-SECRET = frozenset({"database_url", "listen_url"})
-"""Fields that may hold a password: handed to other processes by the environment, since `ps` shows arguments."""
+SECRET = frozenset({"database_url", "listen_url", "secrets_key"})
+"""Fields that hold a password or key: handed to other processes by the environment, since `ps` shows arguments."""
 
 
 class Words(click.ParamType[tuple[str, ...]]):

@@ -41,10 +41,23 @@ CAPACITY = 10_000
 
 
 class Incarnation:
-    """One stay of a node in the cluster, from joining to leaving or being declared dead."""
+    """One stay of a node in the cluster, from joining to leaving or being declared dead.
+
+    Args:
+        busy: how many exchanges without a session this node still answers; a drain waits for them.
+    """
 
     def __init__(
-        self, settings: Settings, database: Database, box: KeyRing, adapter: Adapter, clock: Clock, ids: Ids
+        self,
+        settings: Settings,
+        database: Database,
+        box: KeyRing,
+        adapter: Adapter,
+        admission: Admission,
+        clock: Clock,
+        ids: Ids,
+        *,
+        busy: Callable[[], int],
     ) -> None:
         self.node_id = NodeId(ids.uuid())
         self._settings, self._database, self._clock, self._ids = settings, database, clock, ids
@@ -99,7 +112,7 @@ class Incarnation:
             wakeups=self.wakeups,
             takeover=self.takeover,
             tails=self.tails,
-            admission=Admission(clock),
+            admission=admission,
             host=self.host,
             adapter=adapter,
             box=box,
@@ -107,7 +120,9 @@ class Incarnation:
             clock=clock,
             ids=ids,
         )
-        self._drain = Drain(self.host, takeovers, clock, waiting=lambda: self.tails.patient, told=self.wakeups.handed)
+        self._drain = Drain(
+            self.host, takeovers, clock, waiting=lambda: self.tails.patient + busy(), told=self.wakeups.handed
+        )
         self._tasks: list[asyncio.Task[None]] = []
 
     async def join(self, schema_revision: str) -> None:
@@ -138,15 +153,17 @@ class Incarnation:
             asyncio.create_task(self._every(settings.idle_poll, self._look_at_schema)),
         ]
 
+    async def announce(self) -> None:
+        """Say that this node leaves: nobody gives it sessions any more."""
+        with contextlib.suppress(PgmcpError):
+            await self.line.set_state(NodeState.DRAINING)
+
     async def drain(self, shut: Callable[[], Awaitable[None]]) -> None:
-        """Say that this node leaves, serve on until balancers have noticed, then give away what it owns.
+        """Give away what this node owns, and finish what cannot go on elsewhere.
 
         Args:
             shut: closes the node's port, when nothing new is to begin here any more.
         """
-        with contextlib.suppress(PgmcpError):
-            await self.line.set_state(NodeState.DRAINING)
-        await self._clock.sleep(self._settings.drain_notice)
         await self._drain.run(self._settings.drain_limit, shut)
         self.edge.leave()
 

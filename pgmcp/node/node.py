@@ -14,9 +14,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 from litestar import Litestar
 from litestar.handlers import HTTPRouteHandler
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pgmcp.clock import Clock, Ids
+from pgmcp.cluster.drain import PAUSE
 from pgmcp.cluster.lease import LeaseState
 from pgmcp.errors import NodeNotReady, PgmcpError, SchemaError, SettingsError
 from pgmcp.node.incarnation import Incarnation
@@ -24,13 +25,17 @@ from pgmcp.node.signals import Signals
 from pgmcp.ops.access import AccessLog
 from pgmcp.ops.health import health_routes
 from pgmcp.ops.logs import mask_session_ids
+from pgmcp.session.adapter import Shared
 from pgmcp.session.adapters.target import target_of
 from pgmcp.settings import Settings
 from pgmcp.store.database import Database
-from pgmcp.store.secrets import KeyRing
+from pgmcp.store.secrets import CONTEXTS, REFRESH, KeyRing, StateRing
+from pgmcp.store.wrapping import wrapping_of
+from pgmcp.web.admission import Admission
 from pgmcp.web.application import Application, host_rules
 from pgmcp.web.edge import Edge
 from pgmcp.web.legacy import SseMessages, SseStream
+from pgmcp.web.modern import Eras, Modern
 from pgmcp.web.parting import Parting
 from pgmcp.web.streamable import Streamable
 
@@ -56,8 +61,12 @@ class Node:
             raise SettingsError(message)
         self.settings, self._clock, self._ids = settings, clock or Clock(), ids or Ids()
         self._database = Database(settings, self._clock)
-        self._box = KeyRing(self._database)
+        wrapping = wrapping_of(settings)
+        self._box = KeyRing(self._database, CONTEXTS, wrapping)
+        self._states = StateRing(self._database, wrapping, self._ids)
         self._target = target_of(served, settings.mcp_path)
+        self._admission = Admission(self._clock)
+        self._modern = Modern(self._stateless, self._admission, security=host_rules(settings), settings=settings)
         self._incarnation: Incarnation | None = None
         self._revision, self._started, self._draining = "", False, False
         self._absent = "joining"
@@ -74,7 +83,7 @@ class Node:
 
         messages = settings.messages_path
         endpoints: dict[str, ASGIApp] = {
-            settings.mcp_path: Streamable(edge, security=security, settings=settings),
+            settings.mcp_path: Eras(self._modern, Streamable(edge, security=security, settings=settings)),
             settings.sse_path: SseStream(edge, security=security, settings=settings, messages=messages),
             messages.rstrip("/"): SseMessages(edge, security=security, settings=settings),
         }
@@ -105,16 +114,24 @@ class Node:
         Raises:
             NodeNotReady: the node is joining or leaving.
         """
+        self._check_started()
+        if self._incarnation is None:
+            message = "This node is not part of the cluster now; try again or ask another one."
+            raise NodeNotReady(message)
+        return self._incarnation
+
+    async def _stateless(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer an exchange without a session, in whatever state the node is in the cluster."""
+        self._check_started()
+        await self._target.adapter.answer(scope, receive, send)
+
+    def _check_started(self) -> None:
         if not self._started:
             message = (
                 "The lifespan of pgmcp's application was not run, so it is not part of the cluster. When you mount it, "
                 "run it from yours: lifespan=lambda _: app.lifespan()."
             )
             raise NodeNotReady(message)
-        if self._incarnation is None:
-            message = "This node is not part of the cluster now; try again or ask another one."
-            raise NodeNotReady(message)
-        return self._incarnation
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -140,19 +157,29 @@ class Node:
         stack.push_async_callback(self._database.close)
         await self._database.open()
         self._revision = await self._database.revision()
-        await self._box.load()
-        await stack.enter_async_context(self._target.adapter.lifespan())
+        for ring in (self._box, self._states):
+            await ring.load()
+        shared = Shared(self._states, self.settings.single_use_states, json_only=self.settings.response == "json")
+        await stack.enter_async_context(self._target.adapter.lifespan(shared))
         await self._enter()
         stack.push_async_callback(self._exit)
         keeper = asyncio.create_task(self._keep())
         obedience = asyncio.create_task(self._obey())
-        stack.push_async_callback(asyncio.wait, {keeper, obedience})
-        stack.callback(obedience.cancel)
-        stack.callback(keeper.cancel)
+        refreshing = asyncio.create_task(self._refresh())
+        stack.push_async_callback(asyncio.wait, {keeper, obedience, refreshing})
+        for task in (refreshing, obedience, keeper):
+            stack.callback(task.cancel)
 
     async def _enter(self) -> None:
         incarnation = Incarnation(
-            self.settings, self._database, self._box, self._target.adapter, self._clock, self._ids
+            self.settings,
+            self._database,
+            self._box,
+            self._target.adapter,
+            self._admission,
+            self._clock,
+            self._ids,
+            busy=lambda: self._modern.busy,
         )
         try:
             await incarnation.join(self._revision)
@@ -182,16 +209,44 @@ class Node:
                 logger.warning("joining again failed: %s", error)
                 await self._clock.sleep(REJOIN)
 
+    async def _refresh(self) -> None:
+        """Read the key rings anew now and then."""
+        while True:
+            await self._clock.sleep(self._ids.jitter(REFRESH))
+            for ring in (self._box, self._states):
+                try:
+                    await ring.load()
+                except PgmcpError as error:
+                    logger.warning("the cluster's keys are read again later: %s", error)
+
     async def drain(self) -> None:
-        """Leave in an orderly way (G10): unready, then nobody's owner, then nobody's edge."""
+        """Leave in an orderly way (G10): unready, then nobody's owner, then nobody's edge.
+
+        It serves on until balancers have noticed; only then streams end and sessions go.
+        """
         self._draining = True
         logger.info("node %s drains", self.settings.node_name)
         if self._incarnation is not None:
+            await self._incarnation.announce()
+        await self._clock.sleep(self.settings.drain_notice)
+        self._target.adapter.end_streams()
+        if self._incarnation is not None:
             await self._incarnation.drain(self.shut)
+        else:
+            await self._finish()
+        self._target.adapter.end_streams()  # those that began since
         logger.info("node %s has drained", self.settings.node_name)
+
+    async def _finish(self) -> None:
+        """Finish what is answered without a session; the node is not part of the cluster, and owns nothing."""
+        end = self._clock.boottime() + self.settings.drain_limit
+        while self._modern.busy and self._clock.boottime() < end:
+            await self._clock.sleep(PAUSE)
 
     def stop_streams(self) -> None:
         """End every exchange at once with its final chunk, so that the HTTP server can stop."""
+        self._target.adapter.end_streams()
+        self._modern.cut()
         if self._incarnation is not None:
             self._incarnation.edge.leave(at_once=True)
 

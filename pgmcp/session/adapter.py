@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol
 
+from starlette.types import Receive, Scope, Send
+
+from pgmcp.ports import StateBox
 from pgmcp.session.state import Hooks, SessionState
 
 
@@ -74,13 +77,38 @@ class Conversation(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What a server is given for requests without a session (2026-07-28), which any node may get.
+
+    ``states`` seals ``requestState``, and ``states_once`` says whether each may be used once only; ``json_only`` says
+    whether answers must be plain JSON.
+    """
+
+    states: StateBox
+    states_once: bool = False
+    json_only: bool = False
+
+
 class Adapter(Protocol):
     """A served target, and what its server does with its own memory when a session moves."""
 
     hooks: Hooks
 
-    def lifespan(self) -> AbstractAsyncContextManager[None]:
-        """The server's own start and stop, once per process."""
+    def lifespan(self, shared: Shared) -> AbstractAsyncContextManager[None]:
+        """The server's own start and stop, once per process and for both eras."""
+        ...
+
+    async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer an HTTP exchange that has no session, within the lifespan; cancelled when its client has gone.
+
+        Raises:
+            NodeNotReady: outside of the lifespan.
+        """
+        ...
+
+    def end_streams(self) -> None:
+        """End the streams that do not end by themselves (``subscriptions/listen``), each with its result."""
         ...
 
     async def converse(self, session_id: str, conversation: Conversation) -> None:

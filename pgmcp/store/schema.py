@@ -2,7 +2,7 @@
 
 Invariants:
 - Payloads are ``bytea``: NUL escapes, key order and big numbers survive byte for byte.
-- Every table but ``nodes``, ``secrets`` and ``takeovers`` hangs off its session and goes with it.
+- Every table but ``nodes``, ``secrets``, ``spent_states`` and ``takeovers`` hangs off its session and goes with it.
 - ``nodes`` has no index on its times, and room in its pages: renewals stay heap-only.
 - ``requests.position`` comes from one sequence; a message whose 202 was sent before another was accepted
   has the smaller position, which is the order in which an owner takes messages.
@@ -29,6 +29,7 @@ from sqlalchemy import (
     PrimaryKeyConstraint,
     Table,
     Text,
+    UniqueConstraint,
     Uuid,
     text,
 )
@@ -44,7 +45,7 @@ NOW = text("clock_timestamp()")
 TIME = DateTime(timezone=True)
 
 VERSION_TABLE = "alembic_version"
-OLDEST = "0003"
+OLDEST = "0005"
 """The oldest revision with everything that this build's statements use."""
 
 VIEWS = ("live_nodes", "live_sessions", "live_requests", "live_streams", "takeover_history")
@@ -204,6 +205,17 @@ secrets = Table(
     Column("purpose", Text, nullable=False, index=True),
     Column("key", LargeBinary, nullable=False),
     Column("created_at", TIME, nullable=False, server_default=NOW),
+    Column("generation", BigInteger),
+    Column("wrapped_by", LargeBinary),
+    UniqueConstraint("purpose", "generation", name="secrets_generation_key"),
+)
+
+spent_states = Table(
+    "spent_states",
+    metadata,
+    Column("state", LargeBinary, primary_key=True),
+    Column("spender", Uuid, nullable=False),
+    Column("expires_at", TIME, nullable=False, index=True),
 )
 
 schema_range = Table(

@@ -1,57 +1,157 @@
-"""The key ring: what nodes share so that one can open what another sealed.
+"""Key rings: what nodes share so that one can open what another sealed.
+
+A ring is a row for each key of a purpose. The first node makes the first key, and whoever comes to it first makes the
+next one when the newest is old enough (``key_rotation``). Every node reads the ring anew every ``REFRESH`` seconds.
 
 Invariants:
 - What is sealed names its key, is bound to its place, and is never logged (G8).
-- The newest key seals, every key of the ring opens; an unknown key is looked up once more before it is refused.
+- Every key of the ring opens. The newest that is ``RIPE`` seals: by then every node has read it (all in database time).
+  The only key of a ring seals at once.
+- A key that was replaced is kept for longer than anything lives that it has sealed.
+
+Failure handling: a node that cannot read the ring goes on with what it has. An unknown key is looked up once more
+before it is refused; for what clients send, once in ``SETTLED`` seconds.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
+from dataclasses import dataclass
 
+import asyncpg
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from pgmcp.errors import PgmcpError
+from pgmcp.clock import Ids
+from pgmcp.errors import DatabaseUnavailable, PgmcpError
 from pgmcp.store.database import Database
+from pgmcp.store.wrapping import Stored, Wrapping
 
-PURPOSE = "context"
+CONTEXTS, STATES = "context", "request-state"
+
+REFRESH = 60.0
+"""Seconds after which a node reads its rings anew, at most."""
+
+RIPE = 3 * REFRESH
+"""Seconds after which a key may seal: every node had two chances to read it, and asks when it meets it unread."""
+
+KEPT = 86400.0
+"""Seconds for which a key is kept beyond the life of any session."""
+
+SETTLED = 1.0
+"""Seconds for which a key that was not there is not looked for again."""
+
 _KEY_ID, _NONCE = 4, 12
 
 
-class KeyRing:
-    """The ``SecretBox`` port with AES-256-GCM and keys from the ``secrets`` table."""
+@dataclass(frozen=True, slots=True)
+class _Key:
+    cipher: AESGCM
+    seals_from: float
 
-    def __init__(self, database: Database) -> None:
-        self._database = database
-        self._keys: dict[int, AESGCM] = {}
+
+class KeyRing:
+    """The ``SecretBox`` port with AES-256-GCM and keys from the ``secrets`` table.
+
+    Args:
+        purpose: which of the rings.
+        wrapping: how the keys lie in the table.
+    """
+
+    def __init__(self, database: Database, purpose: str, wrapping: Wrapping) -> None:
+        self._database, self._purpose, self._wrapping = database, purpose, wrapping
+        self._keys: dict[int, _Key] = {}
+        self._looking = asyncio.Lock()
+        self._looked, self._found = float("-inf"), True
 
     async def load(self) -> None:
-        """Read the ring; the first node of a cluster makes its first key.
+        """Read the ring, after making its next key if it is time for one.
 
         Raises:
-            DatabaseUnavailable: PostgreSQL does not answer.
+            DatabaseUnavailable: PostgreSQL does not answer; the node keeps what it has.
+            SettingsError: the keys are wrapped with a key that this node does not have.
         """
-        patience = self._database.settings.statement_timeout
-        await self._database.persist("add_key", PURPOSE, AESGCM.generate_key(256), patience=patience)
-        rows = await self._database.persist("key_ring", PURPOSE, patience=patience)
-        self._keys = {row["id"]: AESGCM(row["key"]) for row in rows}
+        settings, clock = self._database.settings, self._database.clock
+        made = self._wrapping.wrap(AESGCM.generate_key(256), self._purpose)
+        await self._persist("add_key", self._purpose, made.key, made.wrapped_by, settings.key_rotation)
+        await self._persist("drop_keys", self._purpose, RIPE + settings.max_age + KEPT)
+        rows, keys = await self._persist("key_ring", self._purpose), dict[int, _Key]()
+        now = clock.boottime()
+        for row in rows:
+            stored = Stored(row["key"], row["wrapped_by"])
+            key = self._wrapping.unwrap(stored, self._purpose)
+            if self._wrapping.outdated(stored):
+                anew = self._wrapping.wrap(key, self._purpose)
+                await self._persist("wrap_key", row["id"], anew.key, anew.wrapped_by, stored.key)
+            keys[row["id"]] = _Key(AESGCM(key), now + RIPE - row["age"])
+        self._keys = keys
 
     def seal(self, plain: bytes, place: bytes) -> bytes:
         """See ``SecretBox.seal``."""
-        newest, nonce = max(self._keys), os.urandom(_NONCE)
-        return newest.to_bytes(_KEY_ID, "big") + nonce + self._keys[newest].encrypt(nonce, plain, place)
+        now, nonce = self._database.clock.boottime(), os.urandom(_NONCE)
+        ripe = (key_id for key_id, key in self._keys.items() if key.seals_from <= now)
+        newest = max(ripe, default=min(self._keys))
+        return newest.to_bytes(_KEY_ID, "big") + nonce + self._keys[newest].cipher.encrypt(nonce, plain, place)
 
     async def open(self, sealed: bytes, place: bytes) -> bytes:
         """See ``SecretBox.open``."""
-        key_id = int.from_bytes(sealed[:_KEY_ID], "big")
-        if key_id not in self._keys:
+        if _key_id(sealed) not in self._keys:
             await self.load()
-        key, rest = self._keys.get(key_id), sealed[_KEY_ID:]
+        return self.open_known(sealed, place)
+
+    def open_known(self, sealed: bytes, place: bytes) -> bytes:
+        """See ``StateBox.open_known``."""
+        key, rest = self._keys.get(_key_id(sealed)), sealed[_KEY_ID:]
         try:
             if key is None:
                 raise InvalidTag
-            return key.decrypt(rest[:_NONCE], rest[_NONCE:], place)
+            return key.cipher.decrypt(rest[:_NONCE], rest[_NONCE:], place)
         except (InvalidTag, ValueError):
-            message = f"A sealed value cannot be opened with key {key_id} of this cluster's ring."
+            message = f"A sealed value cannot be opened with key {_key_id(sealed)} of this cluster's ring."
             raise PgmcpError(message) from None
+
+    async def learn(self, sealed: bytes) -> None:
+        """See ``StateBox.learn``."""
+        clock = self._database.clock
+        if _key_id(sealed) in self._keys:
+            return
+        async with self._looking:
+            if _key_id(sealed) in self._keys:
+                return
+            if clock.boottime() - self._looked >= SETTLED:
+                try:
+                    self._found = False
+                    await self.load()
+                    self._found = True
+                finally:
+                    self._looked = clock.boottime()
+            if not self._found:
+                message = "The cluster's keys cannot be read now; try again."
+                raise DatabaseUnavailable(message)
+
+    async def _persist(self, name: str, *args: object) -> list[asyncpg.Record]:
+        return await self._database.persist(name, *args, patience=self._database.settings.statement_timeout)
+
+
+class StateRing(KeyRing):
+    """The ``StateBox`` port: the ring for ``requestState``, and which of them were used.
+
+    Args:
+        wrapping: how the keys lie in the table.
+    """
+
+    def __init__(self, database: Database, wrapping: Wrapping, ids: Ids) -> None:
+        super().__init__(database, STATES, wrapping)
+        self._ids = ids
+
+    async def spend(self, sealed: bytes, seconds: float) -> bool:
+        """See ``StateBox.spend``."""
+        state = sealed[: _KEY_ID + _NONCE]
+        patience = self._database.settings.hold
+        rows = await self._database.persist("spend_state", state, self._ids.uuid(), seconds, patience=patience)
+        return any(row["mine"] for row in rows)
+
+
+def _key_id(sealed: bytes) -> int:
+    return int.from_bytes(sealed[:_KEY_ID], "big")

@@ -105,7 +105,7 @@ class Upkeep:
         await self._clear("drop_dead_sinks")
         for name in ("prune_streams", "prune_long_streams", "prune_messages", "prune_standalone"):
             await self._clear(name, self._settings.retention)
-        for name in ("prune_nodes", "prune_takeovers"):
+        for name in ("prune_nodes", "prune_takeovers", "prune_states"):
             await self._clear(name)
 
     async def _clear(self, name: str, *args: float, most: int = BATCH) -> list[asyncpg.Record]:

@@ -1,7 +1,8 @@
 """Admission: who comes next when more arrives than a node does at once.
 
 A node works on ``SLOTS`` young exchanges at a time, ``SHARE`` of them of one line; who comes later waits in its line,
-and the lines take turns. So a session that floods waits for itself, and the others meet few of its exchanges.
+and the lines take turns. So a session that floods waits for itself, and the others meet few of its exchanges. What
+belongs to no session (2026-07-28) stands in the line of its caller.
 
 Invariants:
 - A slot is held until its exchange ends, for ``YOUNG`` at most: long calls hold none, and a database that is away
@@ -129,7 +130,7 @@ class Admission:
 
     async def _wait(self, line: _Line, receive: Receive, most: int, patience: float) -> None:
         if len(line.waiting) >= most:
-            message = f"{most} messages of this session wait already; wait for answers before you send more."
+            message = f"{most} messages wait in this line already; wait for answers before you send more."
             raise SessionBusy(message)
         loop = asyncio.get_running_loop()
         mine: asyncio.Future[None] = loop.create_future()

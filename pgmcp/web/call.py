@@ -113,6 +113,13 @@ class Call:
         await response(self.request.scope, self.receive, self.send)
 
 
+def abort(receive: Receive) -> None:
+    """Drop a connection: a server's orderly close would wait for ever until the client reads what is buffered."""
+    transport = getattr(getattr(receive, "__self__", None), "transport", None)  # uvicorn's
+    if transport is not None:  # uvloop's is no asyncio.Transport
+        transport.abort()
+
+
 class Watch:
     """Notices a client's disconnect while something else is awaited; the body of its request was read before.
 

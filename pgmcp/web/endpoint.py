@@ -1,7 +1,7 @@
-"""What every endpoint does before it answers: the body's limits, Host and Origin, trust; and how errors are said.
+"""What every endpoint does before it answers: the body's limits, Host and Origin; and how errors are said.
 
-Failure handling: a database that is away holds the exchange (``hold``, ``resume_hold``), then it is 503 with
-``Retry-After``; so it is on a node that has no trust yet or lost its incarnation.
+Failure handling, where an exchange belongs to a session: a database that is away holds it (``hold``, ``resume_hold``),
+then it is 503 with ``Retry-After``; so it is on a node that has no trust yet or lost its incarnation.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pgmcp.errors import (
     DatabaseUnavailable,
     DuplicateRequest,
     Fenced,
+    NodeFull,
     NodeNotReady,
     PgmcpError,
     SessionBusy,
@@ -40,27 +41,27 @@ _STATUS: tuple[tuple[type[PgmcpError], int, int], ...] = (
     (SessionBusy, 429, INVALID_REQUEST),
     (TooManySessions, 429, INVALID_REQUEST),
     (ClusterFull, 503, INTERNAL_ERROR),
+    (NodeFull, 503, INTERNAL_ERROR),
     (DatabaseUnavailable, 503, INTERNAL_ERROR),
     (NodeNotReady, 503, INTERNAL_ERROR),
     (Fenced, 503, INTERNAL_ERROR),
 )
 
 
-class Endpoint(ABC):
+class Front(ABC):
     """An ASGI application for one path.
 
     Args:
-        edge: the node's present incarnation; raises ``NodeNotReady`` while there is none.
         security: Host and Origin rules.
         settings: the node's settings.
     """
 
-    def __init__(self, edge: Callable[[], Edge], *, security: TransportSecurityMiddleware, settings: Settings) -> None:
-        self._edge, self._security, self._settings = edge, security, settings
+    def __init__(self, *, security: TransportSecurityMiddleware, settings: Settings) -> None:
+        self._security, self._settings = security, settings
 
     @abstractmethod
-    async def answer(self, edge: Edge, call: Call, body: bytes) -> None:
-        """Answer an exchange that passed the checks.
+    async def take(self, call: Call, body: bytes) -> None:
+        """Answer an exchange whose body, Host and Origin are in order.
 
         Raises:
             Refusal: something is wrong with it.
@@ -93,8 +94,35 @@ class Endpoint(ABC):
         if problem is not None:
             await call.send_response(problem)
             return
+        await self.take(call, body)
+
+
+class Endpoint(Front):
+    """A path whose exchanges belong to sessions.
+
+    Args:
+        edge: the node's present incarnation; raises ``NodeNotReady`` while there is none.
+        security: Host and Origin rules.
+        settings: the node's settings.
+    """
+
+    def __init__(self, edge: Callable[[], Edge], *, security: TransportSecurityMiddleware, settings: Settings) -> None:
+        super().__init__(security=security, settings=settings)
+        self._edge = edge
+
+    @abstractmethod
+    async def answer(self, edge: Edge, call: Call, body: bytes) -> None:
+        """Answer an exchange that passed the checks.
+
+        Raises:
+            Refusal: something is wrong with it.
+            PgmcpError: it cannot be answered, or not now.
+        """
+
+    async def take(self, call: Call, body: bytes) -> None:
+        """See ``Front.take``."""
         edge = self._edge()
-        if not await edge.lease.trusted_within(limits.hold):
+        if not await edge.lease.trusted_within(self._settings.hold):
             message = "This node has lost touch with the cluster; try again or ask another one."
             raise NodeNotReady(message)
         await self.answer(edge, call, body)

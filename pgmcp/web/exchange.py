@@ -27,7 +27,7 @@ from pgmcp.errors import DatabaseUnavailable, NodeNotReady, PgmcpError, SessionU
 from pgmcp.ports import Log
 from pgmcp.settings import Settings
 from pgmcp.types import Cursor, Event, Page, StreamId, StreamKind
-from pgmcp.web.call import Watch
+from pgmcp.web.call import Watch, abort
 from pgmcp.web.tails import Tail
 from pgmcp.web.wire import INTERNAL_ERROR, Refusal
 
@@ -299,13 +299,7 @@ class Exchange:
         except TimeoutError:
             logger.info("a client has not read from its stream for %s s", self._settings.write_timeout)
             self._on_gone()  # it can resume; what it did not read is in the log
-            self._abort()
-
-    def _abort(self) -> None:
-        """Drop the connection: a server's orderly close would wait for ever until the client reads what is buffered."""
-        transport = getattr(getattr(self._receive, "__self__", None), "transport", None)  # uvicorn's
-        if transport is not None:  # uvloop's is no asyncio.Transport
-            transport.abort()
+            abort(self._receive)
 
     async def _start(self, status: int, headers: dict[str, str]) -> None:
         pairs = [(name.encode(), value.encode()) for name, value in (headers | self._headers).items()]

@@ -11,10 +11,8 @@ Invariants:
 
 from __future__ import annotations
 
-from mcp_types.version import HANDSHAKE_PROTOCOL_VERSIONS
-
 from pgmcp.types import Attachment
-from pgmcp.web.call import LAST_EVENT_ID, VERSION, Call
+from pgmcp.web.call import LAST_EVENT_ID, Call
 from pgmcp.web.edge import Edge
 from pgmcp.web.endpoint import Endpoint, cursor
 from pgmcp.web.posting import Posting
@@ -28,11 +26,6 @@ class Streamable(Endpoint):
 
     async def answer(self, edge: Edge, call: Call, body: bytes) -> None:
         """See ``Endpoint.answer``."""
-        version = call.header(VERSION)
-        if version and version not in HANDSHAKE_PROTOCOL_VERSIONS:
-            served = ", ".join(HANDSHAKE_PROTOCOL_VERSIONS)
-            text = f"Bad Request: protocol version {version[:40]!r} is not served here; use one of {served}"
-            raise Refusal(400, text)
         match call.request.method:
             case "POST":
                 await Posting(edge, call).answer(body)

@@ -128,6 +128,7 @@ class RawExchange:
     def __init__(self, response: httpx.Response) -> None:
         self.status = response.status_code
         self.headers = response.headers
+        self.request_body = response.request.content
         self.is_stream = response.headers.get("content-type", "").startswith("text/event-stream")
         self.body = b""
         self.seen: list[SseEvent] = []

@@ -14,6 +14,7 @@ from fastmcp import Context, FastMCP
 from fastmcp.server.auth.providers.jwt import StaticTokenVerifier
 from fastmcp.server.dependencies import get_access_token
 from key_value.aio.stores.postgresql import PostgreSQLStore
+from mcp_types import ElicitRequest, ElicitRequestFormParams, InputRequiredResult
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 
@@ -72,6 +73,23 @@ async def wait(seconds: float) -> str:
     """Return after a while."""
     await asyncio.sleep(seconds)
     return "waited"
+
+
+@mcp.tool
+async def whoami(ctx: Context) -> dict[str, Any]:
+    """Say what is known without a session."""
+    token = get_access_token()
+    return {"transport": ctx.transport, "who": token and token.client_id}
+
+
+@mcp.tool
+async def confirm(ctx: Context) -> str | InputRequiredResult:
+    """Ask, and answer when the answer came with the state."""
+    if ctx.request_state == "asked":
+        return "confirmed"
+    schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}}
+    form = ElicitRequest(params=ElicitRequestFormParams(message="Really?", requested_schema=schema))
+    return InputRequiredResult(input_requests={"ok": form}, request_state="asked")
 
 
 @mcp.custom_route("/hello", methods=["GET"])

@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from tests.harness.clients import RawSession
+from tests.harness.modern import Modern
 from tests.harness.processes import NodeProcess, nodes
 
 TARGET = "tests/harness/fast.py:mcp"
@@ -81,6 +82,21 @@ async def test_a_caller_is_who_it_was_on_the_next_owner_and_nobody_else_gets_in(
         owner.kill()
         after = await counted(session, other)
     assert (after["who"], after["count"]) == ("client-ada", 2)
+
+
+async def test_requests_without_a_session_know_their_caller_and_carry_state_to_any_node(
+    guarded: list[NodeProcess], truth: Path
+) -> None:
+    async with Modern({"authorization": "Bearer ada"}) as ada, Modern({"authorization": "Bearer eve"}) as eve:
+        for node in guarded:
+            known = (await ada.result(node.url, "whoami"))["structuredContent"]
+            assert known == {"transport": "streamable-http", "who": "client-ada"}
+            assert (await eve.tool(node.url, "whoami")).status == 401
+        asked = await ada.result(guarded[0].url, "confirm")
+        told = {"inputResponses": {"ok": {"action": "accept", "content": {}}}, "requestState": asked["requestState"]}
+        answer = await ada.call(guarded[1].url, "tools/call", {"name": "confirm", "arguments": {}, **told})
+        assert answer["result"]["content"][0]["text"] == "confirmed"
+    assert len(lifespans(truth)) == 2
 
 
 async def test_routes_of_its_own_are_served(three: list[NodeProcess]) -> None:

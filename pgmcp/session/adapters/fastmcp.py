@@ -16,9 +16,10 @@ from fastmcp.server.context import set_transport
 from fastmcp.server.providers.base import Provider
 from fastmcp.utilities.versions import version_sort_key
 from mcp.server import Server
+from starlette.types import Receive, Scope, Send
 
 from pgmcp.clock import Clock
-from pgmcp.session.adapter import Conversation
+from pgmcp.session.adapter import Conversation, Shared
 from pgmcp.session.adapters.sdk import SdkAdapter
 from pgmcp.session.state import Hooks
 
@@ -44,8 +45,8 @@ class FastMcpAdapter(SdkAdapter):
             self.server.get_tool_input_schema = self._catalogue.schema
 
     @asynccontextmanager
-    async def _lifespan(self) -> AsyncIterator[None]:
-        async with super()._lifespan():
+    async def _lifespan(self, shared: Shared) -> AsyncIterator[None]:
+        async with super()._lifespan(shared):
             await self._catalogue.read()
             try:
                 yield
@@ -56,6 +57,11 @@ class FastMcpAdapter(SdkAdapter):
         """See ``Adapter.converse``; handlers see ``ctx.transport``, which FastMCP's own HTTP application sets."""
         set_transport("streamable-http")
         await super().converse(session_id, conversation)
+
+    async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ``Adapter.answer``."""
+        set_transport("streamable-http")
+        await super().answer(scope, receive, send)
 
 
 class Catalogue:

@@ -23,8 +23,11 @@ from mcp.shared.message import ServerMessageMetadata, SessionMessage
 from mcp_types import JSONRPCError, JSONRPCNotification, JSONRPCRequest, jsonrpc_message_adapter
 from starlette.authentication import AuthCredentials
 from starlette.requests import Request
+from starlette.types import Receive, Scope, Send
 
-from pgmcp.session.adapter import Conversation, Incoming, Kind, Outgoing
+from pgmcp.errors import NodeNotReady
+from pgmcp.session.adapter import Conversation, Incoming, Kind, Outgoing, Shared
+from pgmcp.session.adapters.stateless import Stateless
 from pgmcp.session.state import Hooks, current
 
 _TEXTS = ("method", "scheme", "http_version", "path", "root_path")
@@ -98,15 +101,34 @@ class SdkAdapter:
     def __init__(self, server: Server[Any], hooks: Hooks) -> None:
         self._server, self.hooks = server, hooks
         self._state: Any = None
+        self._stateless: Stateless | None = None
 
-    def lifespan(self) -> AbstractAsyncContextManager[None]:
+    def lifespan(self, shared: Shared) -> AbstractAsyncContextManager[None]:
         """See ``Adapter.lifespan``."""
-        return self._lifespan()
+        return self._lifespan(shared)
 
     @asynccontextmanager
-    async def _lifespan(self) -> AsyncIterator[None]:
+    async def _lifespan(self, shared: Shared) -> AsyncIterator[None]:
         async with self._server.lifespan(self._server) as self._state:
-            yield
+            stateless = Stateless(self._server, self._state, shared)
+            async with stateless.running():
+                self._stateless = stateless
+                try:
+                    yield
+                finally:
+                    self._stateless = None
+
+    async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ``Adapter.answer``."""
+        if self._stateless is None:
+            message = "This node's server has not started, or has stopped; try again or ask another node."
+            raise NodeNotReady(message)
+        await self._stateless.answer(scope, receive, send)
+
+    def end_streams(self) -> None:
+        """See ``Adapter.end_streams``."""
+        if self._stateless is not None:
+            self._stateless.end_streams()
 
     async def converse(self, session_id: str, conversation: Conversation) -> None:
         """See ``Adapter.converse``."""

@@ -40,13 +40,6 @@ select pg_notify(channel, payload) from unnest($1::text[], $2::text[]) as n (cha
 -- name: probe
 select pg_notify($1, $2);
 
--- name: key_ring
-select id, key from {schema}.secrets where purpose = $1 order by id;
-
--- name: add_key
-insert into {schema}.secrets (purpose, key)
-select $1, $2 where not exists (select from {schema}.secrets where purpose = $1);
-
 -- name: nodes_called
 -- The living nodes of this name, or the node of this id, also when it is over.
 select node_id, name, address, state from {schema}.nodes

@@ -1,0 +1,177 @@
+"""2026-07-28: exchanges without a session, answered where they arrive by the served server's own SDK.
+
+One rule says to which era an exchange belongs: ``is_modern``.
+
+Invariants:
+- Nothing of it is stored, and neither lease nor incarnation is asked for: it goes on while the database is away, and
+  while the node joins again.
+- Its client's disconnect cancels it (2026-07-28, "Cancellation"), also while it waits for its turn.
+- It stands in the line of its caller: the principal, or, where nobody is known, the address.
+
+Failure handling: it dies with its node, and its client asks again. A node that leaves lets calls finish within the
+drain limit, and ends ``subscriptions/listen`` streams with their result.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import anyio
+from mcp.server.transport_security import TransportSecurityMiddleware
+from mcp_types.version import HANDSHAKE_PROTOCOL_VERSIONS
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from pgmcp.errors import NodeFull, NodeNotReady
+from pgmcp.settings import Settings
+from pgmcp.types import ANONYMOUS, Principal
+from pgmcp.web.admission import Admission
+from pgmcp.web.call import VERSION, Call, Watch, abort
+from pgmcp.web.endpoint import Front
+
+logger = logging.getLogger(__name__)
+
+WAITING = 500
+"""Exchanges of one caller that may wait for their turn."""
+
+METHOD, LISTEN = "mcp-method", "subscriptions/listen"
+
+
+def is_modern(scope: Scope) -> bool:
+    """Whether an exchange has no session: it names a protocol version, and none that begins with a handshake."""
+    named = next((value for name, value in scope["headers"] if name == VERSION.encode()), b"").strip().decode("latin-1")
+    return bool(named) and named not in HANDSHAKE_PROTOCOL_VERSIONS
+
+
+class Eras:
+    """The one path of both eras.
+
+    Args:
+        modern: answers exchanges without a session.
+        sessions: answers all others.
+    """
+
+    def __init__(self, modern: ASGIApp, sessions: ASGIApp) -> None:
+        self._modern, self._sessions = modern, sessions
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one exchange; header values are compared with the body, so blanks around them go first."""
+        if is_modern(scope):
+            stripped = [(name, value.strip(b" \t")) for name, value in scope["headers"]]
+            await self._modern({**scope, "headers": stripped}, receive, send)
+        else:
+            await self._sessions(scope, receive, send)
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """Whose turn an exchange takes."""
+
+    principal: Principal
+    address: str
+
+
+@dataclass(eq=False, slots=True)
+class _Open:
+    scope: anyio.CancelScope
+    listens: bool
+    cut: bool = False
+
+
+class Modern(Front):
+    """The endpoint as an ASGI application.
+
+    Args:
+        server: answers an exchange that has its turn; raises ``NodeNotReady`` while it cannot.
+        admission: the node's turns.
+    """
+
+    def __init__(
+        self, server: ASGIApp, admission: Admission, *, security: TransportSecurityMiddleware, settings: Settings
+    ) -> None:
+        super().__init__(security=security, settings=settings)
+        self._server, self._admission = server, admission
+        self._open: set[_Open] = set()
+
+    @property
+    def busy(self) -> int:
+        """Open exchanges that end by themselves."""
+        return sum(not exchange.listens for exchange in self._open)
+
+    def cut(self) -> None:
+        """End at once what would end by itself: the node leaves without waiting for it."""
+        for exchange in self._open:
+            if not exchange.listens:
+                exchange.cut = True
+                exchange.scope.cancel()
+
+    async def take(self, call: Call, body: bytes) -> None:
+        """See ``Front.take``."""
+        limits = self._settings
+        with self._opened(call) as exchange:
+            answer = _Answer(call, body, limits.write_timeout, exchange.scope.cancel)
+            with exchange.scope:
+                async with self._admission.turn(
+                    _line(call), call.receive, asks=True, most=WAITING, patience=limits.hold
+                ):
+                    with Watch(call.receive, exchange.scope.cancel):
+                        await self._server(call.request.scope, answer.receive, answer.send)
+            if exchange.cut:
+                await answer.end()
+
+    @contextmanager
+    def _opened(self, call: Call) -> Iterator[_Open]:
+        if len(self._open) >= self._settings.max_exchanges:
+            message = f"This node has {len(self._open)} exchanges open; try again or ask another one."
+            raise NodeFull(message)
+        exchange = _Open(anyio.CancelScope(), call.header(METHOD) == LISTEN)
+        self._open.add(exchange)
+        try:
+            yield exchange
+        finally:
+            self._open.discard(exchange)
+
+
+class _Answer:
+    """What the SDK sees of a connection: the body that was read already, and a client that reads in time or is gone."""
+
+    def __init__(self, call: Call, body: bytes, patience: float, on_gone: Callable[[], None]) -> None:
+        self._call, self._body, self._patience, self._on_gone = call, body, patience, on_gone
+        self._read = self._started = self._ended = False
+
+    async def receive(self) -> Message:
+        """The body, and then nothing: a disconnect cancels the whole exchange."""
+        if self._read:
+            await anyio.sleep_forever()
+        self._read = True
+        return {"type": "http.request", "body": self._body, "more_body": False}
+
+    async def send(self, message: Message) -> None:
+        """Pass on what is to be sent, to a client that reads it in time."""
+        self._started = True
+        self._ended = message["type"] == "http.response.body" and not message.get("more_body", False)
+        with anyio.move_on_after(self._patience) as limit:
+            await self._call.send(message)
+        if limit.cancelled_caught:
+            logger.info("a client has not read from its stream for %s s", self._patience)
+            abort(self._call.receive)
+            self._on_gone()
+
+    async def end(self) -> None:
+        """End what was cut.
+
+        Raises:
+            NodeNotReady: nothing was sent yet.
+        """
+        if not self._started:
+            message = "This node is leaving; send the same request again."
+            raise NodeNotReady(message)
+        if not self._ended:
+            await self.send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _line(call: Call) -> Line:
+    principal, client = call.principal, call.request.client
+    return Line(principal, client.host if principal == ANONYMOUS and client is not None else "")

@@ -1,0 +1,192 @@
+"""Rounds of one call on different nodes (2026-07-28): the state that clients carry is sealed by one node for all."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import logging
+from typing import Any
+
+import pytest
+from mcp.server.mcpserver import Context, MCPServer
+from mcp.server.request_state import AESGCMRequestStateCodec, RequestStateSecurity
+from mcp_types import ElicitRequest, ElicitRequestFormParams, InputRequiredResult
+
+from tests.cluster.test_identity import bearer, server
+from tests.harness.clients import Message
+from tests.harness.cluster import RunningNode, cluster, eventually, tables_of
+from tests.harness.modern import Modern
+from tests.harness.proxy import proxied
+
+ROUNDS = 4
+OWN = "a key that somebody has chosen, of 32 characters"
+
+
+def rounds(**options: Any) -> MCPServer:
+    """A server whose one tool asks four times and keeps what it knows in the state that its client carries."""
+    made = MCPServer(options.pop("name", "rounds"), **options)
+    made.tool()(add_up)
+    return made
+
+
+def add_up(ctx: Context, start: int) -> str | InputRequiredResult:
+    """Ask for numbers and add them up."""
+    seen = json.loads(ctx.request_state) if ctx.request_state else [start]
+    answer = (ctx.input_responses or {}).get("number")
+    if answer is not None and answer.content:
+        seen.append(answer.content["number"])
+    if len(seen) > ROUNDS:
+        return str(sum(seen))
+    schema = {"type": "object", "properties": {"number": {"type": "integer"}}, "required": ["number"]}
+    form = ElicitRequest(params=ElicitRequestFormParams(message="A number?", requested_schema=schema))
+    return InputRequiredResult(input_requests={"number": form}, request_state=json.dumps(seen))
+
+
+async def play(client: Modern, bases: itertools.cycle[str], start: int) -> Message:
+    """All rounds of one call, each on the next node; the last answer."""
+    state: dict[str, Any] = {}
+    for number in range(ROUNDS + 1):
+        answer = await once(client, next(bases), start, number, state)
+        if answer.get("result", {}).get("resultType") != "input_required":
+            break
+        state = {"requestState": answer["result"]["requestState"]}
+    return answer
+
+
+async def once(client: Modern, base: str, start: int, number: int, state: dict[str, Any]) -> Message:
+    answers = {"inputResponses": {"number": {"action": "accept", "content": {"number": number}}}} if state else {}
+    return await client.call(base, "tools/call", {"name": "add_up", "arguments": {"start": start}, **answers, **state})
+
+
+def sums_up(answer: Message, start: int) -> bool:
+    return bool(answer["result"]["content"][0]["text"] == str(start + sum(range(1, ROUNDS + 1))))
+
+
+def refused(answer: Message) -> bool:
+    return bool(answer.get("error", {}).get("data") == {"reason": "invalid_request_state"})
+
+
+async def test_each_round_on_another_node(database):
+    async with cluster(database, rounds, 3) as nodes, tables_of(database) as tables, Modern() as client:
+        before = await tables.counts()
+        bases = itertools.cycle([node.url for node in nodes])
+        answers = [await play(client, bases, start) for start in range(100)]
+        assert sum(sums_up(answer, start) for start, answer in enumerate(answers)) == 100
+        assert await tables.counts() == before
+
+
+async def test_across_a_change_of_keys_and_a_restart_of_all_nodes(database):
+    """Every state of before is brought to nodes that were not there when it was sealed."""
+    async with tables_of(database) as tables, Modern() as client:
+        sealed, keys = [], set()
+        for generation in range(4):
+            async with cluster(database, rounds, 2, key_rotation=3600) as nodes:
+                bases = itertools.cycle([node.url for node in nodes])
+                for start, state in sealed:
+                    answer = await once(client, next(bases), start, 1, {"requestState": state})
+                    assert answer["result"]["resultType"] == "input_required", answer
+                answer = await once(client, next(bases), generation, 0, {})
+                sealed.append((generation, answer["result"]["requestState"]))
+                keys |= set(nodes[0].node._states._keys)
+                await tables.execute("update pgmcp.secrets set created_at = created_at - interval '2 hours'")
+                for node in nodes:  # makes the next key, which is not ripe: the older one still seals
+                    await node.node._states.load()
+                assert sums_up(await play(client, bases, 7), 7)
+        assert len(keys) == 4
+
+
+async def test_a_node_that_has_not_read_the_newest_key_asks_for_it(database):
+    async with cluster(database, rounds, 2) as nodes, tables_of(database) as tables, Modern() as client:
+        await tables.execute("update pgmcp.secrets set created_at = created_at - interval '31 days'")
+        await nodes[0].node._states.load()
+        await tables.execute("update pgmcp.secrets set created_at = created_at - interval '1 hour'")
+        await nodes[0].node._states.load()
+        assert len(nodes[0].node._states._keys) == 2
+        assert len(nodes[1].node._states._keys) == 1
+        assert sums_up(await play(client, itertools.cycle([node.url for node in nodes]), 3), 3)
+
+
+async def test_what_was_changed_borrowed_or_made_up_is_refused(database):
+    async with cluster(database, rounds, 2) as nodes, Modern() as client:
+        state = (await once(client, nodes[0].url, 1, 0, {}))["result"]["requestState"]
+        changed = [state[:-2] + ("AA" if state[-2:] != "AA" else "BB"), state[:-9], f"{state}A", f"v1.{state[7:]}",
+                   "pgmcp1.", "pgmcp1.\xe9", "x", ""]  # fmt: skip
+        for bad in changed:
+            assert refused(await once(client, nodes[1].url, 1, 1, {"requestState": bad})), bad
+        assert refused(await once(client, nodes[1].url, 2, 1, {"requestState": state})), "other arguments"
+        good = await once(client, nodes[1].url, 1, 1, {"requestState": state})
+        assert good["result"]["resultType"] == "input_required"
+
+
+async def test_a_state_belongs_to_its_caller(database):
+    def private() -> MCPServer:
+        made = server()
+        made.tool()(add_up)
+        return made
+
+    async with cluster(database, private, 2) as nodes, Modern(bearer("ada")) as ada, Modern(bearer("eve")) as eve:
+        state = {"requestState": (await once(ada, nodes[0].url, 1, 0, {}))["result"]["requestState"]}
+        assert refused(await once(eve, nodes[1].url, 1, 1, state))
+        assert (await once(ada, nodes[1].url, 1, 1, state))["result"]["resultType"] == "input_required"
+
+
+async def test_a_state_is_used_once_where_that_is_wanted(database):
+    async with cluster(database, rounds, 2, single_use_states=True) as nodes, Modern() as client:
+        bases = itertools.cycle([node.url for node in nodes])
+        assert sums_up(await play(client, bases, 5), 5)
+        for _ in range(10):
+            state = {"requestState": (await once(client, nodes[0].url, 1, 0, {}))["result"]["requestState"]}
+            answers = await asyncio.gather(*(once(client, node.url, 1, 1, state) for node in nodes * 2))
+            assert sum(refused(answer) for answer in answers) == 3
+            assert sum("result" in answer for answer in answers) == 1
+        # what fails the other checks does not count as a use
+        state = {"requestState": (await once(client, nodes[0].url, 1, 0, {}))["result"]["requestState"]}
+        assert refused(await once(client, nodes[0].url, 2, 1, state))
+        assert "result" in await once(client, nodes[0].url, 1, 1, state)
+
+
+async def test_states_are_sealed_and_opened_while_the_database_is_away(database):
+    async with proxied(database) as (proxy, way), cluster(way, rounds, 2) as nodes, Modern() as client:
+        proxy.refusing = True
+        proxy.cut_all()
+        assert sums_up(await play(client, itertools.cycle([node.url for node in nodes]), 5), 5)
+        unknown = f"pgmcp1.{'A' * 80}"
+        nodes[0].node._database.settings = nodes[0].node.settings.model_copy(update={"statement_timeout": 0.3})
+        answer = await once(client, nodes[0].url, 1, 1, {"requestState": unknown})
+        assert answer["error"]["code"] == -32603, "nobody can say now whether it is good"
+        proxy.refusing = False
+
+
+async def test_keys_that_a_server_brings_are_kept_and_the_log_says_so(database, caplog):
+    caplog.set_level(logging.INFO, "pgmcp")
+
+    def own() -> MCPServer:
+        return rounds(request_state_security=RequestStateSecurity(keys=[OWN]))
+
+    async with cluster(database, own, 2) as nodes, Modern() as client:
+        state = (await once(client, nodes[0].url, 1, 0, {}))["result"]["requestState"]
+        assert json.loads(AESGCMRequestStateCodec([OWN]).unseal(state))["s"] == "[1]"
+        assert sums_up(await play(client, itertools.cycle([node.url for node in nodes]), 5), 5)
+    assert sum("requestState security of its own" in record.getMessage() for record in caplog.records) == 2
+
+
+@pytest.mark.parametrize("names", [("one", "another"), ("", "")])
+async def test_the_audience_is_the_same_on_all_nodes(database, names):
+    waiting = iter(names)
+    async with cluster(database, lambda: rounds(name=next(waiting)), 2) as nodes, Modern() as client:
+        assert sums_up(await play(client, itertools.cycle([node.url for node in nodes]), 5), 5)
+
+
+async def test_the_served_object_stays_as_it_is(database):
+    made = rounds()
+    before = list(made.middleware)
+    async with cluster(database, lambda: made, 1) as [node]:
+        await served(node)
+    assert list(made.middleware) == before
+
+
+async def served(node: RunningNode) -> None:
+    async with Modern() as client:
+        answer = await eventually(lambda: once(client, node.url, 1, 0, {}), "an answer")
+    assert answer["result"]["requestState"].startswith("pgmcp1.")
