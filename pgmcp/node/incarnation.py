@@ -9,16 +9,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Any
 
 from pgmcp.clock import Clock, Ids
 from pgmcp.cluster.drain import Drain
 from pgmcp.cluster.lease import Lease, LeaseState
+from pgmcp.cluster.publications import Herald
 from pgmcp.cluster.takeover import Takeover
 from pgmcp.cluster.wakeups import Wakeups, parse
 from pgmcp.errors import DatabaseUnavailable, PgmcpError
-from pgmcp.session.adapter import Adapter
+from pgmcp.ports import Publications
+from pgmcp.session import news
+from pgmcp.session.adapters.target import Target
 from pgmcp.session.host import TOUCH_EVERY, Host
 from pgmcp.settings import Settings
 from pgmcp.store.database import Database
@@ -29,7 +32,7 @@ from pgmcp.store.nodes import join, outgrown, own_state
 from pgmcp.store.secrets import KeyRing
 from pgmcp.store.takeover import TableTakeovers
 from pgmcp.store.upkeep import EVERY, Upkeep
-from pgmcp.types import VERSION, NodeId, NodeRecord, NodeState, Wake
+from pgmcp.types import VERSION, Change, NodeId, NodeRecord, NodeState, Publication, Wake
 from pgmcp.web.admission import Admission
 from pgmcp.web.edge import Edge
 from pgmcp.web.tails import Tails
@@ -44,7 +47,14 @@ class Incarnation:
     """One stay of a node in the cluster, from joining to leaving or being declared dead."""
 
     def __init__(
-        self, settings: Settings, database: Database, box: KeyRing, adapter: Adapter, clock: Clock, ids: Ids
+        self,
+        settings: Settings,
+        database: Database,
+        box: KeyRing,
+        target: Target,
+        publications: Publications,
+        clock: Clock,
+        ids: Ids,
     ) -> None:
         self.node_id = NodeId(ids.uuid())
         self._settings, self._database, self._clock, self._ids = settings, database, clock, ids
@@ -56,7 +66,7 @@ class Incarnation:
             clock,
             ids,
             on_payload=lambda payload: self._hear(parse(payload)),
-            on_reset=lambda: self._hear(Wake(everything=True)),
+            on_reset=self._on_line_open,
             on_lost=self._on_line_lost,
             database=database,
         )
@@ -67,8 +77,10 @@ class Incarnation:
         self.inbox = TableInbox(database, self.node_id, clock, ids, self.lease.acting)
         self.log = TableLog(database, self.node_id, clock, self.lease.acting)
         takeovers = TableTakeovers(database, self.node_id, self.lease.acting)
+        self._bus = target.bus
+        self.herald = Herald(publications, clock, tell=self._tell, missed=self._missed)
         self.host = Host(
-            adapter,
+            target.adapter,
             inbox=self.inbox,
             log=self.log,
             takeovers=takeovers,
@@ -101,7 +113,7 @@ class Incarnation:
             tails=self.tails,
             admission=Admission(clock),
             host=self.host,
-            adapter=adapter,
+            adapter=target.adapter,
             box=box,
             settings=settings,
             clock=clock,
@@ -123,6 +135,7 @@ class Incarnation:
         await join(self._database, record)
         await self.line.open()
         await self.lease.renew()
+        await self.herald.begin()
         if not await self.line.set_state(NodeState.READY):
             message = "This node's row vanished while it joined; it tries again."
             raise DatabaseUnavailable(message)
@@ -132,6 +145,7 @@ class Incarnation:
             asyncio.create_task(self.takeover.sweep_for_ever()),
             asyncio.create_task(self._every(settings.poll, self.host.poll)),
             asyncio.create_task(self._every(settings.poll, self._look_while_deaf)),
+            asyncio.create_task(self._every(settings.poll, self.herald.poll)),
             asyncio.create_task(self._every(settings.idle_poll, self.host.survey)),
             asyncio.create_task(self._every(EVERY, self._sweep)),
             asyncio.create_task(self._every(TOUCH_EVERY, self.host.note_activity)),
@@ -159,6 +173,7 @@ class Incarnation:
         for task in self._tasks:
             task.cancel()
         self.edge.leave(at_once=True)
+        await self.herald.close()
         await self.takeover.close()
         fenced = self.lease.state is LeaseState.FENCED
         if not fenced:
@@ -179,10 +194,24 @@ class Incarnation:
     def _on_line_lost(self) -> None:
         self.lease.hurry()
 
+    def _on_line_open(self) -> None:
+        self._hear(Wake(everything=True))
+        self.herald.look(gap=True)
+
+    async def _tell(self, publications: Sequence[Publication]) -> None:
+        await news.tell(self.host.news, publications)
+        await self._bus.tell(publications)
+
+    async def _missed(self, changed: Collection[Change]) -> None:
+        await news.missed(self.host.news, changed)
+        await self._bus.missed()
+
     def _hear(self, wake: Wake) -> None:
         if wake.everything:
             self.host.wake_all()
             self.tails.wake_all()
+        if wake.everything or wake.published:
+            self.herald.look()
         if wake.everything or wake.orphans:
             self.takeover.orphaned()
         for ownership in wake.handed:

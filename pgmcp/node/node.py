@@ -27,7 +27,9 @@ from pgmcp.ops.logs import mask_session_ids
 from pgmcp.session.adapters.target import target_of
 from pgmcp.settings import Settings
 from pgmcp.store.database import Database
+from pgmcp.store.publications import TablePublications
 from pgmcp.store.secrets import KeyRing
+from pgmcp.types import Publication
 from pgmcp.web.application import Application, host_rules
 from pgmcp.web.edge import Edge
 from pgmcp.web.legacy import SseMessages, SseStream
@@ -57,6 +59,7 @@ class Node:
         self.settings, self._clock, self._ids = settings, clock or Clock(), ids or Ids()
         self._database = Database(settings, self._clock)
         self._box = KeyRing(self._database)
+        self._publications = TablePublications(self._database, self._clock, self._ids)
         self._target = target_of(served, settings.mcp_path)
         self._incarnation: Incarnation | None = None
         self._revision, self._started, self._draining = "", False, False
@@ -137,6 +140,7 @@ class Node:
 
     async def _start(self, stack: contextlib.AsyncExitStack) -> None:
         """Start the node's services in order; the stack stops them in reverse."""
+        stack.callback(self._target.bus.attach(self._publish))
         stack.push_async_callback(self._database.close)
         await self._database.open()
         self._revision = await self._database.revision()
@@ -152,7 +156,7 @@ class Node:
 
     async def _enter(self) -> None:
         incarnation = Incarnation(
-            self.settings, self._database, self._box, self._target.adapter, self._clock, self._ids
+            self.settings, self._database, self._box, self._target, self._publications, self._clock, self._ids
         )
         try:
             await incarnation.join(self._revision)
@@ -166,6 +170,12 @@ class Node:
         incarnation, self._incarnation = self._incarnation, None
         if incarnation is not None:
             await incarnation.leave()
+
+    async def _publish(self, publication: Publication) -> None:
+        """Store a publication and wake every node; what is stored and wakes nobody is found by their next poll."""
+        await self._publications.publish(publication)
+        if self._incarnation is not None:
+            self._incarnation.wakeups.published()
 
     async def _keep(self) -> None:
         """Replace an incarnation that was declared dead."""
