@@ -249,7 +249,7 @@ class Publications(Protocol):
     async def publish(self, publication: Publication) -> None:
         """Store a publication for every node to read; committed when it returns.
 
-        One that says the same and waits to be sent already serves both.
+        One that says the same and still waits to be sent may serve both.
 
         Raises:
             PublicationRefused: it cannot be stored.

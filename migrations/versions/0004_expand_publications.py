@@ -65,7 +65,7 @@ def _publications(schema: str) -> None:
             name=op.f("publications_kind_check"),
         ),
         sa.CheckConstraint("(kind = 'resource_updated') = (uri is not null)", name=op.f("publications_uri_check")),
-        sa.CheckConstraint("octet_length(uri) <= 8192", name=op.f("publications_uri_length_check")),
+        sa.CheckConstraint("octet_length(uri) between 1 and 8192", name=op.f("publications_uri_length_check")),
         schema=schema,
     )
     op.create_index(op.f("publications_xact_idx"), "publications", ["xact"], schema=schema)

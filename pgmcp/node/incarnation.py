@@ -21,7 +21,8 @@ from pgmcp.cluster.wakeups import Wakeups, parse
 from pgmcp.errors import DatabaseUnavailable, PgmcpError
 from pgmcp.ports import Publications
 from pgmcp.session import news
-from pgmcp.session.adapters.target import Target
+from pgmcp.session.adapter import Adapter
+from pgmcp.session.adapters.bus import PostgresSubscriptionBus
 from pgmcp.session.host import TOUCH_EVERY, Host
 from pgmcp.settings import Settings
 from pgmcp.store.database import Database
@@ -51,8 +52,9 @@ class Incarnation:
         settings: Settings,
         database: Database,
         box: KeyRing,
-        target: Target,
+        adapter: Adapter,
         publications: Publications,
+        bus: PostgresSubscriptionBus,
         clock: Clock,
         ids: Ids,
     ) -> None:
@@ -77,10 +79,10 @@ class Incarnation:
         self.inbox = TableInbox(database, self.node_id, clock, ids, self.lease.acting)
         self.log = TableLog(database, self.node_id, clock, self.lease.acting)
         takeovers = TableTakeovers(database, self.node_id, self.lease.acting)
-        self._bus = target.bus
+        self._bus = bus
         self.herald = Herald(publications, clock, tell=self._tell, missed=self._missed)
         self.host = Host(
-            target.adapter,
+            adapter,
             inbox=self.inbox,
             log=self.log,
             takeovers=takeovers,
@@ -113,7 +115,7 @@ class Incarnation:
             tails=self.tails,
             admission=Admission(clock),
             host=self.host,
-            adapter=target.adapter,
+            adapter=adapter,
             box=box,
             settings=settings,
             clock=clock,

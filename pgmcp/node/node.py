@@ -156,7 +156,14 @@ class Node:
 
     async def _enter(self) -> None:
         incarnation = Incarnation(
-            self.settings, self._database, self._box, self._target, self._publications, self._clock, self._ids
+            self.settings,
+            self._database,
+            self._box,
+            self._target.adapter,
+            self._publications,
+            self._target.bus,
+            self._clock,
+            self._ids,
         )
         try:
             await incarnation.join(self._revision)

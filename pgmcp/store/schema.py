@@ -218,7 +218,7 @@ publications = Table(
         name="kind",
     ),
     CheckConstraint("(kind = 'resource_updated') = (uri is not null)", name="uri"),
-    CheckConstraint("octet_length(uri) <= 8192", name="uri_length"),
+    CheckConstraint("octet_length(uri) between 1 and 8192", name="uri_length"),
 )
 
 secrets = Table(

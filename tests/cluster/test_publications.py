@@ -32,7 +32,7 @@ from pgmcp.cluster.lease import LeaseState
 from pgmcp.errors import DatabaseUnavailable, PublicationRefused, SchemaError
 from pgmcp.store import migrations
 from tests.harness.clients import RawExchange, RawSession
-from tests.harness.cluster import RunningNode, Tables, cluster, eventually, owner_of, running_node, tables_of
+from tests.harness.cluster import RunningNode, Tables, cluster, eventually, running_node, tables_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::mcp.shared.exceptions.MCPDeprecationWarning")
 
@@ -119,6 +119,10 @@ async def sql(tables: Tables, function: str, *args: object) -> None:
 
 async def publish(session: RawSession, node: RunningNode, *uris: str, what: str = "") -> None:
     await session.call_tool(node.url, "publish", what=what, uris=list(uris))
+
+
+async def nothing() -> None:
+    return None
 
 
 async def quiet(ears: Sequence[Ear], publisher: Cluster) -> None:
@@ -260,14 +264,16 @@ async def test_an_idle_session_that_moves_hears_nothing_when_nothing_was_publish
         await nodes[0].node._exit()
         await session.call(nodes[1].url, "ping")
         assert await tables.value("select max(epoch) from pgmcp.sessions") == 2
-        count = "select count(*) from pgmcp.events e join pgmcp.streams s on s.id = e.stream where s.kind = 'standalone'"
+        count = (
+            "select count(*) from pgmcp.events e join pgmcp.streams s on s.id = e.stream where s.kind = 'standalone'"
+        )
         assert await tables.value(count) == 0
 
 
 async def test_a_hand_over_in_the_middle_of_publications_loses_none(database: str) -> None:
     async with three(database) as (nodes, _), reader(nodes[0], nodes[1], ["a://1"]) as session:
         script = Cluster(database)
-        moving = asyncio.create_task(nodes[0].incarnation._drain.run(10, asyncio.sleep.__get__(0)))
+        moving = asyncio.create_task(nodes[0].incarnation._drain.run(10, nothing))
         await script.publish(ResourceUpdated(uri="a://1"))
         await moving
         await session.until("a://1")
