@@ -139,19 +139,19 @@ class Listen(ListenHandler):
         self.handler.close()
 
 
-def bus_of(served: object, server: Server[Any]) -> PostgresSubscriptionBus:
+def bus_of(served: Any) -> PostgresSubscriptionBus:
     """The cluster's bus for a server, plugged in where the server has only the SDK's in-process one.
 
-    A server with a bus of its own keeps it: then nobody ever publishes to the one that is returned.
+    A server with a bus of its own keeps it, and others have none: then nobody publishes to the one that is returned.
 
     Args:
-        served: an ``MCPServer`` or a low-level ``Server``.
-        server: the low-level server in it.
+        served: an ``MCPServer`` or a low-level ``Server``; of others nothing is known.
     """
-    entry = server.get_request_handler(LISTEN)
+    server = served if isinstance(served, Server) else getattr(served, "_lowlevel_server", None)
+    entry = None if server is None else server.get_request_handler(LISTEN)
     handler: Any = None if entry is None else entry.handler
     own = getattr(served, "_subscriptions", None) or getattr(getattr(handler, "handler", handler), "_bus", None)
-    if own is None and handler is None:
+    if server is None or (own is None and handler is None):
         return PostgresSubscriptionBus()
     if not isinstance(own, PostgresSubscriptionBus):
         if type(own) is not InMemorySubscriptionBus:

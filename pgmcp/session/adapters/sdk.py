@@ -96,7 +96,7 @@ class SdkAdapter:
     """
 
     def __init__(self, server: Server[Any], hooks: Hooks) -> None:
-        self.server, self.hooks = server, hooks
+        self._server, self.hooks = server, hooks
         self._state: Any = None
 
     def lifespan(self) -> AbstractAsyncContextManager[None]:
@@ -105,13 +105,13 @@ class SdkAdapter:
 
     @asynccontextmanager
     async def _lifespan(self) -> AsyncIterator[None]:
-        async with self.server.lifespan(self.server) as self._state:
+        async with self._server.lifespan(self._server) as self._state:
             yield
 
     async def converse(self, session_id: str, conversation: Conversation) -> None:
         """See ``Adapter.converse``."""
         await serve_loop(
-            self.server,
+            self._server,
             _Reader(conversation),
             _Writer(conversation),
             lifespan_state=self._state,

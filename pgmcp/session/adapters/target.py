@@ -58,7 +58,7 @@ def target_of(served: object, path: str) -> Target:
     endpoint = next(route for route in whole.routes if isinstance(route, Route) and route.path == path)
     return Target(
         adapter=adapter,
-        bus=bus_of(served, adapter.server),
+        bus=bus_of(served),
         protect=lambda app: _protected(app, whole, endpoint),
         routes=[route for route in whole.routes if route is not endpoint],
     )
