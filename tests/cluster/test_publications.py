@@ -157,6 +157,28 @@ async def test_a_publish_anywhere_reaches_everybody_once(database: str) -> None:
             assert sorted(told) == sorted([*wanted, FENCE, *(method for _, method in LISTS.values())])
 
 
+async def test_none_is_lost_and_none_comes_twice(database: str) -> None:
+    """``benchmarks/publications.py`` does it 10,000 times."""
+    async with three(database) as (nodes, tables):
+        ears = [Ear(node) for node in nodes]
+        buses = [node.node._target.bus for node in nodes]
+
+        async def say(number: int) -> None:
+            for turn in range(50):
+                uri = f"a://{number}/{turn}"
+                if number % 4 < 3:
+                    await buses[number % 4].publish(ResourceUpdated(uri=uri))
+                else:
+                    await sql(tables, "publish_resource_updated($1)", uri)
+
+        await asyncio.gather(*(say(number) for number in range(12)))
+        await quiet(ears, Cluster(database))
+        expected = sorted([*(f"a://{number}/{turn}" for number in range(12) for turn in range(50)), FENCE])
+        for ear in ears:
+            assert sorted(ear.uris()) == expected
+            assert len(ear.heard) == len(expected), "no invalidation"
+
+
 @pytest.mark.parametrize("what", LISTS)
 async def test_list_changes_by_a_tool_and_by_sql(database: str, what: str) -> None:
     event, method = LISTS[what]
