@@ -13,7 +13,7 @@ from collections import Counter
 from typing import Annotated, Any, Literal
 
 import anyio
-from mcp import MCPError, ServerSession, types
+from mcp import MCPError, types
 from mcp.server.context import ServerRequestContext
 from mcp.server.mcpserver import Audio, Context, Image, MCPServer, UserMessage
 from mcp.server.mcpserver.exceptions import ToolError
@@ -86,7 +86,7 @@ mcp = MCPServer(
 counters: Counter[str] = Counter()
 slow_calls: Counter[str] = Counter()
 log_levels: dict[str, types.LoggingLevel] = {}
-subscribers: dict[str, dict[str, ServerSession]] = {}
+subscribers: dict[str, set[str]] = {}
 watched_text = ["Nothing happened yet."]
 
 
@@ -239,13 +239,10 @@ async def test_trigger_prompt_change(ctx: Context) -> str:
 
 @mcp.tool()
 async def touch_watched_resource(text: str, ctx: Context) -> int:
-    """Change the watched resource; return how many subscribed sessions of this process were told."""
+    """Change the watched resource, tell whoever subscribed; return how many sessions of this process that are."""
     watched_text[0] = text
-    sessions = list(subscribers.get(WATCHED, {}).values())
-    for session in sessions:
-        await session.send_resource_updated(WATCHED)
     await ctx.notify_resource_updated(WATCHED)
-    return len(sessions)
+    return len(subscribers.get(WATCHED, ()))
 
 
 # Questions to the client, up to 2025-11-25: the tool waits for the answer
@@ -567,13 +564,13 @@ async def set_level(ctx: ServerRequestContext[Any], params: types.SetLevelReques
 
 async def subscribe(ctx: ServerRequestContext[Any], params: types.SubscribeRequestParams) -> types.EmptyResult:
     """Remember that the session wants to hear of changes of a resource."""
-    subscribers.setdefault(str(params.uri), {})[session_of(ctx.request)] = ctx.session
+    subscribers.setdefault(str(params.uri), set()).add(session_of(ctx.request))
     return types.EmptyResult()
 
 
 async def unsubscribe(ctx: ServerRequestContext[Any], params: types.UnsubscribeRequestParams) -> types.EmptyResult:
     """Forget the session's subscription."""
-    subscribers.get(str(params.uri), {}).pop(session_of(ctx.request), None)
+    subscribers.get(str(params.uri), set()).discard(session_of(ctx.request))
     return types.EmptyResult()
 
 

@@ -8,10 +8,19 @@ from pgmcp.types import VERSION
 
 if TYPE_CHECKING:
     from pgmcp.hosting import Cluster, ClusterPlugin
+    from pgmcp.session.adapters.bus import PostgresSubscriptionBus
     from pgmcp.session.state import SessionState, keep_memory, session_state
 
 __version__ = VERSION
-__all__ = ["Cluster", "ClusterPlugin", "SessionState", "__version__", "keep_memory", "session_state"]
+__all__ = [
+    "Cluster",
+    "ClusterPlugin",
+    "PostgresSubscriptionBus",
+    "SessionState",
+    "__version__",
+    "keep_memory",
+    "session_state",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -20,6 +29,10 @@ def __getattr__(name: str) -> Any:
         from pgmcp import hosting  # noqa: PLC0415 - see above
 
         return getattr(hosting, name)
+    if name == "PostgresSubscriptionBus":
+        from pgmcp.session.adapters import bus  # noqa: PLC0415 - see above
+
+        return bus.PostgresSubscriptionBus
     if name in {"SessionState", "keep_memory", "session_state"}:
         from pgmcp.session import state  # noqa: PLC0415 - see above
 

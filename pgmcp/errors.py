@@ -69,5 +69,9 @@ class StateRefused(PgmcpError):
     """A value cannot be kept for a session: too large, too many, or no JSON."""
 
 
+class PublicationRefused(PgmcpError):
+    """What was to be published is no event that clients know, or names its resource in a way that cannot be stored."""
+
+
 class NoSession(PgmcpError):
     """Session state was asked for outside of a session's handlers."""

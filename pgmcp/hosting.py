@@ -9,10 +9,13 @@ from litestar.config.app import AppConfig
 from litestar.handlers import ASGIRouteHandler
 from litestar.plugins import InitPlugin
 from litestar.types import Receive, Scope, Send
+from mcp.server.subscriptions import ServerEvent
 from starlette.types import ASGIApp
 
 from pgmcp.node import Node
+from pgmcp.session.adapters.bus import publications_of
 from pgmcp.settings import Settings
+from pgmcp.store.publications import publish_from_outside
 from pgmcp.web.application import Application
 
 
@@ -43,6 +46,22 @@ class Cluster:
             SettingsError: no database is given.
         """
         return Node(self.settings, served).application()
+
+    async def publish(self, *events: ServerEvent) -> None:
+        """Tell the cluster's clients that something has changed, from a script that serves nothing.
+
+        All of the events are stored or none; every node hears of them when this returns.
+
+        Args:
+            events: what has changed, as ``mcp.server.subscriptions`` names it: ``ResourceUpdated(uri="…")``,
+                ``ToolsListChanged()``, ``PromptsListChanged()``, ``ResourcesListChanged()``.
+
+        Raises:
+            PublicationRefused: one of them is no such event, or its uri cannot be stored.
+            DatabaseUnavailable: PostgreSQL cannot be reached, or does not answer in time.
+            SchemaError: the schema is missing or older than this build.
+        """
+        await publish_from_outside(self.settings, publications_of(events))
 
 
 class ClusterPlugin(InitPlugin):

@@ -18,15 +18,18 @@ from pgmcp.types import (
     Cursor,
     Entry,
     Established,
+    Horizon,
     Inheritance,
     JournalEntry,
     Message,
+    News,
     NewSession,
     NodeId,
     NodeState,
     Ownership,
     Page,
     Principal,
+    Publication,
     RequestKey,
     SessionFacts,
     SessionKey,
@@ -237,6 +240,31 @@ class Takeovers(Protocol):
 
     async def restored(self, ownership: Ownership) -> None:
         """Note that the session was restored, and forget what its former owner had exported for that."""
+        ...
+
+
+class Publications(Protocol):
+    """What has changed, from whoever says so to every node."""
+
+    async def publish(self, publication: Publication) -> None:
+        """Store a publication for every node to read; committed when it returns.
+
+        One that says the same and still waits to be sent may serve both.
+
+        Raises:
+            PublicationRefused: it cannot be stored.
+        """
+        ...
+
+    async def read(self, since: Horizon | None) -> News:
+        """What was committed since a horizon; whoever goes on from each answer's horizon gets each publication once.
+
+        That holds in whatever order they commit, for as long as they are kept: some minutes, the newest change of each
+        list for ever.
+
+        Args:
+            since: None for whatever is kept.
+        """
         ...
 
 

@@ -54,6 +54,42 @@ class Outcome(StrEnum):
     LOST = "lost"
 
 
+class Change(StrEnum):
+    """What a publication is about."""
+
+    TOOLS = "tools_list_changed"
+    PROMPTS = "prompts_list_changed"
+    RESOURCES = "resources_list_changed"
+    UPDATED = "resource_updated"
+
+
+PUBLISHED = "p"
+"""The wake-up that says that there are publications; migration 0004 says the same word."""
+
+LISTS = frozenset({Change.TOOLS, Change.PROMPTS, Change.RESOURCES})
+
+
+@dataclass(frozen=True, slots=True)
+class Publication:
+    """Something that has changed, for every client that wants to hear of it; ``uri`` is the updated resource's."""
+
+    change: Change
+    uri: str | None = None
+
+
+Horizon = NewType("Horizon", str)
+"""Which publications a reader has seen; only the store can read it."""
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """Publications, and the horizon behind them; ``more`` says that there were too many to list them all."""
+
+    horizon: Horizon
+    publications: tuple[Publication, ...]
+    more: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class Principal:
     """Who a session belongs to; all None for a server without authentication."""
@@ -293,7 +329,8 @@ class Inheritance:
     """What a new owner finds of a session.
 
     ``attempt`` counts the restores that were begun and did not succeed, this one included; ``said`` holds questions,
-    cancels and progress of earlier owners on the streams of ``requests`` and on the standalone one, the newest first.
+    cancels and progress of earlier owners on the streams of ``requests`` and on the standalone one, the newest first;
+    ``changed``, of which lists changes were published since the session began.
     """
 
     session_id: str
@@ -305,6 +342,7 @@ class Inheritance:
     requests: tuple[Inherited, ...]
     heard: tuple[Heard, ...]
     said: tuple[tuple[StreamId, bytes], ...]
+    changed: tuple[Change, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,4 +354,5 @@ class Wake:
     ended: frozenset[SessionKey] = field(default_factory=frozenset)
     handed: frozenset[Ownership] = field(default_factory=frozenset)
     orphans: bool = False
+    published: bool = False
     everything: bool = False

@@ -1,14 +1,14 @@
 """Expand: key rings whose keys follow one another and may lie wrapped, and requestStates that were used.
 
 Revision ID: 0005
-Revises: 0003
+Revises: 0004
 """
 
 import sqlalchemy as sa
 from alembic import context, op
 
 revision = "0005"
-down_revision = "0003"
+down_revision = "0004"
 branch_labels = None
 depends_on = None
 

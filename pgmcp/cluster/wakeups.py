@@ -20,7 +20,7 @@ from uuid import UUID
 from pgmcp.clock import Clock
 from pgmcp.errors import PgmcpError
 from pgmcp.ports import Notifier
-from pgmcp.types import NodeId, Ownership, SessionKey, StreamId, Wake
+from pgmcp.types import PUBLISHED, NodeId, Ownership, SessionKey, StreamId, Wake
 
 EVERYTHING, ORPHANS = "*", "o"
 _INBOX, _END, _STREAM = re.compile("i[0-9]+"), re.compile("e[0-9]+"), re.compile("s[0-9a-f]{32}")
@@ -90,6 +90,11 @@ class Wakeups:
         """Tell every other node that there are sessions without an owner."""
         self._mark(None, ORPHANS)
 
+    def published(self) -> None:
+        """Tell every node that there are publications."""
+        self._hear(Wake(published=True))
+        self._mark(None, PUBLISHED)
+
     def _mark(self, node: NodeId | None, word: str) -> None:
         self._dirty.setdefault(node, _Dirty()).add(word)
         if self._flusher is None:
@@ -134,4 +139,5 @@ def parse(payload: str) -> Wake:
             Ownership(SessionKey(int(found[1])), int(found[2])) for word in words if (found := _HANDED.fullmatch(word))
         ),
         orphans=ORPHANS in words,
+        published=PUBLISHED in words,
     )

@@ -9,16 +9,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Any
 
 from pgmcp.clock import Clock, Ids
 from pgmcp.cluster.drain import Drain
 from pgmcp.cluster.lease import Lease, LeaseState
+from pgmcp.cluster.publications import Herald
 from pgmcp.cluster.takeover import Takeover
 from pgmcp.cluster.wakeups import Wakeups, parse
 from pgmcp.errors import DatabaseUnavailable, PgmcpError
+from pgmcp.ports import Publications
+from pgmcp.session import news
 from pgmcp.session.adapter import Adapter
+from pgmcp.session.adapters.bus import PostgresSubscriptionBus
 from pgmcp.session.host import TOUCH_EVERY, Host
 from pgmcp.settings import Settings
 from pgmcp.store.database import Database
@@ -29,7 +33,7 @@ from pgmcp.store.nodes import join, outgrown, own_state
 from pgmcp.store.secrets import KeyRing
 from pgmcp.store.takeover import TableTakeovers
 from pgmcp.store.upkeep import EVERY, Upkeep
-from pgmcp.types import VERSION, NodeId, NodeRecord, NodeState, Wake
+from pgmcp.types import VERSION, Change, NodeId, NodeRecord, NodeState, Publication, Wake
 from pgmcp.web.admission import Admission
 from pgmcp.web.edge import Edge
 from pgmcp.web.tails import Tails
@@ -54,6 +58,8 @@ class Incarnation:
         box: KeyRing,
         adapter: Adapter,
         admission: Admission,
+        publications: Publications,
+        bus: PostgresSubscriptionBus,
         clock: Clock,
         ids: Ids,
         *,
@@ -69,7 +75,7 @@ class Incarnation:
             clock,
             ids,
             on_payload=lambda payload: self._hear(parse(payload)),
-            on_reset=lambda: self._hear(Wake(everything=True)),
+            on_reset=self._on_line_open,
             on_lost=self._on_line_lost,
             database=database,
         )
@@ -80,6 +86,8 @@ class Incarnation:
         self.inbox = TableInbox(database, self.node_id, clock, ids, self.lease.acting)
         self.log = TableLog(database, self.node_id, clock, self.lease.acting)
         takeovers = TableTakeovers(database, self.node_id, self.lease.acting)
+        self._bus = bus
+        self.herald = Herald(publications, clock, tell=self._tell, missed=self._missed)
         self.host = Host(
             adapter,
             inbox=self.inbox,
@@ -138,6 +146,7 @@ class Incarnation:
         await join(self._database, record)
         await self.line.open()
         await self.lease.renew()
+        await self.herald.begin()
         if not await self.line.set_state(NodeState.READY):
             message = "This node's row vanished while it joined; it tries again."
             raise DatabaseUnavailable(message)
@@ -147,6 +156,7 @@ class Incarnation:
             asyncio.create_task(self.takeover.sweep_for_ever()),
             asyncio.create_task(self._every(settings.poll, self.host.poll)),
             asyncio.create_task(self._every(settings.poll, self._look_while_deaf)),
+            asyncio.create_task(self._every(settings.poll, self.herald.poll)),
             asyncio.create_task(self._every(settings.idle_poll, self.host.survey)),
             asyncio.create_task(self._every(EVERY, self._sweep)),
             asyncio.create_task(self._every(TOUCH_EVERY, self.host.note_activity)),
@@ -176,6 +186,7 @@ class Incarnation:
         for task in self._tasks:
             task.cancel()
         self.edge.leave(at_once=True)
+        await self.herald.close()
         await self.takeover.close()
         fenced = self.lease.state is LeaseState.FENCED
         if not fenced:
@@ -196,10 +207,24 @@ class Incarnation:
     def _on_line_lost(self) -> None:
         self.lease.hurry()
 
+    def _on_line_open(self) -> None:
+        self._hear(Wake(everything=True))
+        self.herald.look(gap=True)
+
+    async def _tell(self, publications: Sequence[Publication]) -> None:
+        await news.tell(self.host.news, publications)
+        await self._bus.tell(publications)
+
+    async def _missed(self, changed: Collection[Change]) -> None:
+        await news.missed(self.host.news, changed)
+        await self._bus.missed()
+
     def _hear(self, wake: Wake) -> None:
         if wake.everything:
             self.host.wake_all()
             self.tails.wake_all()
+        if wake.everything or wake.published:
+            self.herald.look()
         if wake.everything or wake.orphans:
             self.takeover.orphaned()
         for ownership in wake.handed:

@@ -29,8 +29,10 @@ from pgmcp.session.adapter import Shared
 from pgmcp.session.adapters.target import target_of
 from pgmcp.settings import Settings
 from pgmcp.store.database import Database
+from pgmcp.store.publications import TablePublications
 from pgmcp.store.secrets import CONTEXTS, REFRESH, KeyRing, StateRing
 from pgmcp.store.wrapping import wrapping_of
+from pgmcp.types import Publication
 from pgmcp.web.admission import Admission
 from pgmcp.web.application import Application, host_rules
 from pgmcp.web.edge import Edge
@@ -64,6 +66,7 @@ class Node:
         wrapping = wrapping_of(settings)
         self._box = KeyRing(self._database, CONTEXTS, wrapping)
         self._states = StateRing(self._database, wrapping, self._ids)
+        self._publications = TablePublications(self._database, self._clock, self._ids)
         self._target = target_of(served, settings.mcp_path)
         self._admission = Admission(self._clock)
         self._modern = Modern(self._stateless, self._admission, security=host_rules(settings), settings=settings)
@@ -154,6 +157,7 @@ class Node:
 
     async def _start(self, stack: contextlib.AsyncExitStack) -> None:
         """Start the node's services in order; the stack stops them in reverse."""
+        stack.callback(self._target.bus.attach(self._publish))
         stack.push_async_callback(self._database.close)
         await self._database.open()
         self._revision = await self._database.revision()
@@ -177,6 +181,8 @@ class Node:
             self._box,
             self._target.adapter,
             self._admission,
+            self._publications,
+            self._target.bus,
             self._clock,
             self._ids,
             busy=lambda: self._modern.busy,
@@ -193,6 +199,12 @@ class Node:
         incarnation, self._incarnation = self._incarnation, None
         if incarnation is not None:
             await incarnation.leave()
+
+    async def _publish(self, publication: Publication) -> None:
+        """Store a publication and wake every node; what is stored and wakes nobody is found by their next poll."""
+        await self._publications.publish(publication)
+        if self._incarnation is not None:
+            self._incarnation.wakeups.published()
 
     async def _keep(self) -> None:
         """Replace an incarnation that was declared dead."""

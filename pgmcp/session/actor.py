@@ -32,6 +32,7 @@ from pgmcp.session.adapter import Adapter, Incoming, Kind, Outgoing
 from pgmcp.session.caller import Caller
 from pgmcp.session.calls import Call, Stream, repeats
 from pgmcp.session.journal import handshake, journal_entries
+from pgmcp.session.news import News
 from pgmcp.session.questions import Questions, dump
 from pgmcp.session.state import SessionState
 from pgmcp.session.topics import topic_of
@@ -92,6 +93,7 @@ class Actor:
         self._calls: dict[str, Call] = {}
         self._working: set[RequestKey] = set()
         self._questions = Questions(ids)
+        self.news = News(self.emit)
         self._own: dict[str, asyncio.Future[dict[str, Any]]] = {}
         self._floors: dict[str, float | None] = {}
         self._early_cancels: dict[str, float] = {}
@@ -122,11 +124,12 @@ class Actor:
     def mute(self) -> None:
         """Say nothing more from now on."""
         self._muted = True
+        self.news.stop()
 
     @property
     def busy(self) -> bool:
         """Whether it works on something: a request, a message that waits, an event that is being stored."""
-        return bool(self._calls or self._storing or not self._queue.empty())
+        return bool(self._calls or self._storing or self.news.waiting or not self._queue.empty())
 
     async def stop(self) -> None:
         """Mute and end the server session."""
@@ -320,6 +323,7 @@ class Actor:
 
     async def _write_journal(self, entry: JournalEntry) -> None:
         await self.insist(lambda: self._inbox.write_journal(self.ownership, entry))
+        self.news.note(entry)
 
     async def _cancelled(self, rpc_id: str) -> None:
         await self._refuse(rpc_id, REQUEST_CANCELLED, "Request cancelled", Outcome.CANCELLED)

@@ -26,6 +26,7 @@ from pgmcp.ports import Inbox, Log, SecretBox, Takeovers
 from pgmcp.session.actor import Actor
 from pgmcp.session.adapter import Adapter
 from pgmcp.session.caller import Caller, place
+from pgmcp.session.news import News
 from pgmcp.session.restore import ATTEMPTS, Restore, SessionOver
 from pgmcp.session.state import KIND, SessionState
 from pgmcp.settings import Settings
@@ -88,6 +89,11 @@ class Host:
     def sessions(self) -> int:
         """Live server sessions here, and those that are being restored."""
         return len(self._residents.keys() | self._restoring)
+
+    @property
+    def news(self) -> list[News]:
+        """What to tell of publications, for each live server session."""
+        return [resident.actor.news for resident in self._residents.values()]
 
     async def open(self, new: NewSession) -> Ownership:
         """Create a session here and start its actor.
@@ -178,6 +184,7 @@ class Host:
         await restore.run()
         for sink, stream in left.sinks:
             self._heard(sink, stream)  # whoever wrote there last may have died before it said so
+        actor.news.missed(left.changed)
         resident.taking = False
         self.wake(ownership.session)
 

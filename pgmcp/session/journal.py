@@ -25,10 +25,15 @@ def journal_entries(method: str, body: bytes, result: bytes | None) -> list[Jour
     if method == "logging/setLevel":
         return [JournalEntry("level", "", body)]
     if method in {"resources/subscribe", "resources/unsubscribe"}:
-        uri = json.dumps((json.loads(body).get("params") or {}).get("uri"))
+        uri = json.dumps(subscription(body))
         detail = sha256(uri.encode()).hexdigest()  # only a key, and any URI may be longer than a key
         return [JournalEntry("subscription", detail, body if method == "resources/subscribe" else None)]
     return []
+
+
+def subscription(body: bytes) -> object:
+    """The uri that a ``resources/subscribe`` or ``resources/unsubscribe`` names."""
+    return (json.loads(body).get("params") or {}).get("uri")
 
 
 def handshake(body: bytes, answer: bytes) -> Established:

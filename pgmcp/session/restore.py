@@ -112,7 +112,9 @@ class Restore:
         initialized = entries.get("initialized") or self._claimed_initialized()
         if initialized is not None:
             self._actor.tell(initialized)
+            self._actor.news.begin()
         for entry in self._left.journal:
+            self._actor.news.note(entry)
             if entry.kind in {"level", "subscription"} and entry.body is not None:
                 answer = await self._ask(entry.body)
                 if "error" in answer:

@@ -29,7 +29,7 @@ from sqlalchemy import Connection
 from pgmcp.errors import SchemaError
 from pgmcp.store import alembic_run, views
 from pgmcp.store.direct import T, checked, connect, finish
-from pgmcp.store.schema import OLDEST, VERSION_TABLE
+from pgmcp.store.schema import FUNCTIONS, OLDEST, VERSION_TABLE
 
 LIMIT = 600.0  # seconds for a whole run, its waits included
 LOOK = 10.0  # seconds for a call that only reads
@@ -108,7 +108,7 @@ def history(database_url: str, schema: str) -> list[Revision]:
 
 
 def check(database_url: str, schema: str) -> list[str]:
-    """How tables, indexes and views differ from this build's: nothing when all is well.
+    """How tables, indexes, views and functions differ from this build's: nothing when all is well.
 
     Raises:
         DatabaseUnavailable: no connection, or no answer within ``LIMIT`` seconds.
@@ -122,6 +122,7 @@ def check(database_url: str, schema: str) -> list[str]:
         raise SchemaError(message)
     lacking = _looked(database_url, lambda connection: views.missing(connection, schema))
     differences = [f"view {each} is missing" for each in lacking]
+    differences += _looked(database_url, lambda connection: _functions_missing(connection, schema))
 
     def compare(connection: Connection) -> None:
         try:
@@ -162,6 +163,14 @@ async def understood(connection: asyncpg.Connection | PoolConnectionProxy, schem
 def _found(database_url: str, schema: str) -> _Shape | None:
     checked(schema)
     return _looked(database_url, lambda connection: _shape(connection, schema))
+
+
+async def _functions_missing(connection: asyncpg.Connection, schema: str) -> list[str]:
+    named = {name: f'"{schema}".{name}' for name in FUNCTIONS}
+    present = "select to_regprocedure($1) is not null"
+    return [
+        f"function {name} is missing" for name, full in named.items() if not await connection.fetchval(present, full)
+    ]
 
 
 def _looked(database_url: str, question: Callable[[asyncpg.Connection], Awaitable[T]]) -> T:

@@ -2,11 +2,14 @@
 
 Invariants:
 - Payloads are ``bytea``: NUL escapes, key order and big numbers survive byte for byte.
-- Every table but ``nodes``, ``secrets``, ``spent_states`` and ``takeovers`` hangs off its session and goes with it.
+- Tables hang off their session and go with it, but for ``nodes``, ``publications``, ``schema_range``, ``secrets``,
+  ``spent_states`` and ``takeovers``.
 - ``nodes`` has no index on its times, and room in its pages: renewals stay heap-only.
 - ``requests.position`` comes from one sequence; a message whose 202 was sent before another was accepted
   has the smaller position, which is the order in which an owner takes messages.
 - An event with a topic may give way while it waits: to a newer one of the same topic, or when too many wait.
+- ``publications.xact`` is the transaction that wrote the row: with a snapshot it tells which rows a reader has not
+  seen, in whatever order transactions commit.
 - At most one request of a session with a given JSON-RPC id is open (``requests_open_rpc_id``).
 - Revisions are four digits that ascend. A build fits a database whose revision is not older than its ``OLDEST``, while
   it knows the revision in ``schema_range.needs``, which only contract steps raise.
@@ -49,6 +52,12 @@ OLDEST = "0005"
 """The oldest revision with everything that this build's statements use."""
 
 VIEWS = ("live_nodes", "live_sessions", "live_requests", "live_streams", "takeover_history")
+FUNCTIONS = (
+    "publish_resource_updated(text)",
+    "publish_tools_list_changed()",
+    "publish_prompts_list_changed()",
+    "publish_resources_list_changed()",
+)
 
 
 def _session_key(*, primary: bool = False) -> Column[int]:
@@ -196,6 +205,22 @@ takeovers = Table(
     Column("epoch", BigInteger, nullable=False),
     Column("reason", Text, nullable=False),
     Column("at", TIME, nullable=False, server_default=NOW),
+)
+
+publications = Table(
+    "publications",
+    metadata,
+    Column("id", Uuid, primary_key=True, server_default=text("gen_random_uuid()")),
+    Column("kind", Text, nullable=False),
+    Column("uri", Text),
+    Column("xact", BigInteger, nullable=False, server_default=text("(pg_current_xact_id()::text)::bigint"), index=True),
+    Column("published_at", TIME, nullable=False, server_default=NOW),
+    CheckConstraint(
+        "kind in ('tools_list_changed', 'prompts_list_changed', 'resources_list_changed', 'resource_updated')",
+        name="kind",
+    ),
+    CheckConstraint("(kind = 'resource_updated') = (uri is not null)", name="uri"),
+    CheckConstraint("octet_length(uri) between 1 and 8192", name="uri_length"),
 )
 
 secrets = Table(

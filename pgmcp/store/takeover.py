@@ -20,6 +20,7 @@ from pgmcp.store.database import Database
 from pgmcp.store.inbox import facts_of, over
 from pgmcp.types import (
     Candidate,
+    Change,
     Condemned,
     Heard,
     Inheritance,
@@ -102,6 +103,7 @@ class TableTakeovers:
         spoken = {standalone["id"], *(request.stream for request in requests if request.stream is not None)}
         said = await self._persist("inherited_said", list(spoken))
         heard = await self._persist("inherited_heard", session)
+        changed = await self._persist("inherited_changes", session)
         return Inheritance(
             session_id=begun[0]["session_id"],
             attempt=begun[0]["restores"],
@@ -112,6 +114,7 @@ class TableTakeovers:
             requests=requests,
             heard=tuple(Heard(row["position"], row["method"], row["body"], row["claimed"]) for row in heard),
             said=tuple((StreamId(row["stream"]), row["message"]) for row in said),
+            changed=tuple(Change(row["kind"]) for row in changed),
         )
 
     async def adopt(self, ownership: Ownership, runs: Sequence[tuple[RequestKey, int]]) -> None:

@@ -29,6 +29,9 @@ EVERY = 30.0
 SSE_GONE = 60.0
 """Seconds for which an HTTP+SSE session waits for its client to come back."""
 
+PUBLICATIONS = 300.0
+"""Seconds for which publications are kept: twice as long as a herald may be absent without a gap."""
+
 BATCH = 500
 """Rows that a statement takes at most."""
 
@@ -89,6 +92,7 @@ class Upkeep:
     def __init__(self, database: Database, ids: Ids) -> None:
         self._database, self._settings, self._clock, self._ids = database, database.settings, database.clock, ids
         self.breakers: dict[str, Breaker] = {}
+        self._horizon: str | None = None
 
     async def expire(self) -> list[SessionKey]:
         """End sessions that are idle or too old.
@@ -107,8 +111,10 @@ class Upkeep:
             await self._clear(name, self._settings.retention)
         for name in ("prune_nodes", "prune_takeovers", "prune_states"):
             await self._clear(name)
+        await self._clear("prune_publications", PUBLICATIONS, self._horizon)
+        self._horizon = (await self._database.ask("horizon"))[0]["horizon"]
 
-    async def _clear(self, name: str, *args: float, most: int = BATCH) -> list[asyncpg.Record]:
+    async def _clear(self, name: str, *args: float | str | None, most: int = BATCH) -> list[asyncpg.Record]:
         """Repeat a duty's statement until nothing is left, its turn is over or it fails; the rows that it returned."""
         breaker = self.breakers.setdefault(name, Breaker(most))
         cleared: list[asyncpg.Record] = []

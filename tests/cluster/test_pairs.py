@@ -200,9 +200,11 @@ async def test_a_log_level_that_one_node_took_holds_for_calls_on_the_other(pair,
 @backs
 @ears
 async def test_subscriptions_are_told_on_the_standalone_stream(pair, edge, back, ear):
-    async with RawSession() as session, RawSession() as stranger:
-        await session.open(pair[0].url)
-        await stranger.open(pair[0].url)
+    async with RawSession() as session, RawSession() as stranger, RawSession() as witness:
+        for one in (session, stranger, witness):
+            await one.open(pair[0].url)
+        await witness.call(pair[0].url, "resources/subscribe", {"uri": WATCHED})
+        witnessed = await witness.get(pair[0].url)
         deaf = await stranger.get(pair[ear].url)
         standalone = await session.get(pair[ear].url)
         assert (await session.call(pair[edge].url, "resources/subscribe", {"uri": WATCHED}))["result"] == {}
@@ -210,6 +212,8 @@ async def test_subscriptions_are_told_on_the_standalone_stream(pair, edge, back,
         assert (await standalone.message(UPDATED))["params"] == {"uri": WATCHED}
         assert (await session.call(pair[back].url, "resources/unsubscribe", {"uri": WATCHED}))["result"] == {}
         await session.call_tool(pair[edge].url, "touch_watched_resource", text="2")
+        for _ in range(2):
+            await witnessed.message(UPDATED)  # it was told to whoever was subscribed
         for one in (session, stranger):
             await one.call(pair[edge].url, "resources/subscribe", {"uri": WATCHED})
         await stranger.call_tool(pair[edge].url, "touch_watched_resource", text="3")

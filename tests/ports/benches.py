@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 import asyncpg
 
 from pgmcp.clock import Clock
-from pgmcp.ports import Inbox, LeaseTable, Log, Notifier, Takeovers
+from pgmcp.ports import Inbox, LeaseTable, Log, Notifier, Publications, Takeovers
 from pgmcp.settings import Settings
 from pgmcp.store.line import Line, TableNotifier
 from pgmcp.store.nodes import join
+from pgmcp.store.publications import TablePublications
 from pgmcp.types import NodeId, NodeRecord, NodeState, Outcome, RequestKey, SessionKey
 from tests.harness.memory import MemoryCluster, MemoryStore, memory_store
 from tests.harness.proxy import Cut, Proxy, proxied
@@ -36,6 +37,7 @@ class Ports:
     takeovers: Takeovers
     lease: LeaseTable
     notifier: Notifier
+    publications: Publications
     heard: list[str] = field(default_factory=list)
 
 
@@ -130,7 +132,10 @@ class TableBench(Bench):
         await line.renew()
         if ready:
             await line.set_state(NodeState.READY)
-        return Ports(made.node, made.inbox, made.log, made.takeovers, line, TableNotifier(made.database), heard)
+        publications = TablePublications(made.database, Clock(), IDS)
+        return Ports(
+            made.node, made.inbox, made.log, made.takeovers, line, TableNotifier(made.database), publications, heard
+        )
 
     def cut(self, node: Ports, statement: str, where: Cut) -> None:
         self._proxy.cut(statement, where)
@@ -189,7 +194,9 @@ class MemoryBench(Bench):
         await made.lease.renew()
         if ready:
             await made.lease.set_state(NodeState.READY)
-        return Ports(made.node, made.inbox, made.log, made.takeovers, made.lease, made.notifier, heard)
+        return Ports(
+            made.node, made.inbox, made.log, made.takeovers, made.lease, made.notifier, made.publications, heard
+        )
 
     def cut(self, node: Ports, statement: str, where: Cut) -> None:
         self._stores[node.node].wire.cut(statement, where)

@@ -25,6 +25,9 @@ select n.nspname, c.relname, c.relkind::text
   from pg_class c join pg_namespace n on n.oid = c.relnamespace
  where n.nspname !~ '^pg_' and n.nspname <> 'information_schema'
 union all
+select n.nspname, p.proname, 'function' from pg_proc p join pg_namespace n on n.oid = p.pronamespace
+ where n.nspname !~ '^pg_' and n.nspname <> 'information_schema'
+union all
 select nspname, '', 'schema' from pg_namespace where nspname !~ '^pg_'
  order by 1, 2, 3
 """
@@ -148,12 +151,14 @@ def test_check_finds_nothing_in_a_fresh_schema_and_everything_that_was_changed(e
     ask(empty_database, "alter table pgmcp.nodes add note text; drop index pgmcp.requests_stream_idx")
     ask(empty_database, "drop view pgmcp.live_streams; drop view pgmcp.takeover_history")
     ask(empty_database, "create view pgmcp.takeover_history as select session_id from pgmcp.takeovers")
+    ask(empty_database, "drop function pgmcp.publish_tools_list_changed")
     found = "\n".join(migrations.check(empty_database, "pgmcp"))
     for part in (
         "note",
         "requests_stream_idx",
         "view live_streams is missing",
         "view takeover_history.reason is missing",
+        "function publish_tools_list_changed() is missing",
     ):
         assert part in found
 

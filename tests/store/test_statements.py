@@ -58,7 +58,8 @@ async def test_it_fits_the_schema(connection: asyncpg.Connection, name: str) -> 
 
 def test_no_schema_is_written_out() -> None:
     """Every table is named through the schema that the settings give."""
-    tables = "|".join((*OF_A_SESSION, "nodes", "secrets", "spent_states", "takeovers"))
+    others = ("nodes", "publications", "schema_range", "secrets", "spent_states", "takeovers")
+    tables = "|".join((*OF_A_SESSION, *others))
     for name in names():
         found = re.findall(rf"\b(?:from|join|into|update)\s+(?:{tables})\b", code(name))
         assert not found, f"{name} names a table without its schema"

@@ -25,6 +25,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pgmcp.errors import TargetError
 from pgmcp.session.adapter import Adapter
+from pgmcp.session.adapters.bus import PostgresSubscriptionBus, bus_of
 from pgmcp.session.adapters.sdk import SdkAdapter
 from pgmcp.session.state import hooks_of
 
@@ -33,10 +34,12 @@ from pgmcp.session.state import hooks_of
 class Target:
     """A served server.
 
-    ``protect`` puts the server's authentication in front of an endpoint; ``routes`` are its other routes.
+    ``bus`` is where it publishes and listens, unless it has a bus of its own. ``protect`` puts the server's
+    authentication in front of an endpoint; ``routes`` are its other routes.
     """
 
     adapter: Adapter
+    bus: PostgresSubscriptionBus
     protect: Callable[[ASGIApp], ASGIApp]
     routes: Sequence[BaseRoute]
 
@@ -55,6 +58,7 @@ def target_of(served: object, path: str) -> Target:
     endpoint = next(route for route in whole.routes if isinstance(route, Route) and route.path == path)
     return Target(
         adapter=adapter,
+        bus=bus_of(served),
         protect=lambda app: _protected(app, whole, endpoint),
         routes=[route for route in whole.routes if route is not endpoint],
     )

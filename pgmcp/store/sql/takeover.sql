@@ -175,6 +175,13 @@ cross join lateral (
     limit 1000
 ) e;
 
+-- name: inherited_changes
+-- Which lists have changed since the session began: its owners may have heard of it and not told.
+select distinct p.kind
+from {schema}.publications p
+where p.kind <> 'resource_updated'
+  and p.published_at >= (select s.created_at from {schema}.sessions s where s.id = $1);
+
 -- name: adopt
 -- fence: owner and epoch on the sessions row, FOR KEY SHARE. What an earlier owner may have started is this one's now, to
 -- be run once more or to be ended: $5 counts its runs with the one that comes, before it is made.

@@ -12,6 +12,7 @@ from pgmcp.clock import Clock, Ids
 from pgmcp.types import NodeId
 from tests.harness.memory.inbox import MemoryInbox
 from tests.harness.memory.log import MemoryLog
+from tests.harness.memory.publications import MemoryPublications
 from tests.harness.memory.tables import MemoryCluster
 from tests.harness.memory.takeovers import MemoryLeaseTable, MemoryNotifier, MemoryTakeovers
 from tests.harness.memory.wire import Wire
@@ -34,6 +35,7 @@ class MemoryStore:
     takeovers: MemoryTakeovers
     lease: MemoryLeaseTable
     notifier: MemoryNotifier
+    publications: MemoryPublications
 
 
 def memory_store(
@@ -55,5 +57,5 @@ def memory_store(
     wire = Wire(cluster, node, clock, running=running, gate=gate)
     return MemoryStore(
         node, wire, MemoryInbox(wire, ids), MemoryLog(wire), MemoryTakeovers(wire), MemoryLeaseTable(wire),
-        MemoryNotifier(wire),
+        MemoryNotifier(wire), MemoryPublications(wire, ids),
     )  # fmt: skip

@@ -71,6 +71,7 @@ class MemoryInbox:
         if named and sum(row.principal == new.principal for row in rows) >= settings.max_sessions_per_caller:
             raise TooManySessions
         row = SessionRow(SessionKey(self._cluster.number()), new.session_id, self._node, new.principal, new.transport)
+        row.created_at = self._cluster.now()
         self._cluster.sessions[row.id] = row
         self._cluster.streams[new.standalone] = StreamRow(new.standalone, row.id, StreamKind.STANDALONE)
         self._cluster.owned(self._node, row.ownership)

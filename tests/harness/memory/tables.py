@@ -21,6 +21,7 @@ from pgmcp.types import (
     Outcome,
     Ownership,
     Principal,
+    Publication,
     RequestKey,
     SessionFacts,
     SessionKey,
@@ -52,6 +53,7 @@ class SessionRow:
     restores: int = 0
     settled: Established | None = None
     used_at: float = 0.0
+    created_at: float = 0.0
 
     @property
     def ownership(self) -> Ownership:
@@ -94,6 +96,13 @@ class RequestRow:
         return self.outcome is not None
 
 
+@dataclass(slots=True)
+class PublicationRow:
+    key: UUID
+    publication: Publication
+    published_at: float
+
+
 def _nothing(*_: object) -> None:
     return None
 
@@ -113,6 +122,7 @@ class MemoryCluster:
         self.streams: dict[StreamId, StreamRow] = {}
         self.requests: dict[RequestKey, RequestRow] = {}
         self.journal: dict[tuple[SessionKey, str, str], bytes] = {}
+        self.publications: list[PublicationRow] = []
         self.takeovers: list[tuple[SessionKey, NodeId, NodeId, int, str]] = []
         self.lines: dict[int, Callable[[str], None]] = {}
         """The backends of the nodes' lines, and who hears what is notified there."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from pgmcp.errors import DatabaseUnavailable, Fenced
 from pgmcp.types import (
+    LISTS,
     Candidate,
     Condemned,
     Heard,
@@ -163,6 +164,13 @@ class MemoryTakeovers:
                 and item.message.method in {None, "notifications/cancelled", "notifications/initialized"}
             ),
             said=tuple((stream, text) for stream in spoken for text in self._said(stream)),
+            changed=tuple(
+                {
+                    found.publication.change
+                    for found in cluster.publications
+                    if found.publication.change in LISTS and found.published_at >= row.created_at
+                }
+            ),
         )
 
     def _may_have_run(self, row: RequestRow, epoch: int) -> bool:

@@ -1,0 +1,112 @@
+"""The herald: reads what was published anywhere, and tells it to this node's listeners.
+
+Invariants:
+- Each publication is told once, in the order in which they were stored; the next look begins when the last one's
+  publications were told.
+- After a gap everything that anybody here wants to hear of is told once: a needless look at a list harms nobody, and
+  silence does. A gap is a lost line (PostgreSQL may have failed over), an absence of half as long as publications are
+  kept, or more publications than one look lists.
+
+Failure handling: a look that fails is made again by the next wake-up or poll, from the same horizon.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Collection, Sequence
+
+from pgmcp.clock import Clock
+from pgmcp.errors import PgmcpError
+from pgmcp.ports import Publications
+from pgmcp.types import LISTS, Change, Horizon, Publication
+
+logger = logging.getLogger(__name__)
+
+KEPT = 300.0
+"""Seconds for which publications are kept, for nodes that could not look."""
+
+ABSENT = KEPT / 2
+"""Seconds without a look after which publications may have been missed."""
+
+
+class Herald:
+    """One incarnation's reader of publications.
+
+    Args:
+        table: where they are.
+        tell: takes publications, each once.
+        missed: called after a gap, with the lists of which changes may have been missed.
+    """
+
+    def __init__(
+        self,
+        table: Publications,
+        clock: Clock,
+        *,
+        tell: Callable[[Sequence[Publication]], Awaitable[None]],
+        missed: Callable[[Collection[Change]], Awaitable[None]],
+    ) -> None:
+        self._table, self._clock, self._tell, self._missed = table, clock, tell, missed
+        self._horizon: Horizon | None = None
+        self._looked_at = 0.0
+        self._gap = self._again = False
+        self._looking: asyncio.Task[None] | None = None
+
+    async def begin(self) -> None:
+        """Look for the first time: from now on publications are told.
+
+        Raises:
+            DatabaseUnavailable: not now.
+        """
+        await self._look()
+
+    async def poll(self) -> None:
+        """Look without a wake-up: whoever published may have died before it woke anybody."""
+        self.look()
+
+    def look(self, *, gap: bool = False) -> None:
+        """Look soon, unless that is being done; then once more.
+
+        Args:
+            gap: publications may have been missed.
+        """
+        if self._horizon is None:
+            return
+        self._again, self._gap = True, self._gap or gap
+        if self._looking is None:
+            self._looking = asyncio.create_task(self._run())
+
+    async def _run(self) -> None:
+        try:
+            while self._again:
+                self._again = False
+                await self._look()
+        except PgmcpError as error:
+            logger.info("publications are looked for again later: %s", error)
+        except Exception:
+            logger.exception("publications were not told")
+            self._gap = True
+        finally:
+            self._looking = None
+
+    async def _look(self) -> None:
+        now = self._clock.boottime()
+        since = None if self._gap or now - self._looked_at > ABSENT else self._horizon
+        self._gap = False
+        try:
+            news = await self._table.read(since)
+        except BaseException:
+            self._gap = self._gap or since is None
+            raise
+        self._horizon, self._looked_at = news.horizon, now
+        if since is None or news.more:
+            await self._missed(LISTS if news.more else LISTS & {each.change for each in news.publications})
+        else:
+            await self._tell(news.publications)
+
+    async def close(self) -> None:
+        """Stop looking."""
+        if self._looking is not None:
+            self._looking.cancel()
+            await asyncio.wait({self._looking})

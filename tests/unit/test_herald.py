@@ -1,0 +1,163 @@
+"""The herald: each publication once, and one invalidation after a gap."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Collection, Sequence
+
+import pytest
+
+from pgmcp.cluster.publications import ABSENT, Herald
+from pgmcp.errors import DatabaseUnavailable
+from pgmcp.types import LISTS, Change, Horizon, News, Publication
+from tests.harness.clock import FakeClock, settle
+
+TOOLS, PROMPTS = Publication(Change.TOOLS), Publication(Change.PROMPTS)
+
+
+def updated(uri: str) -> Publication:
+    return Publication(Change.UPDATED, uri)
+
+
+class Table:
+    """Publications in a list."""
+
+    def __init__(self) -> None:
+        self.said: list[Publication] = []
+        self.away = self.more = False
+        self.reads: list[Horizon | None] = []
+        self.before_reply: Callable[[], None] = lambda: None
+
+    async def publish(self, publication: Publication) -> None:
+        self.said.append(publication)
+
+    async def read(self, since: Horizon | None) -> News:
+        self.reads.append(since)
+        await asyncio.sleep(0)
+        if self.away:
+            message = "away"
+            raise DatabaseUnavailable(message)
+        news = News(Horizon(str(len(self.said))), tuple(self.said[int(since or 0) :]), self.more)
+        self.before_reply()
+        return news
+
+
+class Scene:
+    def __init__(self) -> None:
+        self.table, self.clock = Table(), FakeClock()
+        self.told: list[Publication] = []
+        self.gaps: list[set[Change]] = []
+        self.broken = False
+        self.herald = Herald(self.table, self.clock, tell=self.tell, missed=self.missed)
+
+    async def tell(self, publications: Sequence[Publication]) -> None:
+        if self.broken:
+            raise RuntimeError
+        self.told += publications
+
+    async def missed(self, changed: Collection[Change]) -> None:
+        self.gaps.append(set(changed))
+
+    async def publish(self, *publications: Publication) -> None:
+        for publication in publications:
+            await self.table.publish(publication)
+        self.herald.look()
+        await settle()
+
+
+@pytest.fixture
+async def scene() -> Scene:
+    made = Scene()
+    await made.herald.begin()
+    made.gaps.clear()
+    return made
+
+
+async def test_nothing_is_told_before_it_has_begun() -> None:
+    scene = Scene()
+    await scene.publish(TOOLS, updated("a"))
+    assert scene.table.reads == []
+    await scene.herald.begin()
+    assert (scene.told, scene.gaps) == ([], [{Change.TOOLS}])
+
+
+async def test_each_is_told_once(scene: Scene) -> None:
+    await scene.publish(TOOLS)
+    await scene.publish()
+    await scene.publish(updated("a"), TOOLS)
+    assert (scene.told, scene.gaps) == ([TOOLS, updated("a"), TOOLS], [])
+
+
+async def test_a_wake_up_during_a_look_makes_another(scene: Scene) -> None:
+    def late() -> None:
+        scene.table.before_reply = lambda: None
+        scene.table.said.append(PROMPTS)
+        scene.herald.look()
+
+    scene.table.before_reply = late
+    await scene.publish(TOOLS)
+    assert scene.told == [TOOLS, PROMPTS]
+    assert len(scene.table.reads) == 3
+
+
+async def test_a_lost_line_is_one_gap(scene: Scene) -> None:
+    await scene.table.publish(TOOLS)
+    scene.herald.look(gap=True)
+    scene.herald.look()
+    await settle()
+    assert (scene.told, scene.gaps) == ([], [{Change.TOOLS}])
+    await scene.publish(PROMPTS)
+    assert (scene.told, len(scene.gaps)) == ([PROMPTS], 1)
+
+
+async def test_an_outage_delays(scene: Scene) -> None:
+    scene.table.away = True
+    await scene.publish(TOOLS)
+    assert scene.told == []
+    scene.table.away = False
+    await scene.herald.poll()
+    await settle()
+    assert (scene.told, scene.gaps) == ([TOOLS], [])
+
+
+@pytest.mark.parametrize("order", ["gap first", "gap later"])
+async def test_a_gap_outlives_an_outage(scene: Scene, order: str) -> None:
+    scene.table.away = True
+    for gap in (True, False) if order == "gap first" else (False, True):
+        scene.herald.look(gap=gap)
+        await settle()
+    scene.table.away = False
+    await scene.herald.poll()
+    await settle()
+    assert len(scene.gaps) == 1
+
+
+async def test_an_absence_is_a_gap(scene: Scene) -> None:
+    scene.clock.jump(ABSENT)
+    await scene.publish(TOOLS)
+    assert scene.told == [TOOLS]
+    scene.clock.jump(ABSENT + 1)
+    await scene.publish(PROMPTS)
+    assert (scene.told, scene.gaps) == ([TOOLS], [{Change.TOOLS, Change.PROMPTS}])
+
+
+async def test_too_many_are_a_gap_of_everything(scene: Scene) -> None:
+    scene.table.more = True
+    await scene.publish(updated("a"))
+    assert (scene.told, scene.gaps) == ([], [set(LISTS)])
+
+
+async def test_a_listener_that_breaks_it_is_made_up_for(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
+    scene.broken = True
+    await scene.publish(TOOLS)
+    scene.broken = False
+    await scene.publish()
+    assert scene.gaps == [{Change.TOOLS}]
+    assert "were not told" in caplog.text
+
+
+async def test_it_closes_in_the_middle(scene: Scene) -> None:
+    scene.herald.look()
+    await scene.herald.close()
+    assert scene.told == []
+    await Scene().herald.close()
