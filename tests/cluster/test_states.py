@@ -6,6 +6,8 @@ import asyncio
 import itertools
 import json
 import logging
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -190,3 +192,24 @@ async def served(node: RunningNode) -> None:
     async with Modern() as client:
         answer = await eventually(lambda: once(client, node.url, 1, 0, {}), "an answer")
     assert answer["result"]["requestState"].startswith("pgmcp1.")
+
+
+MADE_FIRST = """
+from mcp.server.mcpserver import MCPServer
+from mcp.server.request_state import RequestStateBoundary, RequestStateSecurity
+
+early = MCPServer("early")
+import pgmcp.session.adapters.states as states
+
+late, own = MCPServer("late"), MCPServer("own", request_state_security=RequestStateSecurity(keys=["k" * 32]))
+for server in (early, late, own):
+    server.streamable_http_app()
+    low = server.session_manager.app
+    shared = states.with_shared_states(low, None, once=False)
+    print(server.name, any(isinstance(each, states.SharedStates) for each in shared))
+"""
+
+
+def test_a_server_that_was_made_before_pgmcp_was_imported_shares_its_states_too():
+    found = subprocess.run([sys.executable, "-c", MADE_FIRST], capture_output=True, text=True, timeout=60, check=True)
+    assert found.stdout.splitlines() == ["early True", "late True", "own False"]

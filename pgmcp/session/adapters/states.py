@@ -19,7 +19,12 @@ from weakref import WeakSet
 from mcp import MCPError
 from mcp.server import Server
 from mcp.server.context import CallNext, HandlerResult, ServerMiddleware, ServerRequestContext
-from mcp.server.request_state import InvalidRequestState, RequestStateBoundary, RequestStateSecurity
+from mcp.server.request_state import (
+    AESGCMRequestStateCodec,
+    InvalidRequestState,
+    RequestStateBoundary,
+    RequestStateSecurity,
+)
 from mcp_types import INTERNAL_ERROR, INVALID_PARAMS
 from mcp_types.methods import INPUT_REQUIRED_METHODS
 
@@ -35,22 +40,27 @@ PREFIX, PLACE, AUDIENCE = "pgmcp1.", b"request-state", "pgmcp"
 SKEW = 60.0
 """Seconds by which the clocks of two nodes may differ."""
 
-_made_up: WeakSet[RequestStateSecurity] = WeakSet()
+_chosen: WeakSet[RequestStateSecurity] = WeakSet()
 
 
-def _watch_for_made_up_keys() -> None:
-    """Know what the SDK makes up for servers that were given nothing: its objects do not tell it from chosen keys."""
-    original = RequestStateSecurity.ephemeral.__func__  # type: ignore[attr-defined]
+def _watch_for_chosen_keys() -> None:
+    """Know which keys were chosen: what the SDK makes up for servers that were given none looks the same."""
+    init, ephemeral = RequestStateSecurity.__init__, RequestStateSecurity.ephemeral.__func__  # type: ignore[attr-defined]
 
-    def ephemeral(cls: type[RequestStateSecurity], /, **given: Any) -> RequestStateSecurity:
-        made: RequestStateSecurity = original(cls, **given)
-        _made_up.add(made)
+    def chosen(self: RequestStateSecurity, **given: Any) -> None:
+        init(self, **given)
+        _chosen.add(self)
+
+    def made_up(cls: type[RequestStateSecurity], /, **given: Any) -> RequestStateSecurity:
+        made: RequestStateSecurity = ephemeral(cls, **given)
+        _chosen.discard(made)
         return made
 
-    RequestStateSecurity.ephemeral = classmethod(ephemeral)  # type: ignore[method-assign, assignment]
+    RequestStateSecurity.__init__ = chosen  # type: ignore[method-assign]
+    RequestStateSecurity.ephemeral = classmethod(made_up)  # type: ignore[method-assign, assignment]
 
 
-_watch_for_made_up_keys()
+_watch_for_chosen_keys()
 
 
 class _Codec:
@@ -123,11 +133,12 @@ def _shared(middleware: ServerMiddleware[Any], box: StateBox, *, once: bool) -> 
     if not isinstance(middleware, RequestStateBoundary):
         return middleware
     security = middleware._security  # noqa: SLF001 - nothing public says what a boundary was given
-    if security in _made_up:
-        return SharedStates(box, security, once=once)
+    if security not in _chosen and isinstance(security.codec, AESGCMRequestStateCodec):
+        return SharedStates(
+            box, security, once=once
+        )  # also what was chosen before pgmcp was imported: it serves as well
     logger.info(
-        "the server brings requestState security of its own, which it keeps: its keys must be the same on every node "
-        "(if you chose none, import pgmcp before the server is made)"
+        "the server brings requestState security of its own, which it keeps: its keys must be the same on every node"
     )
     return middleware
 
