@@ -10,8 +10,10 @@ from typing import Any
 
 import httpx
 import pytest
+from mcp.server.subscriptions import ToolsListChanged
 
-from tests.harness.clients import RawSession
+from pgmcp import Cluster
+from tests.harness.clients import RawSession, connect
 from tests.harness.modern import Modern
 from tests.harness.processes import NodeProcess, nodes
 
@@ -97,6 +99,25 @@ async def test_requests_without_a_session_know_their_caller_and_carry_state_to_a
         answer = await ada.call(guarded[1].url, "tools/call", {"name": "confirm", "arguments": {}, **told})
         assert answer["result"]["content"][0]["text"] == "confirmed"
     assert len(lifespans(truth)) == 2
+
+
+async def test_clients_of_both_eras_hear_of_a_change_and_go_on_when_the_owner_is_killed(
+    three: list[NodeProcess], database: str
+) -> None:
+    owner, edge, third = three
+    async with RawSession() as session, connect(edge.mcp_url, mode="2026-07-28") as modern:
+        await session.open(owner.url)
+        assert (await counted(session, third))["count"] == 1
+        standalone = await session.get(third.url)
+        async with modern.listen(tools_list_changed=True) as stream:
+            await Cluster(database).publish(ToolsListChanged())
+            async with asyncio.timeout(10):
+                assert isinstance(await anext(aiter(stream)), ToolsListChanged)
+            await standalone.message("notifications/tools/list_changed")
+        owner.kill()
+        assert (await counted(session, edge))["count"] == 2
+        again = await modern.call_tool("wait", {"seconds": 0.0})
+        assert again.content[0].text == "waited"
 
 
 async def test_routes_of_its_own_are_served(three: list[NodeProcess]) -> None:
