@@ -16,11 +16,13 @@ from urllib.parse import urlsplit
 
 from tests.harness.compose import compose, of
 from tests.harness.haproxy import haproxy_binary
-from tests.harness.nginx import nginx_binary
+from tests.harness.nginx import Exchange, nginx_binary
 from tests.harness.pooler import PGBOUNCER
 from tests.harness.processes import ServerProcess, accepts, free_ports, wait_until
 
 CONFIGURATIONS = ("nginx/round-robin.conf", "nginx/affinity.conf", "haproxy/round-robin.cfg", "haproxy/affinity.cfg")
+WITH_AFFINITY = [name for name in CONFIGURATIONS if "affinity" in name]
+_LOGGED = re.compile(r"\S+ ([A-Z]+) (\S+) (-?\d+) [-\d.]+ (\S+:\d+(?:, \S+:\d+)*|node-\d)$")
 
 
 class Shipped(ServerProcess):
@@ -48,15 +50,22 @@ class Shipped(ServerProcess):
             command = [str(haproxy_binary()), "-db", "-f", str(path)]
         super().__init__(command, port=port, log_path=folder / "output.log")
 
-    def answered_by(self, verb: str) -> list[str]:
-        """The names of the nodes that answered exchanges with this method, in the order of their ends."""
-        names = {f"127.0.0.1:{port}": name for name, port in self.ports.items()}
+    @property
+    def exchanges(self) -> list[Exchange]:
+        """The finished exchanges, in the order of their ends, with every node that was tried."""
         found = []
         for line in self.log.splitlines():
-            words = line.split(" ")
-            if len(words) > 4 and words[1] == verb:
-                found.append(names.get(words[-1], words[-1]))
+            if logged := _LOGGED.match(line):
+                method, path, status, tried = logged.groups()
+                # nginx logs addresses, haproxy the names of servers
+                ports = (self.ports.get(one) or int(one.rpartition(":")[2]) for one in tried.split(", "))
+                found.append(Exchange(method, int(status), tuple(ports), path))
         return found
+
+    def answered_by(self, verb: str) -> list[str]:
+        """The names of the nodes that answered exchanges with this method, in the order of their ends."""
+        names = {port: name for name, port in self.ports.items()}
+        return [names[exchange.ports[-1]] for exchange in self.exchanges if exchange.method == verb]
 
 
 def _moved(text: str, ports: Mapping[str, int], port: int, folder: Path) -> str:

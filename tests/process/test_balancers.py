@@ -19,12 +19,11 @@ from tests.conftest import _temporary
 from tests.harness.clients import RawSession, connect
 from tests.harness.cluster import eventually, serving, tables_of
 from tests.harness.compose import compose, in_checkout
-from tests.harness.shipped import CONFIGURATIONS, Shipped, pgbouncer
+from tests.harness.shipped import CONFIGURATIONS, WITH_AFFINITY, Shipped, pgbouncer
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 NAMES = ("node-1", "node-2", "node-3")
-WITH_AFFINITY = [name for name in CONFIGURATIONS if "affinity" in name]
 FORGED = ("node-9", "", "node-1", "node-2", "node-3", "x" * 2000, ":node-2-" + "0" * 32)
 
 

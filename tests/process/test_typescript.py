@@ -1,4 +1,4 @@
-"""Both official TypeScript clients, through nginx and through haproxy without stickiness, in front of three nodes.
+"""Both official TypeScript clients before three nodes, through nginx and through haproxy, in turn and with affinity.
 
 Each run is one process of ``tests/harness/typescript/driver.mjs``: it goes through all scenarios and prints what it
 saw; the tests here look at that.
@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -22,18 +24,27 @@ from tests.harness.conformance import node_binary
 from tests.harness.haproxy import Haproxy
 from tests.harness.nginx import Exchange, Nginx
 from tests.harness.processes import REPOSITORY, nodes
+from tests.harness.shipped import WITH_AFFINITY, Shipped
 
 DRIVER = REPOSITORY / "tests/harness/typescript/driver.mjs"
 PACKAGES = REPOSITORY / ".cache/typescript"
 VERSIONS = {"@modelcontextprotocol/sdk": "1.32.2", "@modelcontextprotocol/client": "2.4.0"}
 WATCHED = "test://watched-resource"
 PATHS = {"http": "/mcp", "sse": "/sse"}
-RUNS = [(version, kind, name) for name in ("nginx", "haproxy") for kind in PATHS for version in ("v1", "v2")]
+IN_TURN = ("nginx", "haproxy")
+RUNS = [(version, kind, name) for name in (*IN_TURN, *WITH_AFFINITY) for kind in PATHS for version in ("v1", "v2")]
+Balancer = Nginx | Haproxy | Shipped
 
 
 def over(*kinds: str) -> pytest.MarkDecorator:
     """Every run over one of these transports."""
-    return pytest.mark.parametrize("run", [key for key in RUNS if key[1] in kinds], ids="-".join, indirect=True)
+    return through((*IN_TURN, *WITH_AFFINITY), *kinds)
+
+
+def through(balancers: Sequence[str], *kinds: str) -> pytest.MarkDecorator:
+    """Every run over one of these transports through one of these balancers."""
+    keys = [key for key in RUNS if key[1] in kinds and key[2] in balancers]
+    return pytest.mark.parametrize("run", keys, ids="-".join, indirect=True)
 
 
 @dataclass(frozen=True)
@@ -60,19 +71,24 @@ async def shared_database(template: NoopExecutor) -> AsyncIterator[str]:
 
 
 @pytest.fixture(scope="module")
-def balancers(shared_database: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Nginx | Haproxy]]:
-    """Three nodes on one database, and nginx and haproxy in front of them."""
+def balancers(shared_database: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Balancer]]:
+    """Three nodes on one database, and nginx and haproxy in front of them, each in turn and with affinity."""
     logs = tmp_path_factory.mktemp("logs")
     with nodes(
         "examples/everything.py:mcp", 3, database_url=shared_database, log_dir=logs, env={"PGMCP_RETRY_MS": "300"}
     ) as members:
-        ports = [node.port for node in members]
-        with Nginx(ports) as nginx, Haproxy(ports) as haproxy:
-            yield {"nginx": nginx, "haproxy": haproxy}
+        names = {node.name: node.port for node in members}
+        ports = list(names.values())
+        with ExitStack() as stack:
+            found: dict[str, Balancer] = {name: Shipped(name, names, logs / name) for name in WITH_AFFINITY}
+            found |= {"nginx": Nginx(ports), "haproxy": Haproxy(ports)}
+            for balancer in found.values():
+                stack.enter_context(balancer)
+            yield found
 
 
 @pytest.fixture(scope="module")
-def runs(balancers: dict[str, Nginx | Haproxy]) -> Callable[[tuple[str, str, str]], Run]:
+def runs(balancers: dict[str, Balancer]) -> Callable[[tuple[str, str, str]], Run]:
     """Runs the driver once for each client, transport and balancer."""
 
     @cache
@@ -81,7 +97,8 @@ def runs(balancers: dict[str, Nginx | Haproxy]) -> Callable[[tuple[str, str, str
         balancer = balancers[name]
         before = len(balancer.exchanges)
         scenarios = drive(version, kind, f"{balancer.url}{PATHS[kind]}")
-        return Run(kind, scenarios, balancer.exchanges[before:], balancer.ports)
+        ports = balancer.ports.values() if isinstance(balancer, Shipped) else balancer.ports
+        return Run(kind, scenarios, balancer.exchanges[before:], list(ports))
 
     return once
 
@@ -115,10 +132,23 @@ def drive(version: str, kind: str, url: str) -> dict[str, dict[str, Any]]:
     return {line["scenario"]: line for line in lines}
 
 
-@over("http", "sse")
-def test_the_whole_run_uses_every_node_and_nothing_is_refused(run: Run) -> None:
-    assert run["connect"] == {"server": "everything", "session": run.kind == "http"}
+@through(IN_TURN, "http", "sse")
+def test_in_turn_the_whole_run_uses_every_node(run: Run) -> None:
     assert {exchange.ports[-1] for exchange in run.exchanges} == set(run.ports)
+
+
+@through(WITH_AFFINITY, "http", "sse")
+def test_with_affinity_the_hint_leads_a_client_that_keeps_no_cookies_to_the_owner(run: Run) -> None:
+    used = Counter(exchange.ports[-1] for exchange in run.exchanges if exchange.method != "GET" or run.kind == "http")
+    [(_, most)] = used.most_common(1)
+    # Over HTTP+SSE a run has other clients, too, and the reconnection of one.
+    assert most >= used.total() - (0 if run.kind == "http" else 12), used
+    assert used.total() > 60
+
+
+@over("http", "sse")
+def test_nothing_is_refused(run: Run) -> None:
+    assert run["connect"] == {"server": "everything", "session": run.kind == "http"}
     assert all(len(exchange.ports) == 1 for exchange in run.exchanges), "an exchange was tried on a second node"
     hung_up = {499, -1}
     assert {exchange.status for exchange in run.exchanges} <= {200, 202, 204} | hung_up
