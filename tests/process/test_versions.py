@@ -17,11 +17,11 @@ import pytest
 
 from pgmcp.store.migrations import head
 from tests.harness.builds import newer_build
-from tests.harness.cluster import tables_of
+from tests.harness.cluster import eventually, tables_of
 from tests.harness.load import TARGET, Load, Rotation, Seen, check, figures_of
 from tests.harness.nginx import Nginx
 from tests.harness.processes import REPOSITORY, NodeProcess, free_ports, nodes
-from tests.harness.stores import Watcher, until
+from tests.harness.stores import Watcher
 
 LONG = 1.0
 LIMIT = 2 * LONG + 5
@@ -56,12 +56,16 @@ async def upgrade_while_somebody_reads(database: str, env: Mapping[str, str]) ->
     await reader.fetch("select * from pgmcp.nodes")
     upgrading = asyncio.create_task(upgrade(database, env))
     watch = Watcher(watcher)
-    assert await watch.until_waiting("ALTER TABLE pgmcp.nodes", upgrading)
+
+    async def waits() -> bool:
+        return bool(await watch.waiting("ALTER TABLE pgmcp.nodes"))
 
     async def gave_way() -> bool:
-        return not await watch.waiting("ALTER TABLE pgmcp.nodes")
+        return not await waits()
 
-    await until(gave_way, "it lets the others go first")
+    await eventually(waits, "the upgrade waits for the reader", 30)
+    await eventually(gave_way, "it lets the others go first", 30)
+    assert not upgrading.done()
     await change.rollback()
     outcome = await upgrading
     for connection in (reader, watcher):
