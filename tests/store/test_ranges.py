@@ -266,6 +266,7 @@ def test_each_migration_says_what_it_is() -> None:
         number, kind, _ = Path(script.path).name.split("_", 2)
         assert number == script.revision
         assert len(number) == 4
+        assert (script.down_revision or "0000") < number, "builds and databases are compared by these numbers"
         assert script.doc.lower().startswith(f"{kind}: ")
         assert kind in {"expand", "contract"}
         assert (kind == "contract") == hasattr(script.module, "needs"), "only what takes something away says `needs`"
