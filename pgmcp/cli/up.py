@@ -18,7 +18,7 @@ SNIPPET = """\
     from mcp import Client
 
     async def main():
-        async with Client("{url}") as client:
+        async with Client("{url}", mode="legacy") as client:  # a session; "auto": 2026-07-28, which has none
             print([tool.name for tool in (await client.list_tools()).tools])
 
     asyncio.run(main())

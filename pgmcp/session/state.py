@@ -102,12 +102,15 @@ def session_state(ctx: object = None) -> SessionState:
         ctx: the handler's context, in whichever style the server is written; the session is found without it, too.
 
     Raises:
-        NoSession: this is no handler of a session that pgmcp serves.
+        NoSession: this is no handler of a session that pgmcp serves, but maybe one of a request without (2026-07-28).
     """
     try:
         return current.get()
     except LookupError:
-        message = "There is no session here: call session_state() in a handler of a server that pgmcp serves."
+        message = (
+            "There is no session here. session_state() is for handlers of a server that pgmcp serves, and a request of "
+            "2026-07-28 has no session: its client may ask for an older revision."
+        )
         raise NoSession(message) from None
 
 

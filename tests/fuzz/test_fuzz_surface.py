@@ -37,7 +37,8 @@ def parameter(name: str, place: str, values: list[str], *, required: bool = Fals
 
 HEADERS = [
     parameter("mcp-session-id", "header", ["fuzz-0", ""]),
-    parameter("mcp-protocol-version", "header", ["2025-11-25", "2025-03-26", "1"]),
+    parameter("mcp-protocol-version", "header", ["2025-11-25", "2025-03-26", "2026-07-28", "1"]),
+    parameter("mcp-method", "header", ["ping", "tools/list", "tools/call", "server/discover"]),
     parameter("last-event-id", "header", ["0" * 32 + ".1", "x"]),
     parameter("accept", "header", ["application/json, text/event-stream", "*/*", "text/event-stream"]),
 ]

@@ -118,6 +118,29 @@ async def newcomers(url: str, going: Callable[[], bool]) -> Seen:
     raise AssertionError
 
 
+async def modern(url: str, going: Callable[[], bool], long: float) -> Seen:
+    """A client without a session (2026-07-28): nothing of it can go on elsewhere."""
+    seen = Seen()
+    async with connect(url, mode="auto", read_timeout_seconds=60) as client:
+        assert client.protocol_version == "2026-07-28"
+
+        async def loop(tool: str, pause: float, **more: object) -> None:
+            for number in itertools.count():
+                if not going():
+                    return
+                text, start = f"modern-{tool}-{number}", time.monotonic()
+                try:
+                    result = await client.call_tool(tool, {"text": text, **more})
+                    assert not result.is_error, result
+                    seen.calls.append(("modern", text, time.monotonic() - start))
+                except Exception as error:  # noqa: BLE001 - whatever it is, it counts
+                    seen.failures.append(f"{text}: {error!r}")
+                await asyncio.sleep(pause)
+
+        await asyncio.gather(loop("unsafe", 0.2), loop("unsafe_long", 0.1, seconds=long))
+    return seen
+
+
 async def old_client(base: str, going: Callable[[], bool], long: float) -> Seen:
     """A client of 2025-03-26, whose exchanges cannot be resumed."""
     seen = Seen()
@@ -214,7 +237,8 @@ class Load:
                 self._scripts.append(await self._stack.enter_async_context(script))
             clients = [PythonClient(url, f"python-{number}", self._going, self._long) for number in range(2)]
             runs = [client.run() for client in clients]
-            runs += [newcomers(url, self._going), old_client(self._nginx.url, self._going, self._long)]
+            runs += [newcomers(url, self._going), modern(url, self._going, self._long)]
+            runs.append(old_client(self._nginx.url, self._going, self._long))
             self._work = [asyncio.create_task(run) for run in runs]
             await eventually(lambda: all(client.seen.texts("ask") for client in clients), "every client works", 20)
         except BaseException:
@@ -256,7 +280,7 @@ def figures_of(saw: list[Seen], nginx: Nginx) -> dict[str, Any]:
 
 def check(saw: list[Seen], figures: dict[str, Any], truth: Path) -> None:
     """No call failed, each ran once, nothing was refused, no notification was lost."""
-    assert set(figures["longest"]) == {"announce", "ask", "newcomer", "old", "unsafe", "unsafe_long"}, figures
+    assert set(figures["longest"]) == {"announce", "ask", "modern", "newcomer", "old", "unsafe", "unsafe_long"}, figures
     assert not figures["failures"], figures
     assert not figures["refused"], figures
     for seen in saw:

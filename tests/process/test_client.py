@@ -198,9 +198,3 @@ async def test_a_cancelled_call_stops_at_its_owner(balancer: Nginx) -> None:
 
             await eventually(stopped)
         assert await value(client, "count") == 1
-
-
-async def test_a_client_that_speaks_both_eras_gets_a_session(balancer: Nginx) -> None:
-    async with connect(balancer.mcp_url, mode="auto", elicitation_callback=accept) as client:
-        assert client.protocol_version == "2025-11-25"
-        assert [await value(client, "count") for _ in range(4)] == [1, 2, 3, 4]

@@ -134,9 +134,8 @@ def _shared(middleware: ServerMiddleware[Any], box: StateBox, *, once: bool) -> 
         return middleware
     security = middleware._security  # noqa: SLF001 - nothing public says what a boundary was given
     if security not in _chosen and isinstance(security.codec, AESGCMRequestStateCodec):
-        return SharedStates(
-            box, security, once=once
-        )  # also what was chosen before pgmcp was imported: it serves as well
+        # also for keys that were chosen before pgmcp was imported: the ring serves as well
+        return SharedStates(box, security, once=once)
     logger.info(
         "the server brings requestState security of its own, which it keeps: its keys must be the same on every node"
     )
