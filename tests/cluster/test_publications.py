@@ -358,7 +358,10 @@ async def test_a_low_level_server_publishes_to_the_bus_that_it_holds(database: s
 async def test_a_bus_of_the_cluster_is_used_outside_of_handlers(database: str) -> None:
     bus = PostgresSubscriptionBus()
     made = MCPServer("own", subscriptions=bus)
-    async with running_node(database, made, "own", Clock()), running_node(database, server(), "n", Clock()) as other:
+    async with (
+        running_node(database, made, "own", Clock(), poll=60),
+        running_node(database, server(), "n", Clock(), poll=60) as other,
+    ):
         ear = Ear(other)
         await bus.publish(ToolsListChanged())
         await eventually(lambda: ear.heard == [ToolsListChanged()], "the other node hears")
