@@ -33,7 +33,7 @@ ELSEWHERE = {
         "tests/store/test_inbox.py::test_a_message_that_commits_late_is_claimed_all_the_same"
     ),
     "03 solid_cable: a publication that commits late": (
-        "tests/store/test_publications.py::test_what_commits_late_is_read_and_what_is_rolled_back_is_not"
+        "tests/store/test_publication_rows.py::test_what_commits_late_is_read_and_what_is_rolled_back_is_not"
     ),
     "05 socket.io: a publication that is gone before it was read": (
         "tests/unit/test_herald.py::test_an_absence_is_a_gap"
