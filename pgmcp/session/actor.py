@@ -129,7 +129,7 @@ class Actor:
     @property
     def busy(self) -> bool:
         """Whether it works on something: a request, a message that waits, an event that is being stored."""
-        return bool(self._calls or self._storing or self.news.waiting or not self._queue.empty())
+        return bool(self._calls or self._storing or not self._queue.empty())
 
     async def stop(self) -> None:
         """Mute and end the server session."""

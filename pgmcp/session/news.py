@@ -42,11 +42,6 @@ class News:
         self._waiting: dict[Publication, None] = {}
         self._telling: asyncio.Task[None] | None = None
 
-    @property
-    def waiting(self) -> bool:
-        """Whether there is something that was not told yet."""
-        return self._telling is not None
-
     def begin(self) -> None:
         """The handshake is over."""
         self._begun = True

@@ -132,7 +132,7 @@ async def quiet(ears: Sequence[Ear], publisher: Cluster) -> None:
 
 
 async def test_a_publish_anywhere_reaches_everybody_once(database: str) -> None:
-    async with three(database) as (nodes, tables), contextlib.AsyncExitStack() as stack:
+    async with three(database, poll=60) as (nodes, tables), contextlib.AsyncExitStack() as stack:
         ears = [Ear(node) for node in nodes]
         wanted = ["a://tool-0", "a://tool-1", "a://tool-2", "a://script", "a://sql"]
         readers = [
@@ -159,7 +159,7 @@ async def test_a_publish_anywhere_reaches_everybody_once(database: str) -> None:
 
 async def test_none_is_lost_and_none_comes_twice(database: str) -> None:
     """``benchmarks/publications.py`` does it 10,000 times."""
-    async with three(database) as (nodes, tables):
+    async with three(database, poll=60) as (nodes, tables):
         ears = [Ear(node) for node in nodes]
         buses = [node.node._target.bus for node in nodes]
 
@@ -246,6 +246,15 @@ async def test_what_waits_for_a_listener_counts_once(database: str) -> None:
         await eventually(lambda: tables.value(waiting), "the fence waits")
         told = await Reader(session, await session.get(nodes[1].url)).until(FENCE)
         assert sorted(told) == sorted([LISTS["tools"][1], "a://1", FENCE])
+
+
+async def test_what_woke_nobody_is_found_by_the_poll(database: str) -> None:
+    """Its publisher died between the two."""
+    async with three(database, poll=0.2) as (nodes, tables), reader(nodes[0], nodes[1], ["a://1"]) as session:
+        ears = [Ear(node) for node in nodes]
+        await tables.rows("insert into pgmcp.publications (kind, uri) values ('resource_updated', 'a://1')")
+        await eventually(lambda: all(ear.heard == [ResourceUpdated(uri="a://1")] for ear in ears), "it is found")
+        await session.until("a://1")
 
 
 async def test_a_lost_line_is_made_up_for(database: str) -> None:
@@ -349,7 +358,10 @@ async def test_a_low_level_server_publishes_to_the_bus_that_it_holds(database: s
 async def test_a_bus_of_the_cluster_is_used_outside_of_handlers(database: str) -> None:
     bus = PostgresSubscriptionBus()
     made = MCPServer("own", subscriptions=bus)
-    async with running_node(database, made, "own", Clock()), running_node(database, server(), "n", Clock()) as other:
+    async with (
+        running_node(database, made, "own", Clock(), poll=60),
+        running_node(database, server(), "n", Clock(), poll=60) as other,
+    ):
         ear = Ear(other)
         await bus.publish(ToolsListChanged())
         await eventually(lambda: ear.heard == [ToolsListChanged()], "the other node hears")

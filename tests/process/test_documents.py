@@ -9,18 +9,24 @@ tests/cli/test_demo.py runs.
 from __future__ import annotations
 
 import ast
+import asyncio
+import os
 import re
 import shlex
 import socket
+import sys
 from pathlib import Path
+from typing import Any
 
 import asyncpg
 import pytest
+from mcp.server.mcpserver import MCPServer
 
 from pgmcp.session.adapters.target import load
 from tests.harness.clients import RawSession, connect
 from tests.harness.cluster import cluster, tables_of
 from tests.harness.documents import Reader, blocks, file_of
+from tests.harness.modern import Modern
 from tests.harness.processes import REPOSITORY
 
 README, DOCS = REPOSITORY / "README.md", REPOSITORY / "docs"
@@ -132,6 +138,53 @@ async def test_the_cart_survives_a_death_and_a_hand_over(database: str, tmp_path
             await tables.execute("update pgmcp.nodes set state = 'dead' where node_id = $1", owner)
             [left] = [n for n, node in enumerate(nodes) if n and node.incarnation.node_id != owner]
             assert await add("jam", left) == {"cart": ["milk", "tea", "bread", "jam"], "looked": 1}
+
+
+# -- the examples in docs/subscriptions.md ----------------------------------------------------------------------------
+
+
+async def test_every_way_to_publish_reaches_a_stream(database: str, tmp_path: Path) -> None:
+    [sql] = [block for block in blocks(DOCS / "subscriptions.md") if block.language == "sql"]
+    for block in blocks(DOCS / "subscriptions.md"):
+        if (name := file_of(block)) is not None:
+            (tmp_path / name).write_text(block.text)
+
+    def served() -> object:
+        return load(f"{tmp_path / 'prices.py'}:mcp")
+
+    async with cluster(database, served, 2) as nodes, RawSession() as session, Modern() as client:
+        uri = "prices://today"
+        wanted = {"resourceSubscriptions": [uri], "toolsListChanged": True, "promptsListChanged": True}
+        stream = await client.request(nodes[0].url, "subscriptions/listen", {"notifications": wanted})
+        await stream.message("notifications/subscriptions/acknowledged")
+        await session.open(nodes[1].url)
+        standalone = await session.get(nodes[0].url)
+        assert await session.call_tool(nodes[1].url, "change", name="tea", price=4)
+        await stream.message("notifications/resources/updated")
+        script = await asyncio.create_subprocess_exec(
+            sys.executable, tmp_path / "import_prices.py", env={**os.environ, "PGMCP_DATABASE_URL": database}
+        )
+        assert await asyncio.wait_for(script.wait(), 30) == 0
+        await stream.message("notifications/resources/updated")
+        async with tables_of(database) as tables:
+            await tables.execute(sql.text)
+        for exchange in (stream, standalone):
+            for method in ("notifications/tools/list_changed", "notifications/prompts/list_changed"):
+                await exchange.message(method)
+
+
+async def test_the_bus_is_used_outside_of_handlers(database: str, tmp_path: Path) -> None:
+    [block] = [block for block in blocks(DOCS / "subscriptions.md") if file_of(block) == "clock.py"]
+    (tmp_path / "clock.py").write_text(block.text)
+    clock = load(f"{tmp_path / 'clock.py'}:mcp")
+    module: Any = sys.modules.pop("clock")
+    servers = iter([clock, MCPServer("other")])
+    async with cluster(database, lambda: next(servers), 2) as nodes, Modern() as client:
+        wanted = {"notifications": {"toolsListChanged": True}}
+        stream = await client.request(nodes[1].url, "subscriptions/listen", wanted)
+        await stream.message("notifications/subscriptions/acknowledged")
+        await module.something_happened()
+        await stream.message("notifications/tools/list_changed")
 
 
 # -- every document --------------------------------------------------------------------------------------------------

@@ -70,6 +70,15 @@ async def test_an_end_goes_to_everybody(scene: Scene) -> None:
     assert scene.notes.sent == [[(None, "e7")]]
 
 
+async def test_publications_are_told_to_everybody(scene: Scene) -> None:
+    scene.wakeups.published()
+    scene.wakeups.published()
+    await settle()
+    assert scene.heard == [Wake(published=True)] * 2
+    assert scene.notes.sent == [[(None, "p")]]
+    assert parse("i1,p") == Wake(inboxes=frozenset({SessionKey(1)}), published=True)
+
+
 async def test_the_first_goes_at_once_and_the_rest_together(scene: Scene) -> None:
     scene.notes.free.clear()
     scene.wakeups.inbox(OTHER, SessionKey(1))

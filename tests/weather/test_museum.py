@@ -32,12 +32,27 @@ ELSEWHERE = {
     "03 solid_cable: a lower id that commits late": (
         "tests/store/test_inbox.py::test_a_message_that_commits_late_is_claimed_all_the_same"
     ),
+    "03 solid_cable: a publication that commits late": (
+        "tests/store/test_publication_rows.py::test_what_commits_late_is_read_and_what_is_rolled_back_is_not"
+    ),
+    "05 socket.io: a publication that is gone before it was read": (
+        "tests/unit/test_herald.py::test_an_absence_is_a_gap"
+    ),
+    "06 socket.io: a publication that is stored, not announced": (
+        "tests/cluster/test_publications.py::test_what_woke_nobody_is_found_by_the_poll"
+    ),
     "06 socket.io: stored, not announced": (
         "tests/weather/test_connections.py::test_without_any_wake_up_polls_are_enough"
     ),
     "07 Hatchet: another path for large messages": ("tests/weather/test_sizes.py::test_every_size_takes_the_same_path"),
     "08 DBOS: one bad payload drops the rest": (
         "tests/unit/test_wakeups.py::test_words_that_only_look_like_ours_cost_nobody_theirs"
+    ),
+    "08 DBOS: one bad publication drops the rest": (
+        "tests/cluster/test_publications.py::test_a_uri_that_cannot_be_stored_costs_nobody_else_theirs"
+    ),
+    "10 River, Hatchet: more publications than one look lists": (
+        "tests/cluster/test_publications.py::test_too_many_at_once_become_one_invalidation"
     ),
     "10 River, Hatchet: a full buffer drops silently": (
         "tests/unit/test_wakeups.py::test_an_outage_keeps_a_bounded_number_of_ids"
@@ -76,6 +91,9 @@ ELSEWHERE = {
     "27 Patroni: frozen past the lease, then back": "tests/cluster/test_trust.py::test_a_zombie_can_store_nothing",
     "29 River: channels without the schema": (
         "tests/weather/test_isolation.py::test_two_clusters_in_one_postgres_do_not_hear_each_other"
+    ),
+    "29 River: publications without the schema": (
+        "tests/cluster/test_publications.py::test_two_schemas_of_one_database_do_not_hear_each_other"
     ),
     "31 graphile: a blocked listener pins xmin": (
         "tests/weather/test_isolation.py::test_a_line_that_does_not_read_pins_no_snapshot_for_long"

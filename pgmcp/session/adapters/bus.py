@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any, cast
 
@@ -38,15 +38,15 @@ logger = logging.getLogger(__name__)
 Listener = Callable[[ServerEvent], None]
 
 LISTEN = "subscriptions/listen"
-SOME = 64
-"""Events that go to listeners in one turn of the event loop after a gap: streams have to keep up."""
+SOME = 32
+"""Listeners that are told in one turn of the event loop: each of their streams writes in the next one."""
 
 _LISTS: dict[Change, ServerEvent] = {
     Change.TOOLS: ToolsListChanged(),
     Change.PROMPTS: PromptsListChanged(),
     Change.RESOURCES: ResourcesListChanged(),
 }
-_wanted: ContextVar[tuple[str, ...]] = ContextVar("pgmcp_listen_uris", default=())
+_wanted: ContextVar[frozenset[str] | None] = ContextVar("pgmcp_listen_uris", default=None)
 
 
 class PostgresSubscriptionBus(InMemorySubscriptionBus):
@@ -62,7 +62,7 @@ class PostgresSubscriptionBus(InMemorySubscriptionBus):
 
     def _join(self) -> None:
         self._spread: Callable[[Publication], Awaitable[None]] | None = None
-        self._wishes: dict[object, tuple[Listener, tuple[str, ...]]] = {}
+        self._streams: dict[object, tuple[Listener, frozenset[str] | None]] = {}
 
     @classmethod
     def out_of(cls, bus: InMemorySubscriptionBus) -> PostgresSubscriptionBus:
@@ -80,18 +80,17 @@ class PostgresSubscriptionBus(InMemorySubscriptionBus):
             DatabaseUnavailable: PostgreSQL did not take it within ``--hold`` seconds.
         """
         if self._spread is None:
-            await super().publish(event)
+            await self._spread_here(event)
         else:
             await self._spread(publication_of(event))
 
     def subscribe(self, listener: Listener) -> Callable[[], None]:
         """Register a listener; returns what removes it."""
-        token, unsubscribe = object(), super().subscribe(listener)
-        self._wishes[token] = listener, _wanted.get()
+        token = object()
+        self._streams[token] = listener, _wanted.get()
 
         def remove() -> None:
-            self._wishes.pop(token, None)
-            unsubscribe()
+            self._streams.pop(token, None)
 
         return remove
 
@@ -106,19 +105,26 @@ class PostgresSubscriptionBus(InMemorySubscriptionBus):
         return detach
 
     async def tell(self, publications: Iterable[Publication]) -> None:
-        """Tell the listeners; between two events their streams get a turn."""
+        """Tell the listeners; between two events, and between some listeners and the next, their streams get a turn."""
         for publication in publications:
-            await super().publish(_event(publication))
+            await self._spread_here(_event(publication))
+
+    async def _spread_here(self, event: ServerEvent) -> None:
+        await super().publish(event)  # to those who listened before the bus was the cluster's
+        uri = event.uri if isinstance(event, ResourceUpdated) else None
+        wanting = (listener for listener, uris in self._here() if uri is None or uris is None or uri in uris)
+        await _paced((listener, event) for listener in wanting)
 
     async def missed(self) -> None:
         """Tell each listener once of everything that it may want to hear of."""
-        told = 0
-        for listener, uris in list(self._wishes.values()):
-            for event in (*_LISTS.values(), *(ResourceUpdated(uri=uri) for uri in uris)):
-                _tell(listener, event)
-                told += 1
-                if told % SOME == 0:
-                    await asyncio.sleep(0)
+        await _paced((listener, event) for listener, _ in self._here() for event in _LISTS.values())
+        await _paced((listener, ResourceUpdated(uri=uri)) for listener, uris in self._here() for uri in uris or ())
+
+    def _here(self) -> Iterator[tuple[Listener, frozenset[str] | None]]:
+        """The listeners, but for those that go while others are told."""
+        for token, stream in list(self._streams.items()):
+            if token in self._streams:
+                yield stream
 
 
 class Listen(ListenHandler):
@@ -131,7 +137,7 @@ class Listen(ListenHandler):
         self, ctx: ServerRequestContext[Any, Any], params: SubscriptionsListenRequestParams
     ) -> SubscriptionsListenResult:
         """Serve one stream."""
-        _wanted.set(tuple(params.notifications.resource_subscriptions or ()))
+        _wanted.set(frozenset(params.notifications.resource_subscriptions or ()))
         return await self.handler(ctx, params)
 
     def close(self) -> None:
@@ -194,8 +200,11 @@ def _event(publication: Publication) -> ServerEvent:
     return _LISTS.get(publication.change) or ResourceUpdated(uri=publication.uri or "")
 
 
-def _tell(listener: Listener, event: ServerEvent) -> None:
-    try:
-        listener(event)
-    except Exception:
-        logger.exception("a subscription listener failed; the others go on")
+async def _paced(told: Iterable[tuple[Listener, ServerEvent]]) -> None:
+    for count, (listener, event) in enumerate(told, 1):
+        try:
+            listener(event)
+        except Exception:
+            logger.exception("a subscription listener failed; the others go on")
+        if count % SOME == 0:
+            await asyncio.sleep(0)
