@@ -27,7 +27,7 @@ LONG = 1.0
 LIMIT = 2 * LONG + 5
 FIGURES = REPOSITORY / ".cache/versions.json"
 
-pytestmark = pytest.mark.timeout(120 + 12 * LIMIT)
+pytestmark = pytest.mark.timeout(120 + 30 * LIMIT)
 
 
 async def upgrade(database: str, env: Mapping[str, str], *options: str) -> tuple[int | None, str]:
