@@ -114,7 +114,7 @@ class Modern(Front):
             answer = _Answer(call, body, limits.write_timeout, exchange.scope.cancel)
             with exchange.scope:
                 async with self._admission.turn(
-                    _line(call), call.receive, asks=True, most=WAITING, patience=limits.hold
+                    line_of(call), call.receive, asks=True, most=WAITING, patience=limits.hold
                 ):
                     with Watch(call.receive, exchange.scope.cancel):
                         await self._server(call.request.scope, answer.receive, answer.send)
@@ -172,6 +172,7 @@ class _Answer:
             await self.send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-def _line(call: Call) -> Line:
+def line_of(call: Call) -> Line:
+    """The caller's line: of the principal, or of the address where nobody is known."""
     principal, client = call.principal, call.request.client
     return Line(principal, client.host if principal == ANONYMOUS and client is not None else "")

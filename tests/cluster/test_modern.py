@@ -11,9 +11,13 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from mcp.server.auth.middleware.bearer_auth import AuthenticatedUser
+from mcp.server.auth.provider import AccessToken
 from mcp.server.mcpserver import Context, MCPServer
+from starlette.requests import Request
 
-from pgmcp.web.modern import is_modern
+from pgmcp.web.call import Call
+from pgmcp.web.modern import Line, is_modern, line_of
 from tests.cluster.test_identity import bearer, server
 from tests.harness.clients import RawSession
 from tests.harness.cluster import cluster, eventually, everything, tables_of
@@ -253,6 +257,19 @@ async def test_a_client_that_does_not_read_is_let_go(database):
             await eventually(lambda: node.node._modern.busy == 1, "the call runs")
             await eventually(lambda: node.node._modern.busy == 0, "the call has ended")
             assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+
+
+def test_each_caller_has_a_line_and_so_has_each_address_where_nobody_is_known():
+    def line(address: str | None, who: str = "") -> Line:
+        scope: dict[str, Any] = {"type": "http", "headers": [], "client": address and (address, 1)}
+        if who:
+            token = AccessToken(token="t", client_id="c", scopes=[], subject=who)
+            scope["user"] = AuthenticatedUser(token)
+        return line_of(Call(Request(scope), None, None))
+
+    assert line("10.0.0.1") == line("10.0.0.1") != line("10.0.0.2")
+    assert line("10.0.0.1", "ada") == line("10.0.0.2", "ada") != line("10.0.0.1", "bob")
+    assert line(None) != line("10.0.0.1") != line("10.0.0.1", "ada")
 
 
 # leaving

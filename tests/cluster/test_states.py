@@ -109,6 +109,16 @@ async def test_a_node_that_has_not_read_the_newest_key_asks_for_it(database):
         assert sums_up(await play(client, itertools.cycle([node.url for node in nodes]), 3), 3)
 
 
+async def test_nodes_read_the_ring_anew_by_themselves(database, monkeypatch):
+    monkeypatch.setattr("pgmcp.node.node.REFRESH", 0.1)
+    async with cluster(database, rounds, 2) as nodes, tables_of(database) as tables:
+        await tables.execute("update pgmcp.secrets set created_at = created_at - interval '31 days'")
+        for node in nodes:
+            for ring in (node.node._states, node.node._box):
+                await eventually(lambda ring=ring: len(ring._keys) == 2, "the next key is there")
+        assert await tables.value("select count(*) from pgmcp.secrets") == 4, "made once for each ring"
+
+
 async def test_what_was_changed_borrowed_or_made_up_is_refused(database):
     async with cluster(database, rounds, 2) as nodes, Modern() as client:
         state = (await once(client, nodes[0].url, 1, 0, {}))["result"]["requestState"]

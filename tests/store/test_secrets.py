@@ -12,9 +12,11 @@ from pgmcp.errors import DatabaseUnavailable, PgmcpError, SettingsError
 from pgmcp.settings import Settings
 from pgmcp.store import secrets
 from pgmcp.store.secrets import CONTEXTS, KEPT, RIPE, KeyRing, StateRing
+from pgmcp.store.statements import statement
 from pgmcp.store.upkeep import Upkeep
 from pgmcp.store.wrapping import Wrapping, wrapping_of
 from tests.harness.clock import FakeClock
+from tests.harness.cluster import eventually
 from tests.harness.proxy import proxied
 from tests.harness.stores import IDS, Store, store
 
@@ -53,6 +55,30 @@ async def test_nodes_share_their_keys(database: str, hand: asyncpg.Connection) -
         for sealer in rings:
             for opener in rings:
                 assert opener.open_known(sealer.seal(PLAIN, PLACE), PLACE) == PLAIN
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["first", "next"])
+async def test_who_comes_while_another_node_makes_a_key_takes_that_one(
+    database: str, hand: asyncpg.Connection, first: bool
+) -> None:
+    async with store(database) as node:
+        ring = ring_of(node)
+        if not first:
+            await ring.load()
+            await age(hand, node.database.settings.key_rotation + 1)
+        before = await ids(hand)
+        async with hand.transaction():
+            made = statement("add_key", "pgmcp"), CONTEXTS, bytes(32), None, node.database.settings.key_rotation
+            await hand.execute(*made)
+            coming = asyncio.create_task(ring.load())
+            waiting = (
+                "select count(*) from pg_locks join pg_stat_activity using (pid) "
+                "where not granted and datname = current_database() and query like '%add_key%'"
+            )
+            await eventually(lambda: hand.fetchval(waiting), "it waits for the other")
+        await coming
+        assert len(await ids(hand)) == len(before) + 1
+        assert set(ring._keys) == set(await ids(hand))
 
 
 async def test_the_next_key_is_made_once_and_opens_everywhere_before_it_seals_anywhere(
