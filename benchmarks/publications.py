@@ -7,8 +7,9 @@ other nodes than their owner.
     latency   one listen stream and one session's stream at each node hear a publication of one resource after the
               other, made in turns by a tool on each node and by SQL; from right before the call to the last byte
     steady    10,000 publications of as many resources, by all nodes at once; each listen stream must hear each once
-    fan-out   1,000 listen streams hear publications; from right before the call to the first, the median and the last
-              stream, and how long small calls to the node that carries the streams take meanwhile
+    fan-out   1,000 listen streams, on one node and on three, then the streams of 1,000 sessions on three, hear
+              publications; from right before the call to the first, the median and the last stream, and how long small
+              calls to a node that carries them take meanwhile
 
     python benchmarks/publications.py [--count 10000] [--streams 1000] [--only latency,steady,fan-out]
 """
@@ -42,7 +43,7 @@ from pgmcp.embedded import free_port
 NODES = 3
 SOME = 400  # publications whose latency is measured
 EVERY = 0.05  # seconds between two of them
-FANNED = 20
+FANNED = {"listen": 20, "session": 5}  # publications
 LIMIT = 900.0  # seconds that all of it may take
 QUIET = 30.0  # seconds after which what was not heard counts as lost
 VERSION = "2026-07-28"
@@ -228,31 +229,40 @@ async def steady(ports: Sequence[int], count: int) -> None:
     )
 
 
-async def fan_out(ports: Sequence[int], streams: int, *, spread: bool) -> None:
-    uris = [f"bench://{number}" for number in range(FANNED)]
-    heard: list[list[float]] = [[] for _ in range(FANNED)]
-    listeners = [Modern(ports[number % NODES if spread else 0]) for number in range(streams)]
-    for listener in listeners:
-        await listener.connect()
-        await listener.listen(uris, lambda number: heard[number].append(time.perf_counter()))
+async def fan_out(ports: Sequence[int], count: int, kind: str, *, spread: bool) -> None:
+    published = FANNED[kind]
+    uris = [f"bench://{number}" for number in range(published)]
+    heard: list[list[float]] = [[] for _ in range(published)]
+
+    def hear(number: int) -> None:
+        heard[number].append(time.perf_counter())
+
+    for number in range(count):
+        port = ports[number % NODES if spread else 0]
+        if kind == "listen":
+            stream = Modern(port)
+            await stream.connect()
+            await stream.listen(uris, hear)
+        else:
+            await session_at(port, port, uris, hear)
     caller, prober = Modern(ports[1]), Modern(ports[0])
     await caller.connect()
     await prober.connect()
     calm, busy = await probed(prober, 2.0), []
     firsts, medians, lasts = [], [], []
-    for number in range(FANNED):
+    for number in range(published):
         begun = time.perf_counter()
-        probing = asyncio.create_task(probed(prober, 1.0))
+        probing = asyncio.create_task(probed(prober, 2.0))
         await caller.tool("publish", first=number, count=1)
-        await until(lambda number=number: len(heard[number]) == streams)  # type: ignore[misc]
+        await until(lambda number=number: len(heard[number]) == count)  # type: ignore[misc]
         busy += await probing
         took = [at - begun for at in heard[number]]
         firsts.append(took[0])
         medians.append(statistics.median(took))
         lasts.append(took[-1])
-    lost = sum(streams - len(found) for found in heard)
+    lost = sum(count - len(found) for found in heard)
     where = f"{NODES} nodes" if spread else "one node"
-    print(f"\n{streams} listen streams on {where}, {FANNED} publications: lost {lost}\n")
+    print(f"\n{count} {kind} streams on {where}, {published} publications: lost {lost}\n")
     rows = [[name, *milliseconds(found)] for name, found in
             (("first stream", firsts), ("median stream", medians), ("last stream", lasts),
              ("a small call, before", calm), ("a small call, meanwhile", busy))]  # fmt: skip
@@ -260,11 +270,12 @@ async def fan_out(ports: Sequence[int], streams: int, *, spread: bool) -> None:
 
 
 async def probed(prober: Modern, seconds: float) -> list[float]:
-    """How long small calls take, one after the other."""
+    """How long small calls take; a pause after each leaves the node to those that are measured."""
     took, end_at = [], time.perf_counter() + seconds
     while (begun := time.perf_counter()) < end_at:
         await prober.tool("nothing")
         took.append(time.perf_counter() - begun)
+        await asyncio.sleep(0.02)
     return took
 
 
@@ -291,8 +302,8 @@ async def run(given: argparse.Namespace, database: str, ports: Sequence[int], no
             await steady(ports, given.count)
             await hang_up()
         if "fan-out" in only:
-            for spread in (False, True):
-                await fan_out(ports, given.streams, spread=spread)
+            for kind, spread in (("listen", False), ("listen", True), ("session", True)):
+                await fan_out(ports, given.streams, kind, spread=spread)
                 await hang_up()
 
 
