@@ -3,7 +3,8 @@
 Invariants:
 - One statement is one transaction; nothing here opens a transaction, takes an advisory lock or sets a session
   variable, so a transaction pooler in between changes nothing.
-- A connection on which a call failed is thrown away, never handed to the next caller.
+- A connection on which a call failed is thrown away, never handed to the next caller. One that did not answer in time
+  takes the idle ones with it: a server that is cut off would let each of them wait as long.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from asyncpg.pool import PoolConnectionProxy
 from pgmcp.clock import Clock
 from pgmcp.errors import DatabaseUnavailable, PgmcpError
 from pgmcp.settings import Settings
-from pgmcp.store.direct import place
+from pgmcp.store import primary
+from pgmcp.store.address import place
 from pgmcp.store.migrations import understood
 from pgmcp.store.statements import statement
 
@@ -85,8 +87,10 @@ class Database:
         Raises:
             DatabaseUnavailable: PostgreSQL cannot be reached or refuses the login.
         """
-        options: dict[str, Any] = {"statement_cache_size": 0} if self.settings.pooled else {}
-        if not self.settings.pooled:
+        options: dict[str, Any] = {"connect": primary.connect}
+        if self.settings.pooled:
+            options["statement_cache_size"] = 0
+        else:
             options["server_settings"] = PLANS | {"application_name": f"pgmcp {self.settings.node_name}"}
         try:
             self._pool = await asyncpg.create_pool(
@@ -149,15 +153,20 @@ class Database:
             rows: list[asyncpg.Record] = []
             try:
                 rows = await connection.fetch(text, *args, timeout=self.settings.statement_timeout)
-            except (*TROUBLE, asyncio.CancelledError):
-                connection.terminate()
-                await pool.release(connection)
+            except (*TROUBLE, asyncio.CancelledError) as error:
+                await self._throw_away(pool, connection)
+                while isinstance(error, TimeoutError) and self._idle:
+                    await self._throw_away(pool, self._idle.pop())
                 raise
             except BaseException:
                 self._idle.append(connection)  # whatever it was, it must not cost the pool a connection
                 raise
             self._idle.append(connection)
         return rows
+
+    async def _throw_away(self, pool: asyncpg.Pool, connection: PoolConnectionProxy) -> None:
+        connection.terminate()
+        await pool.release(connection)
 
     @asynccontextmanager
     async def _turn(self) -> AsyncIterator[None]:

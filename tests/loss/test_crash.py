@@ -1,0 +1,57 @@
+"""PostgreSQL crashes, and comes back at once or later, under load: no session, no call and no notification is lost.
+
+``LOSS_OUTAGE`` says how many seconds it is away (5 s; ``LOSS_OUTAGE=60`` for the figures of docs/guarantees.md).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+
+import pytest
+
+from tests.harness.cluster import eventually, tables_of
+from tests.harness.processes import REPOSITORY
+from tests.loss.load import load, rounded
+
+OUTAGE = float(os.environ.get("LOSS_OUTAGE", "5"))
+FIGURES = REPOSITORY / ".cache/loss.json"
+
+pytestmark = pytest.mark.timeout(240 + 2 * OUTAGE)
+
+
+def note(what: str, figures: dict) -> None:
+    """Add to the figures of this run."""
+    FIGURES.parent.mkdir(exist_ok=True)
+    known = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
+    FIGURES.write_text(json.dumps(known | {what: figures}, indent=1))
+
+
+async def unmoved(url: str, sessions: int, nodes: int = 3) -> None:
+    """Every session is where it was, and every node is alive under its own id."""
+    async with tables_of(url) as tables:
+        assert await tables.value("select count(*) from pgmcp.takeover_history") == 0
+        assert await tables.value("select count(*) from pgmcp.sessions") == sessions
+        assert await tables.value("select array_agg(state) from pgmcp.nodes") == ["ready"] * nodes
+
+
+@pytest.mark.parametrize("outage", [0.0, OUTAGE])
+async def test_postgres_crashes_under_load(primary, cluster, truth, outage):
+    with cluster(primary.url()) as (_, nginx):
+        async with load([nginx.mcp_url], truth, each=3) as work:
+            await asyncio.sleep(1.5)
+            primary.crash()
+            await asyncio.sleep(outage)
+            primary.start(wait=False)
+            await eventually(lambda: primary.state == "ready", "PostgreSQL is back", 20)
+            back = time.monotonic()
+            await work.all_served_since(back, 60)
+            await unmoved(primary.url(), 3)
+        work.check()
+        served = work.served_after(back)
+    note(f"crash, {outage:g} s away", {"served after": rounded(served), "calls": len(work.calls), "bad": work.failures})
+    if outage < 20:
+        assert not work.failures
+    assert all("503" in failure or "Server returned an error" in failure for failure in work.failures), work.failures
