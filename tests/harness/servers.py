@@ -100,11 +100,11 @@ class Server:
                 **self.site.account.arguments,
             )
         if wait:
-            wait_until(lambda: self.state in {"ready", "standby"}, START, lambda: f"PostgreSQL starts: {self.log}")
+            wait_until(lambda: self.state == "ready", START, lambda: f"PostgreSQL starts: {self.log}")
 
     @property
     def state(self) -> str:
-        """What the server's pid file says: ``ready``, ``standby``, or something else while it starts."""
+        """What the server's pid file says: ``ready``, or something else while it starts."""
         try:
             lines = (self.data / "postmaster.pid").read_text().splitlines()
         except FileNotFoundError:
@@ -145,7 +145,6 @@ class Server:
     def promote(self) -> None:
         """Make a standby the primary; returns when it is."""
         self.site.run("pg_ctl", "promote", "-D", self.data, "-w")
-        wait_until(lambda: self.state == "ready", START, lambda: f"the standby is promoted: {self.log}")
 
 
 @contextmanager

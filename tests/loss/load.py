@@ -16,10 +16,12 @@ from typing import Any
 from mcp import types
 
 from tests.harness.clients import connect
-from tests.harness.cluster import eventually
+from tests.harness.cluster import eventually, tables_of
+from tests.harness.processes import REPOSITORY
 
 TARGET = "tests/harness/deploys.py:mcp"
 SETTLE = 30.0
+FIGURES = REPOSITORY / ".cache/loss.json"
 
 
 @dataclass
@@ -153,3 +155,18 @@ async def load(urls: list[str], truth: Path, *, each: int = 1, long: float = 1.5
 def rounded(values: list[float]) -> dict[str, Any]:
     """First and last of some times, for figures."""
     return {"first": round(min(values), 2), "last": round(max(values), 2)}
+
+
+def note(what: str, figures: dict) -> None:
+    """Add to the figures of this run."""
+    FIGURES.parent.mkdir(exist_ok=True)
+    known = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
+    FIGURES.write_text(json.dumps(known | {what: figures}, indent=1))
+
+
+async def unmoved(url: str, sessions: int, nodes: int = 3) -> None:
+    """Every session is where it was, and every node is alive under its own id."""
+    async with tables_of(url) as tables:
+        assert await tables.value("select count(*) from pgmcp.takeover_history") == 0
+        assert await tables.value("select count(*) from pgmcp.sessions") == sessions
+        assert await tables.value("select array_agg(state) from pgmcp.nodes") == ["ready"] * nodes

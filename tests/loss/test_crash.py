@@ -6,35 +6,16 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import time
 
 import pytest
 
-from tests.harness.cluster import eventually, tables_of
-from tests.harness.processes import REPOSITORY
-from tests.loss.load import load, rounded
+from tests.harness.cluster import eventually
+from tests.loss.load import load, note, rounded, unmoved
 
 OUTAGE = float(os.environ.get("LOSS_OUTAGE", "5"))
-FIGURES = REPOSITORY / ".cache/loss.json"
-
 pytestmark = pytest.mark.timeout(240 + 2 * OUTAGE)
-
-
-def note(what: str, figures: dict) -> None:
-    """Add to the figures of this run."""
-    FIGURES.parent.mkdir(exist_ok=True)
-    known = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
-    FIGURES.write_text(json.dumps(known | {what: figures}, indent=1))
-
-
-async def unmoved(url: str, sessions: int, nodes: int = 3) -> None:
-    """Every session is where it was, and every node is alive under its own id."""
-    async with tables_of(url) as tables:
-        assert await tables.value("select count(*) from pgmcp.takeover_history") == 0
-        assert await tables.value("select count(*) from pgmcp.sessions") == sessions
-        assert await tables.value("select array_agg(state) from pgmcp.nodes") == ["ready"] * nodes
 
 
 async def test_postgres_crashes_under_load(primary, cluster, truth):
