@@ -26,7 +26,6 @@ import asyncpg
 from pgmcp.clock import Clock, Ids
 from pgmcp.errors import DatabaseUnavailable
 from pgmcp.settings import Settings
-from pgmcp.store import primary
 from pgmcp.store.database import TROUBLE, Database
 from pgmcp.store.statements import statement
 from pgmcp.types import NodeId, NodeState
@@ -138,7 +137,7 @@ class Line:
 
     async def _connect(self) -> None:
         seconds = self._settings.statement_timeout
-        connection = await primary.connect(
+        connection = await self._database.connect(
             self._settings.line_url,
             timeout=seconds,
             command_timeout=self._settings.deadline,

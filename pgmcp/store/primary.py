@@ -8,6 +8,7 @@ Invariants:
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import asyncpg
@@ -17,13 +18,20 @@ from pgmcp.store.address import place, servers
 STAGGER = 0.3
 """Seconds after which the next server is asked while one has not answered yet."""
 
+Check = Callable[[asyncpg.Connection], Awaitable[None]]
 
-async def connect(url: str, *, timeout: float, **options: Any) -> asyncpg.Connection:
+
+async def _any(_: asyncpg.Connection) -> None:
+    return None
+
+
+async def connect(url: str, *, timeout: float, check: Check = _any, **options: Any) -> asyncpg.Connection:
     """Open a connection to the first server of the URL that answers and is what the URL wants.
 
     Args:
         url: one server or several.
         timeout: seconds, for all servers together.
+        check: raises if the server will not do.
         options: whatever else ``asyncpg.connect`` takes.
 
     Raises:
@@ -32,21 +40,28 @@ async def connect(url: str, *, timeout: float, **options: Any) -> asyncpg.Connec
         Exception: with one server, whatever asyncpg raises; with several, what is wrong with the address itself.
     """
     each = servers(url)
-    if len(each) == 1:
-        return await asyncpg.connect(each[0], timeout=timeout, **options)
+
+    async def ask(server: str) -> asyncpg.Connection:
+        connection: asyncpg.Connection = await asyncpg.connect(server, timeout=timeout, **options)
+        try:
+            await check(connection)
+        except BaseException:
+            connection.terminate()
+            raise
+        return connection
+
     async with asyncio.timeout(timeout):
-        return await _first([(server, timeout, options) for server in each])
+        return await (ask(each[0]) if len(each) == 1 else _first(each, ask))
 
 
-async def _first(waiting: list[tuple[str, float, dict[str, Any]]]) -> asyncpg.Connection:
-    asked: dict[asyncio.Task[asyncpg.Connection], str] = {}
+async def _first(waiting: list[str], ask: Callable[[str], Awaitable[asyncpg.Connection]]) -> asyncpg.Connection:
+    asked: dict[asyncio.Future[asyncpg.Connection], str] = {}
     reasons: dict[str, str] = {}
-    waiting = list(waiting)
     try:
         while waiting or asked:
             if waiting:
-                server, timeout, options = waiting.pop(0)
-                asked[asyncio.create_task(_ask(server, timeout, options))] = server
+                server = waiting.pop(0)
+                asked[asyncio.ensure_future(ask(server))] = server
             done, _ = await asyncio.wait(
                 asked, timeout=STAGGER if waiting else None, return_when=asyncio.FIRST_COMPLETED
             )
@@ -59,7 +74,7 @@ async def _first(waiting: list[tuple[str, float, dict[str, Any]]]) -> asyncpg.Co
                     error, (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
                 ):
                     raise error
-                reasons[place(asked.pop(task))] = str(error) or type(error).__name__
+                reasons[place(asked.pop(task))] = _reason(error)
     finally:
         for task in asked:
             task.add_done_callback(_hang_up)
@@ -68,14 +83,12 @@ async def _first(waiting: list[tuple[str, float, dict[str, Any]]]) -> asyncpg.Co
     raise ConnectionError(message)
 
 
-async def _ask(server: str, timeout: float, options: dict[str, Any]) -> asyncpg.Connection:
-    try:
-        return await asyncpg.connect(server, timeout=timeout, **options)
-    except asyncpg.exceptions.TargetServerAttributeNotMatched as error:
-        message = "it is no server that takes writes, perhaps a standby"
-        raise ConnectionError(message) from error
+def _reason(error: BaseException) -> str:
+    if isinstance(error, asyncpg.exceptions.TargetServerAttributeNotMatched):
+        return "it is no server that takes writes, perhaps a standby"
+    return str(error) or type(error).__name__
 
 
-def _hang_up(task: asyncio.Task[asyncpg.Connection]) -> None:
+def _hang_up(task: asyncio.Future[asyncpg.Connection]) -> None:
     if not task.cancelled() and task.exception() is None:
         task.result().terminate()

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from pgmcp.embedded import binaries, bound_to_parent
 from pgmcp.embedded.process import account_for
+from tests.harness.cluster import eventually, tables_of
 from tests.harness.processes import free_ports, wait_until
 
 # A killed server loses nothing that the operating system has: fsync may be off, synchronous_commit may not.
@@ -48,9 +49,9 @@ class Site:
 class Server:
     """One server, on a port that it keeps."""
 
-    def __init__(self, site: Site, data: Path, **settings: str) -> None:
+    def __init__(self, site: Site, data: Path, port: int | None = None, **settings: str) -> None:
         self.site, self.data, self.settings = site, data, settings
-        self.port = free_ports(1)[0]
+        self.port = port or free_ports(1)[0]
         self._process: subprocess.Popen[bytes] | None = None
 
     @classmethod
@@ -64,18 +65,18 @@ class Server:
         site.run("initdb", "-D", server.data, "-E", "UTF8", "--locale=C", "--no-sync", *login)
         return server
 
-    def standby(self, name: str, **settings: str) -> Server:
+    def standby(self, name: str, port: int | None = None, **settings: str) -> Server:
         """A copy that follows this server; not started yet."""
-        copy = Server(self.site, self.site.folder(), **settings)
+        copy = Server(self.site, self.site.folder(), port, **settings)
         self.site.run(
             "pg_basebackup", "-D", copy.data, "-R", "--no-sync", "-c", "fast",
             "-d", f"host=127.0.0.1 port={self.port} user=postgres application_name={name}",
         )  # fmt: skip
         return copy
 
-    def url(self, *others: Server) -> str:
-        """The superuser's address of this server, or of it and others."""
-        hosts = ",".join(f"127.0.0.1:{server.port}" for server in (self, *others))
+    def url(self, *others: int) -> str:
+        """The superuser's address of this server, or of it and others on these ports."""
+        hosts = ",".join(f"127.0.0.1:{port}" for port in (self.port, *others))
         return f"postgresql://postgres:{self.site.env['PGPASSWORD']}@{hosts}/postgres"
 
     @property
@@ -141,6 +142,21 @@ class Server:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+    async def has_all_of(self, primary: Server) -> None:
+        """Wait until this standby has replayed what the primary has."""
+        async with tables_of(primary.url()) as tables, tables_of(self.url()) as copy:
+            reached = await tables.value("select pg_current_wal_lsn()")
+            await eventually(
+                lambda: copy.value("select pg_last_wal_replay_lsn() >= $1", reached), "the standby has it all"
+            )
+
+    async def detach(self) -> None:
+        """From now on this standby hears nothing of its primary's commits."""
+        async with tables_of(self.url()) as copy:
+            await copy.execute("alter system set primary_conninfo = ''")
+            await copy.value("select pg_reload_conf()")
+            await eventually(lambda: copy.value("select count(*) = 0 from pg_stat_wal_receiver"), "it is detached")
 
     def promote(self) -> None:
         """Make a standby the primary; returns when it is."""

@@ -45,7 +45,7 @@ class Client:
     calls: list[Call] = field(default_factory=list)
     announced: list[str] = field(default_factory=list)
     told: list[str] = field(default_factory=list)
-    session: str = ""
+    ended: bool = False
 
     async def run(self) -> None:
         """Work until there is to be no more, then wait for what is still to come."""
@@ -74,7 +74,8 @@ class Client:
                 loop("unsafe", 0.1), loop("unsafe_long", 0.1, seconds=self.long), loop("announce", 0.2)
             )
             with contextlib.suppress(AssertionError):
-                await eventually(lambda: len(self.told) >= len(self.announced), "notifications", 10)
+                await eventually(lambda: len(self.told) >= len(self.announced), "notifications", 5)
+        self.ended = True
 
     async def _hear(self, message: object) -> None:
         if isinstance(message, types.ResourceUpdatedNotification):
@@ -93,6 +94,11 @@ class Load:
     def calls(self) -> list[Call]:
         """Every call of every client."""
         return [call for client in self.clients for call in client.calls]
+
+    @property
+    def ended(self) -> bool:
+        """Whether every client is done."""
+        return all(client.ended for client in self.clients)
 
     @property
     def failures(self) -> list[str]:
