@@ -33,6 +33,7 @@ from pgmcp.types import (
     RequestKey,
     SessionFacts,
     SessionKey,
+    Stand,
     StreamId,
 )
 
@@ -114,6 +115,14 @@ class Inbox(Protocol):
         """
         ...
 
+    async def unfinished(self, sessions: Sequence[SessionKey]) -> dict[SessionKey, set[RequestKey]]:
+        """The requests of sessions that are not finished."""
+        ...
+
+    async def keep_claims(self, ownerships: Sequence[Ownership], keys: Sequence[RequestKey]) -> None:
+        """In an era that has just begun: claim these requests of these sessions anew; the others wait again."""
+        ...
+
     async def touch(self, ownerships: Sequence[Ownership]) -> None:
         """Note that these sessions were active."""
         ...
@@ -178,6 +187,14 @@ class Log(Protocol):
 
     async def drop_sink(self, ownership: Ownership, stream: StreamId | None) -> tuple[StreamId, NodeId | None] | None:
         """Take the stream from its sink without closing it; the stream and the sink that lost it."""
+        ...
+
+    async def stands(self, streams: Sequence[StreamId]) -> dict[StreamId, Stand]:
+        """Where streams stand; those that are not there are missing."""
+        ...
+
+    async def knows(self, stream: StreamId) -> bool:
+        """Whether there is such a stream."""
         ...
 
     async def standalone(self, session: SessionKey) -> tuple[StreamId, int]:

@@ -32,7 +32,9 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="PGMCP_", frozen=True, extra="forbid", populate_by_name=True)
 
-    database_url: str = Field("", description="PostgreSQL to coordinate through: postgresql://user:password@host/db.")
+    database_url: str = Field(
+        "", description="PostgreSQL to coordinate through: postgresql://user:password@host/db (or @host1,host2/db)."
+    )
     listen_url: str = Field(
         "", description="Direct connection for LISTEN and leases, when --database-url goes through a pooler."
     )

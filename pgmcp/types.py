@@ -203,6 +203,18 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
+class Stand:
+    """Where a stream stands: the number of its next event, and whether there will be one."""
+
+    next_seq: int
+    closed: bool
+
+    def before(self, jump: int) -> int:
+        """Where it stood before an era began; closed streams do not jump."""
+        return self.next_seq if self.closed else self.next_seq - jump
+
+
+@dataclass(frozen=True, slots=True)
 class Cursor:
     """How far one edge has carried a stream."""
 

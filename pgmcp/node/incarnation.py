@@ -19,6 +19,7 @@ from pgmcp.cluster.publications import Herald
 from pgmcp.cluster.takeover import Takeover
 from pgmcp.cluster.wakeups import Wakeups, parse
 from pgmcp.errors import DatabaseUnavailable, PgmcpError
+from pgmcp.node.continuation import Continuation
 from pgmcp.ports import Publications
 from pgmcp.session import news
 from pgmcp.session.adapter import Adapter
@@ -80,12 +81,14 @@ class Incarnation:
             database=database,
         )
         self.lease = Lease(self.line, settings, clock, self._on_fenced)
+        self._continuation = Continuation(database.history, self.lease, box, clock)
+        acting = self._continuation.acting
         self.tails = Tails()
         self._upkeep = Upkeep(database, ids)
         self.wakeups = Wakeups(self.node_id, TableNotifier(database), clock, self._hear)
-        self.inbox = TableInbox(database, self.node_id, clock, ids, self.lease.acting)
-        self.log = TableLog(database, self.node_id, clock, self.lease.acting)
-        takeovers = TableTakeovers(database, self.node_id, self.lease.acting)
+        self.inbox = TableInbox(database, self.node_id, clock, ids, acting)
+        self.log = TableLog(database, self.node_id, clock, acting)
+        takeovers = TableTakeovers(database, self.node_id, acting)
         self._bus = bus
         self.herald = Herald(publications, clock, tell=self._tell, missed=self._missed)
         self.host = Host(
@@ -97,10 +100,11 @@ class Incarnation:
             settings=settings,
             clock=clock,
             ids=ids,
-            trusted=self.lease.acting,
+            trusted=acting,
             heard=self.wakeups.stream,
             ended=self.wakeups.ended,
         )
+        self._continuation.watch(self.host)
         self.takeover = Takeover(
             self.node_id,
             takeovers,
@@ -127,6 +131,7 @@ class Incarnation:
             settings=settings,
             clock=clock,
             ids=ids,
+            era=lambda: database.history.era,
         )
         self._drain = Drain(
             self.host, takeovers, clock, waiting=lambda: self.tails.patient + busy(), told=self.wakeups.handed
@@ -152,6 +157,7 @@ class Incarnation:
             raise DatabaseUnavailable(message)
         self._tasks = [
             asyncio.create_task(self.lease.run()),
+            asyncio.create_task(self._continuation.run()),
             asyncio.create_task(self.takeover.watch()),
             asyncio.create_task(self.takeover.sweep_for_ever()),
             asyncio.create_task(self._every(settings.poll, self.host.poll)),

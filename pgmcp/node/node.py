@@ -62,7 +62,7 @@ class Node:
             message = "No database given: use --database-url or PGMCP_DATABASE_URL (postgresql://user:password@host/db)"
             raise SettingsError(message)
         self.settings, self._clock, self._ids = settings, clock or Clock(), ids or Ids()
-        self._database = Database(settings, self._clock)
+        self._database = Database(settings, self._clock, self._ids)
         wrapping = wrapping_of(settings)
         self._box = KeyRing(self._database, CONTEXTS, wrapping)
         self._states = StateRing(self._database, wrapping, self._ids)

@@ -20,13 +20,13 @@ import asyncio
 import contextlib
 import json
 import logging
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
 
 from mcp_types.version import is_version_at_least
 
 from pgmcp.clock import Clock, Ids
-from pgmcp.errors import DatabaseUnavailable, Fenced, PgmcpError
+from pgmcp.errors import Fenced, PgmcpError
 from pgmcp.ports import Inbox, Log
 from pgmcp.session.adapter import Adapter, Incoming, Kind, Outgoing
 from pgmcp.session.caller import Caller
@@ -34,27 +34,30 @@ from pgmcp.session.calls import Call, Stream, repeats
 from pgmcp.session.journal import handshake, journal_entries
 from pgmcp.session.news import News
 from pgmcp.session.questions import Questions, dump
+from pgmcp.session.recent import Recent
+from pgmcp.session.right import Right
 from pgmcp.session.state import SessionState
 from pgmcp.session.topics import topic_of
-from pgmcp.types import RESUMES, Claimed, Entry, JournalEntry, NodeId, Outcome, Ownership, RequestKey, StreamId
+from pgmcp.session.writing import Unsaid, Writing
+from pgmcp.types import (
+    RESUMES,
+    Claimed,
+    Entry,
+    JournalEntry,
+    NodeId,
+    Outcome,
+    Ownership,
+    RequestKey,
+    Stand,
+    StreamId,
+)
 
 logger = logging.getLogger(__name__)
 
-Result = TypeVar("Result")
-
 REQUEST_CANCELLED = -32800
 INTERNAL_ERROR = -32603
-EARLY_CANCEL = 30.0
-"""Seconds for which a cancel that overtook its request is kept."""
-
-REMEMBERED = 256
-"""Early cancels, and finished ids (a late cancel must not hit the next request that has the id), that are kept."""
-
 STOP = 2.0
 """Seconds that a stopped server session may take to unwind."""
-
-AGAIN = 1.0
-"""Seconds after which a write that ran out of patience is tried again."""
 
 ANSWER = 5.0
 """Seconds that a server session may take to answer the node itself."""
@@ -85,24 +88,29 @@ class Actor:
         heard: Callable[[NodeId, StreamId], None],
         on_over: Callable[[Actor], None],
     ) -> None:
-        self.ownership, self.session_id, self.state = ownership, state.session_id, state
+        self.session_id, self.state = state.session_id, state
+        self.right = Right(ownership, clock, lambda: not self._muted)
         self._adapter, self._inbox, self._log, self._clock = adapter, inbox, log, clock
         self._heard, self._on_over = heard, on_over
-        self._standalone = Stream(*standalone)
-        self._streams: dict[StreamId, Stream] = {}
+        self.writing = Writing(Stream(*standalone))
+        self._standalone, self._streams = self.writing.standalone, self.writing.streams
         self._calls: dict[str, Call] = {}
         self._working: set[RequestKey] = set()
         self._questions = Questions(ids)
         self.news = News(self.emit)
         self._own: dict[str, asyncio.Future[dict[str, Any]]] = {}
         self._floors: dict[str, float | None] = {}
-        self._early_cancels: dict[str, float] = {}
-        self._finished: dict[str, float] = {}
+        self._early_cancels = Recent(clock)  # those that overtook their requests
+        self._finished = Recent(clock)  # a late cancel must not hit the next request that has the id
         self._closable = False
         self._queue: asyncio.Queue[Incoming | None] = asyncio.Queue()
         self._muted = False
-        self._storing = 0
         self._task: asyncio.Task[None] | None = None
+
+    @property
+    def ownership(self) -> Ownership:
+        """The right under which everything is stored; its epoch changes with the era."""
+        return self.right.ownership
 
     def start(self) -> None:
         """Begin the server session."""
@@ -129,7 +137,7 @@ class Actor:
     @property
     def busy(self) -> bool:
         """Whether it works on something: a request, a message that waits, an event that is being stored."""
-        return bool(self._calls or self._storing or not self._queue.empty())
+        return bool(self._calls or self.writing.storing or not self._queue.empty())
 
     async def stop(self) -> None:
         """Mute and end the server session."""
@@ -138,21 +146,6 @@ class Actor:
             return
         self._task.cancel()
         await asyncio.wait({self._task}, timeout=STOP)
-
-    async def insist(self, write: Callable[[], Awaitable[Result]]) -> Result:
-        """Repeat a write until the database takes or refuses it, or the actor is muted.
-
-        Raises:
-            PgmcpError: it is refused, or nobody wants it any more.
-        """
-        while True:
-            try:
-                return await write()
-            except DatabaseUnavailable as error:
-                if self._muted:
-                    raise
-                logger.warning("session %s waits for PostgreSQL: %s", self.ownership.session, error)
-                await self._clock.sleep(AGAIN)
 
     def speaks(self, version: str) -> None:
         """Note the protocol version that the handshake settled."""
@@ -224,7 +217,7 @@ class Actor:
 
     async def _deliver_request(self, claimed: Claimed, rpc_id: str, caller: Caller) -> None:
         stream = self._register(claimed, rpc_id, claimed.stream, can_ask=caller.can_ask)
-        if self._clock.boottime() < self._early_cancels.pop(rpc_id, 0.0):
+        if self._early_cancels.take(rpc_id):
             await self._cancelled(rpc_id)
             return
         self._queue.put_nowait(
@@ -261,15 +254,8 @@ class Actor:
         if rpc_id in self._calls:
             if self._calls[rpc_id].method != "initialize":
                 self._pass_on(body, caller)
-        elif self._finished.get(rpc_id, 0.0) < self._clock.boottime():
-            self._remember(self._early_cancels, rpc_id)
-
-    def _remember(self, ids: dict[str, float], rpc_id: str) -> None:
-        """Keep an id for a while; the oldest gives way when there are too many."""
-        ids.pop(rpc_id, None)
-        if len(ids) >= REMEMBERED:
-            del ids[next(iter(ids))]
-        ids[rpc_id] = self._clock.boottime() + EARLY_CANCEL
+        elif rpc_id not in self._finished:
+            self._early_cancels.keep(rpc_id)
 
     async def receive(self) -> Incoming | None:
         """See ``Conversation.receive``."""
@@ -315,15 +301,30 @@ class Actor:
             if call.method == "initialize":
                 settled = handshake(call.body, result)
                 self.speaks(settled.protocol_version)
-                await self.insist(lambda: self._inbox.establish(self.ownership, settled))
+                await self.right.insist(lambda: self._inbox.establish(self.ownership, settled))
             for entry in journal_entries(call.method, call.body, result):
                 await self._write_journal(entry)
         except Fenced:
             self._lose()
 
     async def _write_journal(self, entry: JournalEntry) -> None:
-        await self.insist(lambda: self._inbox.write_journal(self.ownership, entry))
+        await self.right.insist(lambda: self._inbox.write_journal(self.ownership, entry))
         self.news.note(entry)
+
+    @property
+    def muted(self) -> bool:
+        """Whether it says nothing more."""
+        return self._muted
+
+    @property
+    def working(self) -> frozenset[RequestKey]:
+        """The requests that it works on, until their answers are stored."""
+        return frozenset(self._working)
+
+    def go_on(self, ownership: Ownership, stands: Mapping[StreamId, Stand], jump: int) -> None:
+        """Go on in another era of the database: under its epoch, with its numbers."""
+        self.writing.go_on(stands, jump)
+        self.right.ownership = ownership
 
     async def _cancelled(self, rpc_id: str) -> None:
         await self._refuse(rpc_id, REQUEST_CANCELLED, "Request cancelled", Outcome.CANCELLED)
@@ -342,7 +343,7 @@ class Actor:
     async def _finish(self, rpc_id: str, call: Call, message: bytes, outcome: Outcome) -> None:
         if self._calls.get(rpc_id) is call:
             del self._calls[rpc_id]
-        self._remember(self._finished, rpc_id)
+        self._finished.keep(rpc_id)
         call.stream.unfinished -= 1
         if call.stream.unfinished == 0:
             self._streams.pop(call.stream.id, None)
@@ -359,19 +360,24 @@ class Actor:
     ) -> None:
         if self._muted:
             return
-        entry = Entry(self.ownership, stream.id, stream.next_seq, message, finishes, outcome, topic)
-        stream.next_seq += 1
-        self._storing += 1
+        unsaid, stored = self.writing.begin(stream, message, finishes, outcome, topic), False
         try:
-            sink = await self.insist(lambda: self._log.append(entry))
+            sink = await self.right.insist(lambda: self._append(unsaid))
+            stored = True
         except PgmcpError as error:
             logger.warning("session %s: %s", self.ownership.session, error)
             self._lose()
             return
         finally:
-            self._storing -= 1
+            self.writing.end(unsaid, stored=stored)
         if sink is not None:
             self._heard(sink, stream.id)
+
+    async def _append(self, unsaid: Unsaid) -> NodeId | None:
+        if unsaid.stored:
+            return None
+        what = (unsaid.message, unsaid.finishes, unsaid.outcome, unsaid.topic)
+        return await self._log.append(Entry(self.ownership, unsaid.stream.id, unsaid.seq, *what))
 
     def _lose(self) -> None:
         if not self._muted:
@@ -384,6 +390,6 @@ class Actor:
 
     async def _close_stream(self, stream: StreamId | None) -> None:
         with contextlib.suppress(PgmcpError):
-            dropped = await self._log.drop_sink(self.ownership, stream)
+            dropped = await self.right.use(lambda: self._log.drop_sink(self.ownership, stream))
             if dropped is not None and dropped[1] is not None:
                 self._heard(dropped[1], dropped[0])

@@ -17,18 +17,18 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
 from typing import Any
 
 from pgmcp.clock import Clock, Ids
 from pgmcp.errors import DatabaseUnavailable, Fenced, PgmcpError
 from pgmcp.ports import Inbox, Log, SecretBox, Takeovers
+from pgmcp.session import eras
 from pgmcp.session.actor import Actor
 from pgmcp.session.adapter import Adapter
+from pgmcp.session.birth import Birth, Resident
 from pgmcp.session.caller import Caller, place
 from pgmcp.session.news import News
 from pgmcp.session.restore import ATTEMPTS, Restore, SessionOver
-from pgmcp.session.state import KIND, SessionState
 from pgmcp.settings import Settings
 from pgmcp.types import Claimed, Inheritance, NewSession, NodeId, Ownership, SessionKey, StreamId
 
@@ -39,14 +39,6 @@ TOUCH_EVERY = 60.0
 
 RESTORES = 8
 """Sessions that are restored at the same time."""
-
-
-@dataclass(slots=True)
-class _Resident:
-    actor: Actor
-    dirty: bool = False
-    taking: bool = False
-    active: bool = False
 
 
 class Host:
@@ -73,15 +65,18 @@ class Host:
         heard: Callable[[NodeId, StreamId], None],
         ended: Callable[[SessionKey], None],
     ) -> None:
-        self._adapter, self._inbox, self._log, self._box = adapter, inbox, log, box
-        self._takeovers, self._settings, self._clock, self._ids = takeovers, settings, clock, ids
+        self._hooks, self._inbox, self._log, self._box = adapter.hooks, inbox, log, box
+        self._takeovers, self._settings, self._clock = takeovers, settings, clock
         self._trusted, self._heard, self._ended = trusted, heard, ended
-        self._residents: dict[SessionKey, _Resident] = {}
+        self._residents: dict[SessionKey, Resident] = {}
         self._restoring: set[SessionKey] = set()
         self._looking: asyncio.Task[None] | None = None
         self._missing: set[Ownership] = set()
         self._again: set[Ownership] = set()
         self._holding = False
+        self.unsettled = False
+        """Whether the database follows another history, and what lives here was not yet brought in line with it."""
+        self._birth = Birth(adapter, inbox, log, clock, ids, heard, self._over)
         self._room = asyncio.Semaphore(RESTORES)
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -102,34 +97,11 @@ class Host:
             DatabaseUnavailable: it could not be committed in time.
         """
         ownership = await self._inbox.open_session(new)
-        self._settle(self._actor(ownership, new.session_id, (new.standalone, 1)))
+        self._settle(self._birth.actor(ownership, new.session_id, (new.standalone, 1)))
         return ownership
 
-    def _actor(
-        self, ownership: Ownership, session_id: str, standalone: tuple[StreamId, int], left: Inheritance | None = None
-    ) -> Actor:
-        kept = {entry.detail: entry.body for entry in left.journal if entry.kind == KIND and entry.body} if left else {}
-        state = SessionState(
-            session_id,
-            lambda entry: self._inbox.write_journal(ownership, entry),
-            restored=left is not None,
-            kept=kept,
-        )
-        return Actor(
-            ownership,
-            state,
-            standalone,
-            adapter=self._adapter,
-            inbox=self._inbox,
-            log=self._log,
-            clock=self._clock,
-            ids=self._ids,
-            heard=self._heard,
-            on_over=self._over,
-        )
-
-    def _settle(self, actor: Actor, *, taking: bool = False) -> _Resident:
-        resident = self._residents[actor.ownership.session] = _Resident(actor, taking=taking)
+    def _settle(self, actor: Actor, *, taking: bool = False) -> Resident:
+        resident = self._residents[actor.ownership.session] = Resident(actor, taking=taking)
         actor.start()
         return resident
 
@@ -137,7 +109,7 @@ class Host:
         """Restore a session that this node has taken over; harmless while that is done already."""
         session = ownership.session
         resident = self._residents.get(session)
-        if session not in self._restoring and (resident is None or resident.actor.ownership != ownership):
+        if session not in self._restoring and (resident is None or resident.actor.ownership.epoch < ownership.epoch):
             self._restoring.add(session)
             self._spawn(self._restore(ownership))
 
@@ -171,14 +143,14 @@ class Host:
             self._restoring.discard(session)
 
     async def _revive(self, ownership: Ownership, left: Inheritance) -> None:
-        actor = self._actor(ownership, left.session_id, (left.standalone, left.next_seq), left)
+        actor = self._birth.actor(ownership, left.session_id, (left.standalone, left.next_seq), left)
         resident = self._settle(actor, taking=True)
         restore = Restore(
             actor,
             left,
             takeovers=self._takeovers,
             rerun=self._settings.rerun,
-            hooks=self._adapter.hooks,
+            hooks=self._hooks,
             hand_over=self._hand_over,
         )
         await restore.run()
@@ -231,6 +203,8 @@ class Host:
         Raises:
             DatabaseUnavailable: not now.
         """
+        if self.unsettled:
+            return
         again, self._again = self._again, set()
         for ownership in again:
             self.take_on(ownership)
@@ -247,6 +221,8 @@ class Host:
         Raises:
             DatabaseUnavailable: not now.
         """
+        if self.unsettled:
+            return
         before = [resident.actor.ownership for resident in self._residents.values()]
         owned = await self._inbox.owned()
         for ownership in before:
@@ -270,6 +246,18 @@ class Host:
                 logger.warning("session %s: %d claims came to nobody and are given up", ownership.session, len(lost))
                 await self._inbox.put_back(ownership, lost)
                 self.wake(ownership.session)
+
+    async def go_on(self, jump: int, lasts: Callable[[], bool]) -> None:
+        """Bring what lives here in line with a database that follows another history: see ``eras.go_on``."""
+        actors = [each.actor for session, each in self._residents.items() if session not in self._restoring]
+        leaving, owned = await eras.go_on(actors, self._inbox, self._log, jump, lasts)
+        self.unsettled = False
+        for session in leaving:
+            self.drop(session)
+            if session in owned:
+                self.take_on(owned[session])
+        self._again |= {owned[session] for session in self._restoring & owned.keys()}  # what restores them is fenced
+        self.wake_all()
 
     async def note_activity(self) -> None:
         """Write down which sessions were active since the last time.
@@ -307,7 +295,7 @@ class Host:
         resident.taking = True  # claims wait, and are the next owner's
         actor, moved = resident.actor, None
         try:
-            await actor.state.export(self._adapter.hooks)
+            await actor.state.export(self._hooks)
             if busy or not actor.busy:
                 actor.mute()
                 moved = await self._takeovers.hand_over(actor.ownership, to)
@@ -326,7 +314,7 @@ class Host:
     async def export(self) -> None:
         """Have the server export what it remembers of each session, for their next owners."""
         for resident in list(self._residents.values()):
-            await resident.actor.state.export(self._adapter.hooks)
+            await resident.actor.state.export(self._hooks)
 
     async def close(self) -> None:
         """Mute every actor, then stop them all."""
@@ -340,17 +328,25 @@ class Host:
         if tasks:
             await asyncio.wait(tasks)
 
-    async def _take(self, session: SessionKey, resident: _Resident) -> None:
+    async def _take(self, session: SessionKey, resident: Resident) -> None:
         try:
             while resident.dirty and self._residents.get(session) is resident:
                 resident.dirty = False
-                claimed_now = await self._inbox.claim(resident.actor.ownership, requests=not self._holding)
+                ownership = resident.actor.ownership
+                try:
+                    claimed_now = await self._inbox.claim(ownership, requests=not self._holding)
+                except Fenced:
+                    if resident.actor.ownership == ownership:
+                        raise
+                    resident.dirty = True  # the era has changed
+                    continue
                 messages = [message for message in claimed_now if not resident.actor.has(message.key)]
                 resident.actor.expect(messages)
                 for claimed in messages:
                     await self._hand_over(resident.actor, claimed)
         except Fenced:
-            self.drop(session)
+            if self._residents.get(session) is resident:  # else another one has its place already
+                self.drop(session)
         except DatabaseUnavailable as error:
             logger.warning("session %s waits for its messages: %s", session, error)
         except Exception:

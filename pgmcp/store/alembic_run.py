@@ -24,7 +24,8 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from pgmcp.clock import Clock, Ids
 from pgmcp.errors import SchemaError
-from pgmcp.store.direct import LOCK_NOT_AVAILABLE, connect, place, sqlstate
+from pgmcp.store.address import place
+from pgmcp.store.direct import LOCK_NOT_AVAILABLE, connect, sqlstate
 from pgmcp.store.pooler import refuse_transaction_pooler
 from pgmcp.store.schema import metadata
 

@@ -3,12 +3,14 @@
 Invariants:
 - One statement is one transaction; nothing here opens a transaction, takes an advisory lock or sets a session
   variable, so a transaction pooler in between changes nothing.
-- A connection on which a call failed is thrown away, never handed to the next caller.
+- A connection on which a call failed is thrown away, never handed to the next caller. One that did not answer in time,
+  or takes no writes any more, takes the idle ones with it: each of them would wait for the same server as long.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
@@ -17,10 +19,12 @@ from typing import Any, TypeVar
 import asyncpg
 from asyncpg.pool import PoolConnectionProxy
 
-from pgmcp.clock import Clock
+from pgmcp.clock import Clock, Ids
 from pgmcp.errors import DatabaseUnavailable, PgmcpError
 from pgmcp.settings import Settings
-from pgmcp.store.direct import place
+from pgmcp.store import primary
+from pgmcp.store.address import place
+from pgmcp.store.history import History
 from pgmcp.store.migrations import understood
 from pgmcp.store.statements import statement
 
@@ -71,10 +75,12 @@ class Database:
     Args:
         settings: where PostgreSQL is, how many connections, how long a statement may take.
         clock: the node's time.
+        ids: names the eras that this node begins.
     """
 
-    def __init__(self, settings: Settings, clock: Clock) -> None:
+    def __init__(self, settings: Settings, clock: Clock, ids: Ids | None = None) -> None:
         self.settings, self.clock = settings, clock
+        self.history = History(settings.schema_name, ids or Ids())
         self._pool: asyncpg.Pool | None = None
         self._turns = asyncio.Semaphore(settings.pool_size)
         self._idle: list[PoolConnectionProxy] = []
@@ -85,20 +91,27 @@ class Database:
         Raises:
             DatabaseUnavailable: PostgreSQL cannot be reached or refuses the login.
         """
-        options: dict[str, Any] = {"statement_cache_size": 0} if self.settings.pooled else {}
-        if not self.settings.pooled:
+        options: dict[str, Any] = {"connect": self.connect}
+        if self.settings.pooled:
+            options["statement_cache_size"] = 0
+        else:
             options["server_settings"] = PLANS | {"application_name": f"pgmcp {self.settings.node_name}"}
         try:
             self._pool = await asyncpg.create_pool(
                 self.settings.database_url,
-                min_size=2,
+                min_size=0,  # with a floor asyncpg logs a traceback for each try while the database is away
                 max_size=self.settings.pool_size,
                 timeout=self.settings.statement_timeout,
                 connection_class=_Connection,
                 **options,
             )
+            self._idle.append(await self._connection(self._pool))
         except (*TROUBLE, asyncpg.PostgresError, ValueError) as error:
             raise unavailable(self.settings.database_url, error) from error
+
+    async def connect(self, url: str, *, timeout: float, **options: Any) -> asyncpg.Connection:
+        """A connection for this node to the server that it works with: see ``primary.connect`` and ``History``."""
+        return await primary.connect(url, timeout=timeout, check=self.history.follow, **options)
 
     async def close(self) -> None:
         """Close every connection, without waiting for the other side longer than a statement may take."""
@@ -143,21 +156,31 @@ class Database:
         if pool is None:
             message = "This node's database connections are closed; start the node again."
             raise DatabaseUnavailable(message)
+        era = self.history.known
         async with self._turn():
             connection = await self._connection(pool)
+            if era is not None and era != self.history.known:
+                self._idle.append(connection)
+                message = "the database follows another history than when this was begun"
+                raise ConnectionError(message)
             text = statement(name, self.settings.schema_name, LOCK_WAIT.get())
             rows: list[asyncpg.Record] = []
             try:
                 rows = await connection.fetch(text, *args, timeout=self.settings.statement_timeout)
-            except (*TROUBLE, asyncio.CancelledError):
-                connection.terminate()
-                await pool.release(connection)
+            except (*TROUBLE, asyncio.CancelledError) as error:
+                await self._throw_away(pool, connection)
+                while isinstance(error, (TimeoutError, asyncpg.ReadOnlySQLTransactionError)) and self._idle:
+                    await self._throw_away(pool, self._idle.pop())
                 raise
             except BaseException:
                 self._idle.append(connection)  # whatever it was, it must not cost the pool a connection
                 raise
             self._idle.append(connection)
         return rows
+
+    async def _throw_away(self, pool: asyncpg.Pool, connection: PoolConnectionProxy) -> None:
+        connection.terminate()
+        await pool.release(connection)
 
     @asynccontextmanager
     async def _turn(self) -> AsyncIterator[None]:
@@ -176,9 +199,10 @@ class Database:
         """The connection that was used last, or one from the pool, which costs more than a small statement does."""
         while self._idle:
             connection = self._idle.pop()
-            if not connection.is_closed():
-                return connection
-            await pool.release(connection)
+            with contextlib.suppress(asyncpg.InterfaceError):  # the pool has buried it
+                if not connection.is_closed():
+                    return connection
+                await pool.release(connection)
         async with asyncio.timeout(self.settings.statement_timeout):
             return await pool.acquire()
 

@@ -16,6 +16,8 @@ import asyncpg
 from sqlalchemy.exc import DBAPIError
 
 from pgmcp.errors import DatabaseUnavailable, PgmcpError, SchemaError, SchemaInUse, SettingsError
+from pgmcp.store import primary
+from pgmcp.store.address import place
 
 T = TypeVar("T")
 
@@ -47,13 +49,6 @@ def checked(schema: str) -> str:
     raise SettingsError(message)
 
 
-def place(database_url: str) -> str:
-    """Where the URL points, without user and password; for messages."""
-    # From the last @ on, whatever stands before: a password with an unescaped slash must not show either.
-    where = database_url.rpartition("@")[2].partition("?")[0].partition("://")
-    return f"PostgreSQL at {(where[2] or where[0]).strip('/') or 'the default place'}"
-
-
 async def connect(database_url: str) -> asyncpg.Connection:
     """Open a connection within ``CONNECT`` seconds.
 
@@ -66,12 +61,12 @@ async def connect(database_url: str) -> asyncpg.Connection:
         raise SettingsError(message)
     dsn = database_url.replace("postgresql+asyncpg://", "postgresql://", 1)
     try:
-        return await asyncpg.connect(dsn, timeout=CONNECT, statement_cache_size=0)
+        return await primary.connect(dsn, timeout=CONNECT, statement_cache_size=0)
     except (asyncpg.exceptions.ClientConfigurationError, ValueError):
         # Its text may quote parts of the password.
         message = "The database URL is malformed. Write it as postgresql://user:password@host:5432/db, %-escaped."
         raise SettingsError(message) from None
-    except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
+    except (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError) as error:
         reason = str(error) or f"no answer within {CONNECT:g} s"
         message = f"{place(database_url)} cannot be used: {reason}. Check that it runs, and the URL's host and login."
         raise DatabaseUnavailable(message) from error

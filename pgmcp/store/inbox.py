@@ -266,6 +266,20 @@ class TableInbox:
         rows = await self._database.ask("owned", self._node)
         return {Ownership(SessionKey(row["id"]), row["epoch"]) for row in rows}
 
+    async def unfinished(self, sessions: Sequence[SessionKey]) -> dict[SessionKey, set[RequestKey]]:
+        """See ``Inbox.unfinished``."""
+        found: dict[SessionKey, set[RequestKey]] = {}
+        for row in await self._database.persist("unfinished", list(sessions), patience=self._hold):
+            found.setdefault(SessionKey(row["session"]), set()).add(RequestKey(row["id"]))
+        return found
+
+    async def keep_claims(self, ownerships: Sequence[Ownership], keys: Sequence[RequestKey]) -> None:
+        """See ``Inbox.keep_claims``."""
+        ordered = sorted(ownerships, key=lambda ownership: ownership.session)
+        sessions, epochs = [each.session for each in ordered], [each.epoch for each in ordered]
+        await self._database.persist("keep_claims", sessions, epochs, self._node, list(keys), patience=self._hold)
+        self._unheard.clear()  # claims of the former era are void
+
     async def touch(self, ownerships: Sequence[Ownership]) -> None:
         """See ``Inbox.touch``."""
         sessions, epochs = [item.session for item in ownerships], [item.epoch for item in ownerships]

@@ -137,7 +137,7 @@ class Line:
 
     async def _connect(self) -> None:
         seconds = self._settings.statement_timeout
-        connection = await asyncpg.connect(
+        connection = await self._database.connect(
             self._settings.line_url,
             timeout=seconds,
             command_timeout=self._settings.deadline,

@@ -35,6 +35,7 @@ from pgmcp.types import (
     Principal,
     SessionFacts,
     SessionKey,
+    Stand,
     StreamId,
     StreamKind,
 )
@@ -182,6 +183,15 @@ class TableLog:
         if not rows or not found:
             return None
         return StreamId(rows[0]["stream"]), None if found[0]["sink"] is None else NodeId(found[0]["sink"])
+
+    async def stands(self, streams: Sequence[StreamId]) -> dict[StreamId, Stand]:
+        """See ``Log.stands``."""
+        rows = await self._database.persist("stands", list(streams), patience=self._hold)
+        return {StreamId(row["id"]): Stand(row["next_seq"], row["closed"]) for row in rows}
+
+    async def knows(self, stream: StreamId) -> bool:
+        """See ``Log.knows``."""
+        return bool(await self._database.persist("knows_stream", stream, patience=self._hold))
 
     async def standalone(self, session: SessionKey) -> tuple[StreamId, int]:
         """See ``Log.standalone``."""

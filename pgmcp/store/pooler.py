@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncpg
 
 from pgmcp.errors import SchemaError
-from pgmcp.store.direct import connect, place
+from pgmcp.store.address import place
+from pgmcp.store.direct import connect
 
 ROUNDS = 3
 

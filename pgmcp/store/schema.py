@@ -2,8 +2,8 @@
 
 Invariants:
 - Payloads are ``bytea``: NUL escapes, key order and big numbers survive byte for byte.
-- Tables hang off their session and go with it, but for ``nodes``, ``publications``, ``schema_range``, ``secrets``,
-  ``spent_states`` and ``takeovers``.
+- Tables hang off their session and go with it, but for ``history``, ``nodes``, ``publications``, ``schema_range``,
+  ``secrets``, ``spent_states`` and ``takeovers``.
 - ``nodes`` has no index on its times, and room in its pages: renewals stay heap-only.
 - ``requests.position`` comes from one sequence; a message whose 202 was sent before another was accepted
   has the smaller position, which is the order in which an owner takes messages.
@@ -48,7 +48,7 @@ NOW = text("clock_timestamp()")
 TIME = DateTime(timezone=True)
 
 VERSION_TABLE = "alembic_version"
-OLDEST = "0005"
+OLDEST = "0006"
 """The oldest revision with everything that this build's statements use."""
 
 VIEWS = ("live_nodes", "live_sessions", "live_requests", "live_streams", "takeover_history")
@@ -221,6 +221,16 @@ publications = Table(
     ),
     CheckConstraint("(kind = 'resource_updated') = (uri is not null)", name="uri"),
     CheckConstraint("octet_length(uri) between 1 and 8192", name="uri_length"),
+)
+
+history = Table(
+    "history",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("era", BigInteger, nullable=False),
+    Column("mark", Text, nullable=False),
+    Column("position", BigInteger, nullable=False, server_default=text("0")),
+    Column("began_at", TIME, nullable=False, server_default=NOW),
 )
 
 secrets = Table(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 
@@ -35,6 +36,10 @@ from pgmcp.web.tails import Tail, Tails
 from pgmcp.web.wire import Post
 
 
+async def _nothing() -> Sequence[bytes]:
+    return ()
+
+
 @dataclass(frozen=True, slots=True)
 class Edge:
     """One incarnation, as endpoints see it."""
@@ -52,6 +57,8 @@ class Edge:
     settings: Settings
     clock: Clock
     ids: Ids
+    era: Callable[[], int]
+    """The era of the database's history."""
 
     def new_session(self, call: Call, transport: str) -> NewSession:
         """A session that this node is about to own; its id hints at the node and is unguessable."""
@@ -161,6 +168,7 @@ class Edge:
         after: int = 0,
         kind: StreamKind = StreamKind.REQUEST,
         notes_all: bool = True,
+        lost: Callable[[], Awaitable[Sequence[bytes]]] = _nothing,
     ) -> Exchange:
         """An exchange that carries a stream to the caller; ``affinity`` as the method of that name gave it."""
         tail.session = session
@@ -179,5 +187,6 @@ class Edge:
             send=call.send,
             priming=version is not None and is_version_at_least(version, RESUMES),
             notes_all=notes_all,
+            lost=lost,
             headers={SESSION_ID: session_id} | affinity,
         )

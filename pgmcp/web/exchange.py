@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 
 from starlette.types import Receive, Send
@@ -66,6 +66,7 @@ class Exchange:
         kind: a standalone stream may be idle for long, and what was written to it counts as delivered.
         priming: whether the client's revision knows priming events (2025-11-25).
         notes_all: whether each step along a standalone stream is noted before it is made.
+        lost: what to answer when the stream turns out not to be there any more; nothing if that is as it should be.
         headers: further response headers.
     """
 
@@ -84,6 +85,7 @@ class Exchange:
         send: Send,
         priming: bool,
         notes_all: bool,
+        lost: Callable[[], Awaitable[Sequence[bytes]]],
         headers: dict[str, str],
     ) -> None:
         self._tail, self._sink_epoch, self._kind = tail, sink_epoch, kind
@@ -92,6 +94,7 @@ class Exchange:
         self._log, self._lease, self._settings, self._clock = log, lease, settings, clock
         self._receive, self._send = receive, send
         self._priming, self._notes_all, self._headers = priming, notes_all, headers
+        self._lost = lost
         self._gone = False
         self._reading: asyncio.Task[Page] | None = None
         self._written = self._noted = clock.boottime()
@@ -182,6 +185,8 @@ class Exchange:
                 if page.closed:
                     return answers
                 if not page.attached:
+                    if lost := await self._lost():
+                        return [Event(0, answer) for answer in lost]
                     raise self._why_over()
         return []
 
@@ -235,10 +240,17 @@ class Exchange:
                     return False
                 await self._write_events(page.events)
                 if page.closed or not page.attached:
-                    return page.closed
+                    return page.closed or await self._said_lost()
             page = await self._next_or_comment(look=look)
             look = False
         return False
+
+    async def _said_lost(self) -> bool:
+        """Say what can be said for a stream that the database has lost; whether there was anything to say."""
+        lost = [] if self._gone or self._tail.over else await self._lost()
+        for answer in lost:  # without an id: it stands in no log
+            await self._write(b"event: message\r\ndata: %s\r\n\r\n" % answer)
+        return bool(lost)
 
     @property
     def _retry(self) -> str:

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import suppress
 
 from pgmcp.errors import PgmcpError, SessionBusy
-from pgmcp.types import Accepted, Attachment
+from pgmcp.types import Accepted, Attachment, StreamId
 from pgmcp.web.call import SESSION_ID, Call
 from pgmcp.web.edge import Edge
 from pgmcp.web.exchange import Exchange
-from pgmcp.web.wire import Parsed, Post, Refusal, accepts, parse_post
+from pgmcp.web.wire import INTERNAL_ERROR, Parsed, Post, Refusal, accepts, parse_post
 
 BATCHES = "2025-03-26"
 """The only revision that has batches."""
+
+LOST = (
+    "The database lost this request when its primary changed, and nobody knows whether it took effect. "
+    "Find out, then send the request again under a new id."
+)
+
+
+def _error(rpc_id: str) -> bytes:
+    data = {"reason": "commits_lost", "outcome": "unknown"}
+    error = {"code": INTERNAL_ERROR, "message": LOST, "data": data}
+    return json.dumps({"jsonrpc": "2.0", "id": json.loads(rpc_id), "error": error}).encode()
 
 
 class Posting:
@@ -59,7 +71,7 @@ class Posting:
             raise Refusal(400, f"Batches belong to {BATCHES}, this session speaks {facts.protocol_version}")
 
     async def _requests(self, post: Post, session_id: str) -> None:
-        stream = self._edge.new_stream()
+        stream, era = self._edge.new_stream(), self._edge.era()
         with self._edge.tails.subscribe(stream) as tail:
             accepted = await self._edge.accept(post, self._call, session_id, stream)
             if not accepted.joined:
@@ -71,6 +83,7 @@ class Posting:
                     session_id,
                     facts.protocol_version,
                     affinity=self._edge.affinity(self._call, facts.living_owner),
+                    lost=lambda: self._lost(post, stream, era),
                 )
                 await self._carry(exchange, batch=post.batch)
                 return
@@ -94,6 +107,15 @@ class Posting:
             )
             tail.moved.set()  # what the stream holds already, nobody announces again
             await self._carry(exchange, batch=False)
+
+    async def _lost(self, post: Post, stream: StreamId, era: int) -> list[bytes]:
+        """Errors for requests that were accepted in a history of the database that is over, and are not in this one."""
+        if self._edge.era() == era:
+            return []
+        with suppress(PgmcpError):
+            if not await self._edge.log.knows(stream):
+                return [_error(request.rpc_id or "null") for request in post.requests]
+        return []
 
     async def _carry(self, exchange: Exchange, *, batch: bool) -> None:
         try:

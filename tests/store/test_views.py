@@ -27,6 +27,7 @@ insert into pgmcp.streams (id, session, kind, sink, next_seq, delivered_seq, clo
   ('{S1}', 1, 'request', '{A}', 5, 2, false),
   ('{S2}', 1, 'standalone', null, 1, 0, false),
   ('{S3}', 1, 'request', '{A}', 2, 1, true);
+insert into pgmcp.events (stream, seq, message) select '{S1}', seq, '' from generate_series(1, 4) seq;
 insert into pgmcp.requests (id, session, rpc_id, method, name, body, context, stream, claimed_epoch, open,
                             finished_at) values
   (gen_random_uuid(), 1, null, 'notifications/cancelled', null, '', '', '{S1}', null, false, null),

@@ -1,6 +1,7 @@
 -- name: open_session
 -- The first owner creates a session with its standalone stream; a repeat finds its own row. $8 and $9 bound the sessions
--- in all and those of one caller that has a name.
+-- in all and those of one caller that has a name. Each era has epochs of its own: after a loss of commits the key of a
+-- session may come up once more.
 with counted as materialized (
     select count(*) as everybody,
         count(*) filter (
@@ -10,8 +11,9 @@ with counted as materialized (
     from {schema}.sessions
 ), made as (
     insert into {schema}.sessions
-        (session_id, owner, transport, principal_client, principal_issuer, principal_subject)
-    select $1, $2, $3, $4, $5, $6 from counted where everybody < $8 and own < $9
+        (session_id, owner, transport, principal_client, principal_issuer, principal_subject, epoch)
+    select $1, $2, $3, $4, $5, $6, coalesce((select 1000000 * h.era from {schema}.history h), 0) + 1
+    from counted where everybody < $8 and own < $9
     on conflict (session_id) do nothing
     returning id, epoch
 ), standalone as (
@@ -56,8 +58,9 @@ with guard as materialized (
     select h.*, u.requests, u.messages,
         -- answers that wait on an HTTP+SSE stream that nobody carries
         (
-            select st.next_seq - 1 - st.delivered_seq from {schema}.streams st
-            where st.session = h.id and st.kind = 'standalone' and st.sink is null
+            select count(*) from {schema}.streams st join {schema}.events e
+                on e.stream = st.id and e.seq > st.delivered_seq
+            where h.transport = 'sse' and st.session = h.id and st.kind = 'standalone' and st.sink is null
         ) as unread
     from held h cross join lateral (
         select count(*) as messages, count(r.rpc_id) as requests

@@ -133,7 +133,8 @@ where session = $1 and (kind = 'standalone' or sink is not null);
 
 -- name: inherited_requests
 -- What may have been started: what an earlier owner claimed (or this one, in a restore that failed), and, since claims
--- commit asynchronously, whatever was accepted before PostgreSQL last came up (its statistics are reset after a crash).
+-- commit asynchronously, whatever was accepted before PostgreSQL last came up (its statistics are reset after a crash) or
+-- before another server became the primary.
 select r.id, r.position, r.rpc_id, r.method, r.name, r.body, r.context, r.stream, r.runs, st.next_seq
 from {schema}.requests r
 left join {schema}.streams st on st.id = r.stream
@@ -142,8 +143,9 @@ where r.session = $1
   and r.finished_at is null
   and (
       r.claimed_epoch <= $2
-      or r.claimed_epoch is null and r.accepted_at < greatest(
-          pg_postmaster_start_time(), (select stats_reset from pg_stat_bgwriter)
+      or r.claimed_epoch is null and (
+          r.accepted_at < greatest(pg_postmaster_start_time(), (select stats_reset from pg_stat_bgwriter))
+          or r.position <= (select h.position from {schema}.history h)
       )
   )
 order by r.position;

@@ -1,0 +1,87 @@
+"""How an incarnation goes on when its database follows another history (see ``store.history`` and ``session.eras``).
+
+Invariant: from the moment in which a connection finds another history until the node's sessions are brought in line
+with it, no owner's write is sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from pgmcp.clock import Clock
+from pgmcp.cluster.lease import Lease
+from pgmcp.errors import Fenced, PgmcpError
+from pgmcp.session.host import Host
+from pgmcp.store.history import JUMP, History
+from pgmcp.store.secrets import KeyRing
+
+logger = logging.getLogger(__name__)
+
+AGAIN = 0.2
+"""Seconds after which it is tried again."""
+
+LOOK = 1.0
+"""Seconds after which a writer that waits looks again."""
+
+
+class Continuation:
+    """What holds an incarnation's writers while the era changes.
+
+    Args:
+        history: what the node's connections follow.
+        lease: nobody writes without it anyway.
+        box: the key ring, which may have lost keys.
+    """
+
+    def __init__(self, history: History, lease: Lease, box: KeyRing, clock: Clock) -> None:
+        self._history, self._lease, self._box, self._clock = history, lease, box, clock
+        self._era = history.era
+        self._changed, self._settled = asyncio.Event(), asyncio.Event()
+        self._host: Host | None = None
+        self._settled.set()
+
+    async def acting(self) -> None:
+        """Return when the node may act, in the present era.
+
+        Raises:
+            Fenced: it never may again.
+        """
+        await self._lease.acting()
+        while not self._settled.is_set():
+            await self._clock.wait(self._settled, LOOK)
+            await self._lease.acting()
+
+    def watch(self, host: Host) -> None:
+        """Begin to watch the history for the sessions of ``host``."""
+        self._host = host
+        self._history.on_change = self._on_change
+
+    def _on_change(self) -> None:
+        self._settled.clear()
+        self._changed.set()
+        if self._host is not None:
+            self._host.unsettled = True
+
+    async def run(self) -> None:
+        """Bring the sessions in line with each new era, for ever; ends when the node is fenced."""
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            while not self._settled.is_set():
+                try:
+                    await self._go_on(self._history.era)
+                except Fenced:
+                    return
+                except PgmcpError as error:
+                    logger.info("sessions wait for the new primary: %s", error)
+                    await self._clock.sleep(AGAIN)
+
+    async def _go_on(self, era: int) -> None:
+        await self._lease.acting()
+        await self._box.load()
+        if self._host is not None:
+            await self._host.go_on((era - self._era) * JUMP, lambda: self._history.era == era)
+        self._era = era
+        self._settled.set()
+        logger.info("sessions go on with the new primary, in era %d", era)

@@ -1,0 +1,64 @@
+"""Makes the actors of one host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pgmcp.clock import Clock, Ids
+from pgmcp.ports import Inbox, Log
+from pgmcp.session.actor import Actor
+from pgmcp.session.adapter import Adapter
+from pgmcp.session.state import KIND, SessionState
+from pgmcp.types import Inheritance, JournalEntry, NodeId, Ownership, StreamId
+
+
+@dataclass(frozen=True, slots=True)
+class Birth:
+    """What all actors of a host have in common."""
+
+    adapter: Adapter
+    inbox: Inbox
+    log: Log
+    clock: Clock
+    ids: Ids
+    heard: Callable[[NodeId, StreamId], None]
+    on_over: Callable[[Actor], None]
+
+    def actor(
+        self, ownership: Ownership, session_id: str, standalone: tuple[StreamId, int], left: Inheritance | None = None
+    ) -> Actor:
+        """A fresh actor, not started yet.
+
+        Args:
+            standalone: the session's standalone stream and its next number.
+            left: what earlier owners left.
+        """
+        kept = {entry.detail: entry.body for entry in left.journal if entry.kind == KIND and entry.body} if left else {}
+
+        async def keep(entry: JournalEntry) -> None:
+            await actor.right.use(lambda: self.inbox.write_journal(actor.ownership, entry))
+
+        actor = Actor(
+            ownership,
+            SessionState(session_id, keep, restored=left is not None, kept=kept),
+            standalone,
+            adapter=self.adapter,
+            inbox=self.inbox,
+            log=self.log,
+            clock=self.clock,
+            ids=self.ids,
+            heard=self.heard,
+            on_over=self.on_over,
+        )
+        return actor
+
+
+@dataclass(slots=True)
+class Resident:
+    """An actor on its host: whether its inbox has to be looked at, whether that is done, and whether it was active."""
+
+    actor: Actor
+    dirty: bool = False
+    taking: bool = False
+    active: bool = False

@@ -1,0 +1,103 @@
+"""What an actor writes: its streams, the numbers that it gives out, and what is being stored.
+
+Invariants:
+- Numbers of a stream have no gap, but for the jump at the begin of an era; they are given out in the order of writing.
+- What is being stored when an era begins gets its number anew, unless the former history had it in time.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pgmcp.session.calls import Stream
+from pgmcp.types import Outcome, RequestKey, Stand, StreamId
+
+
+@dataclass(eq=False, slots=True)
+class Unsaid:
+    """An event that is being stored; ``stored`` when that is known without asking again."""
+
+    stream: Stream
+    seq: int
+    message: bytes
+    finishes: RequestKey | None
+    outcome: Outcome | None
+    topic: str | None
+    stored: bool = False
+
+
+class Writing:
+    """The streams of one session, as its owner knows them."""
+
+    def __init__(self, standalone: Stream) -> None:
+        self.standalone = standalone
+        self.streams: dict[StreamId, Stream] = {}
+        self._unsaid: list[Unsaid] = []
+        self._last: tuple[StreamId, int] | None = None
+
+    @property
+    def storing(self) -> bool:
+        """Whether something is being stored."""
+        return bool(self._unsaid)
+
+    def begin(
+        self, stream: Stream, message: bytes, finishes: RequestKey | None, outcome: Outcome | None, topic: str | None
+    ) -> Unsaid:
+        """Give an event its number."""
+        unsaid = Unsaid(stream, stream.next_seq, message, finishes, outcome, topic)
+        stream.next_seq += 1
+        self._unsaid.append(unsaid)
+        return unsaid
+
+    def end(self, unsaid: Unsaid, *, stored: bool) -> None:
+        """An event was stored, or never will be."""
+        self._unsaid.remove(unsaid)
+        if stored:
+            self._last = unsaid.stream.id, unsaid.seq
+
+    # -- another era -----------------------------------------------------------------------------------------------
+
+    def known(self) -> set[StreamId]:
+        """The streams that tell whether the database has all that was stored."""
+        return {*self._each(), *([self._last[0]] if self._last else [])}
+
+    def _each(self) -> dict[StreamId, Stream]:
+        streams = [self.standalone, *self.streams.values(), *(unsaid.stream for unsaid in self._unsaid)]
+        return {stream.id: stream for stream in streams}
+
+    def answered(self, stands: Mapping[StreamId, Stand], jump: int) -> set[RequestKey]:
+        """Requests whose answers were stored in time, though nobody heard of it."""
+        return {
+            unsaid.finishes
+            for unsaid in self._unsaid
+            if unsaid.finishes is not None and self._in_time(unsaid, stands, jump)
+        }
+
+    def _in_time(self, unsaid: Unsaid, stands: Mapping[StreamId, Stand], jump: int) -> bool:
+        stand = stands.get(unsaid.stream.id)
+        return stand is not None and unsaid.seq < stand.before(jump)
+
+    def complete(self, stands: Mapping[StreamId, Stand], jump: int) -> bool | None:
+        """Whether the database has all that was stored; None if the last of it is too old to tell."""
+        unsaid = Counter(each.stream.id for each in self._unsaid)
+        for stream in self._each().values():
+            stand = stands.get(stream.id)
+            if stand is None or stand.before(jump) < stream.next_seq - unsaid[stream.id]:
+                return False
+        if self._last is None:
+            return True
+        stand = stands.get(self._last[0])
+        return None if stand is None else stand.before(jump) > self._last[1]
+
+    def go_on(self, stands: Mapping[StreamId, Stand], jump: int) -> None:
+        """Go on with the numbers of another era."""
+        for unsaid in self._unsaid:
+            unsaid.stored = unsaid.stored or self._in_time(unsaid, stands, jump)
+        for stream in self._each().values():
+            stream.next_seq = stands[stream.id].next_seq
+        for unsaid in self._unsaid:
+            if not unsaid.stored:
+                unsaid.seq = unsaid.stream.next_seq
+                unsaid.stream.next_seq += 1

@@ -1,0 +1,140 @@
+"""Which history of the database this node follows, and what happens when that becomes another one.
+
+When a standby is promoted, or a backup restored, commits may be missing that the former primary had confirmed. Numbers
+that were given out in them must never be given out again for something else. So each history begins an *era*: before
+anything else is done in it, one statement (``begin_era``) makes all epochs and event numbers jump.
+
+Invariants:
+- Every connection of a node is checked before it is used: no statement of a node runs in a history before its era was
+  begun. Only a pooler can put another server behind a connection that is open (docs/guarantees.md).
+- A node that has seen a history goes back to no older one: a former primary that comes back is refused.
+- Connections to a server of another history are ended at once, and no statement that was begun before a change of the
+  history runs after it.
+
+Failure handling: a role that may not read the history's mark gets no protection, and the log says so.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from uuid import UUID
+from weakref import WeakKeyDictionary
+
+import asyncpg
+
+from pgmcp.clock import Ids
+from pgmcp.store.statements import statement
+
+logger = logging.getLogger(__name__)
+
+JUMP = 1_000_000
+"""How far epochs and event numbers jump from era to era; more than one session or stream ever uses of them."""
+
+_NO_TABLES = (asyncpg.UndefinedTableError, asyncpg.InvalidSchemaNameError)
+_NOT_ALLOWED = (asyncpg.InsufficientPrivilegeError, asyncpg.FeatureNotSupportedError, asyncpg.UndefinedFunctionError)
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    id: UUID
+    era: int
+    mark: str
+    present: str
+
+
+class History:
+    """The history that a node's connections follow.
+
+    Args:
+        schema: the schema of pgmcp's tables.
+        ids: names eras.
+    """
+
+    def __init__(self, schema: str, ids: Ids) -> None:
+        self._schema, self._ids = schema, ids
+        self._known: _Found | None = None
+        self._open: WeakKeyDictionary[asyncpg.Connection, UUID] = WeakKeyDictionary()
+        self._warned = False
+        self.on_change: Callable[[], None] = _nothing
+        """Called when the era has become another one."""
+
+    @property
+    def known(self) -> UUID | None:
+        """The present history; None before the first connection."""
+        return None if self._known is None else self._known.id
+
+    @property
+    def era(self) -> int:
+        """The present era."""
+        return 0 if self._known is None else self._known.era
+
+    async def follow(self, connection: asyncpg.Connection) -> None:
+        """Check a new connection before it is used, and begin the era of its server's history if nobody has.
+
+        Raises:
+            ConnectionError: the server takes no writes, or follows a history that is over.
+            Exception: whatever asyncpg raises.
+        """
+        while True:
+            found = await self._look(connection)
+            if found is None:
+                return
+            if self._over(found):
+                message = "it follows a history that is over: it was the primary before another one was promoted"
+                raise ConnectionError(message)
+            if found.mark == found.present and not self._forked(found):
+                break
+            await self._begin(connection, found)
+        self._note(found)
+        self._open[connection] = found.id
+
+    async def _look(self, connection: asyncpg.Connection) -> _Found | None:
+        try:
+            row = await connection.fetchrow(statement("history", self._schema))
+        except _NO_TABLES:
+            return None  # whoever needs them says so
+        except _NOT_ALLOWED as error:
+            if not self._warned:
+                self._warned = True
+                logger.warning("a failover that loses commits will not be noticed: %s", error)
+            return None
+        if row is None:
+            return None
+        if row["standby"]:
+            message = "it is a standby, which takes no writes"
+            raise ConnectionError(message)
+        return _Found(row["id"], row["era"], row["mark"], row["present"])
+
+    def _over(self, found: _Found) -> bool:
+        if self._known is None:
+            return False
+        (system, timeline), (known, reached) = found.present.split("/"), self._known.present.split("/")
+        return system == known and int(timeline, 16) < int(reached, 16)
+
+    def _forked(self, found: _Found) -> bool:
+        """Whether this is a history that never heard of the one that this node knows, and counts as far as that."""
+        return self._known is not None and found.id != self._known.id and found.era <= self._known.era
+
+    async def _begin(self, connection: asyncpg.Connection, found: _Found) -> None:
+        if not found.mark and not self._forked(found):
+            await connection.execute(statement("begin_history", self._schema), found.id, found.present)
+            return
+        era = max(found.era, self.era) + 1
+        given = (found.id, self._ids.uuid(), era, found.present)
+        if await connection.fetch(statement("begin_era", self._schema), *given):
+            logger.warning("the database follows another history since its primary changed: era %d begins", era)
+
+    def _note(self, found: _Found) -> None:
+        before, self._known = self._known, found
+        if before is None or before.id == found.id:
+            return
+        for connection, era in list(self._open.items()):
+            if era != found.id:
+                connection.terminate()
+        self.on_change()
+
+
+def _nothing() -> None:
+    return None

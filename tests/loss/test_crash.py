@@ -1,0 +1,96 @@
+"""PostgreSQL crashes, and comes back at once or later, under load: no session, no call and no notification is lost.
+
+``LOSS_OUTAGE=60`` makes the long outage that long, and the hold what it is by default, for the figures of
+docs/guarantees.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+
+import pytest
+
+from tests.harness.clients import RawSession
+from tests.harness.cluster import eventually, tables_of
+from tests.harness.servers import Server
+from tests.loss.inside import Truth, two_nodes, waiting
+from tests.loss.load import load, note, rounded, unmoved
+
+OUTAGE = float(os.environ.get("LOSS_OUTAGE", "7"))
+HOLD = 25.0 if OUTAGE > 25 else OUTAGE - 3
+SHORT = {"deadline": 1.2, "trust": 4.5, "ttl": 6.0}
+TRIES = 5
+"""Crashes until one comes in time: each node's renewals bring claims to the disk, each second."""
+
+pytestmark = pytest.mark.timeout(240 + 2 * OUTAGE)
+
+
+async def test_postgres_crashes_under_load(primary, cluster, truth):
+    """It is back at once, within the hold, and after the hold: then clients hear that they should come again."""
+    with cluster(primary.url(), hold=HOLD) as (_, nginx):
+        async with load([nginx.mcp_url], truth, each=3) as work:
+            for outage in (0.0, HOLD / 2, OUTAGE):
+                assert not work.failures
+                await asyncio.sleep(1.5)
+                primary.crash()
+                await asyncio.sleep(outage)
+                primary.start(wait=False)
+                await eventually(lambda: primary.state == "ready", "PostgreSQL is back", 20)
+                back = time.monotonic()
+                await work.all_served_since(back, 60)
+                note(f"crash, {outage:g} s away", {"served after": rounded(work.served_after(back))})
+                await unmoved(primary.url(), 3)
+        work.check()
+    note("crashes", {"calls": len(work.calls), "bad": work.failures})
+    assert all("try again" in failure for failure in work.failures), work.failures
+
+
+async def claim_was_lost(primary: Server, text: str) -> bool:
+    """Start PostgreSQL again; whether it has forgotten the claim of a request."""
+    primary.start(wait=False)
+    await eventually(lambda: primary.state == "ready", "PostgreSQL is back", 20)
+    async with tables_of(primary.url()) as tables:
+        question = "select claimed_epoch is null from pgmcp.requests where rpc_id = $1 and finished_at is null"
+        return bool(await tables.value(question, json.dumps(text)))
+
+
+async def test_a_claim_that_a_crash_forgets_is_known_to_its_owner(primary):
+    truth = Truth()
+    async with two_nodes(primary.url(), truth) as nodes, RawSession() as session:
+        await session.open(nodes[0].url)
+        for turn in range(TRIES):
+            call = await waiting(session, nodes[1], truth, f"turn {turn}")
+            primary.crash()
+            lost = await claim_was_lost(primary, f"turn {turn}")
+            await session.call_tool(nodes[1].url, "run", 20, text=f"after {turn}")  # claims what waits before it, too
+            truth.gates[f"turn {turn}"].set()
+            assert "result" in await call.response(f"turn {turn}")
+            assert max(truth.ran.values()) == 1
+            if lost:
+                return
+        raise AssertionError("no claim was lost")
+
+
+async def test_what_a_dead_owner_may_have_claimed_is_not_run_again(primary, cluster, truth):
+    """PostgreSQL crashes with it, and comes back without the claim."""
+    with cluster(primary.url(), **SHORT) as (nodes, _):
+        for turn in range(TRIES):
+            async with RawSession() as session:
+                await session.open(nodes[0].url)
+                text = f"turn {turn}"
+                params = {"name": "unsafe_long", "arguments": {"text": text, "seconds": 1.0}}
+                call = await session.request(nodes[1].url, "tools/call", params, request_id=text)
+                await eventually(lambda text=text: text in truth.read_text(), "it runs")
+                primary.crash()
+                nodes[0].kill()
+                lost = await claim_was_lost(primary, text)
+                answer = await call.response(text, 40)
+                assert answer["error"]["data"] == {"reason": "owner_lost", "outcome": "unknown", "runs": 1}
+                assert truth.read_text().count(f'["start", "{text}"') == 1
+                if lost:
+                    return
+                nodes[0].start().wait_ready()
+        raise AssertionError("no claim was lost")

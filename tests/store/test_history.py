@@ -1,0 +1,224 @@
+"""Another history of the database begins an era: once, and before anything is done in it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from dataclasses import replace
+from urllib.parse import urlsplit
+
+import asyncpg
+import pytest
+
+from pgmcp.clock import Clock
+from pgmcp.errors import DatabaseUnavailable, Fenced
+from pgmcp.settings import Settings
+from pgmcp.store.database import Database
+from pgmcp.store.history import JUMP
+from pgmcp.types import Entry, Ownership
+from tests.harness.stores import IDS, Store, answer, opened, outcome, request, store
+
+ELSEWHERE = "7000000000000000000/00000001"
+BACKENDS = "from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()"
+
+
+@pytest.fixture
+async def hand(database: str) -> AsyncIterator[asyncpg.Connection]:
+    connection = await asyncpg.connect(database, timeout=10)
+    yield connection
+    await connection.close()
+
+
+async def promote(hand: asyncpg.Connection) -> None:
+    """The numbers in the tables belong to another history now, as after a failover; every connection is cut."""
+    await hand.execute("update pgmcp.history set mark = $1", ELSEWHERE)
+    await hand.execute(f"select pg_terminate_backend(pid) {BACKENDS}")
+
+
+async def row(hand: asyncpg.Connection) -> asyncpg.Record:
+    return await hand.fetchrow("select * from pgmcp.history")
+
+
+async def arrived(node: Store, era: int) -> None:
+    """The node has noticed."""
+    await node.database.persist("ready_nodes", node.node, patience=10)
+    assert node.database.history.era == era
+
+
+async def test_the_first_node_notes_the_history_and_nothing_jumps(database, hand):
+    assert (await row(hand))["mark"] == ""
+    async with store(database) as node:
+        session = await opened(node)
+        found = await row(hand)
+        system = await hand.fetchval("select system_identifier::text from pg_control_system()")
+        assert (found["era"], found["mark"]) == (0, f"{system}/00000001")
+        assert (session.ownership.epoch, node.database.history.era) == (1, 0)
+    async with store(database) as node:
+        assert (await row(hand))["id"] == found["id"] == node.database.history.known
+
+
+async def test_all_numbers_jump_once_however_many_nodes_come_at_once(database, hand):
+    async with store(database) as first:
+        session = await opened(first)
+        await first.inbox.accept([request(session, "1"), request(session, "2")])
+        done, running = await first.inbox.claim(session.ownership)
+        await first.log.append(answer(done))
+        changes: list[None] = []
+        first.database.history.on_change = lambda: changes.append(None)
+        await promote(hand)
+        async with AsyncExitStack() as stack:
+            nodes = await asyncio.gather(*(stack.enter_async_context(store(database)) for _ in range(5)))
+            await arrived(first, 1)
+            assert {node.database.history.era for node in nodes} == {1}
+        assert len(changes) == 1
+        assert (await row(hand))["era"] == 1
+        assert await hand.fetchval("select epoch from pgmcp.sessions") == 1 + JUMP
+        stands = await first.log.stands([done.stream, running.stream, session.standalone])
+        assert {stream: stand.next_seq for stream, stand in stands.items()} == {
+            done.stream: 2,
+            running.stream: 1 + JUMP,
+            session.standalone: 1 + JUMP,
+        }
+        assert (await opened(first)).ownership.epoch == 1 + JUMP
+
+
+async def test_nothing_of_the_former_era_is_written(database, hand):
+    async with store(database) as node:
+        session = await opened(node)
+        await node.inbox.accept([request(session)])
+        [claimed] = await node.inbox.claim(session.ownership)
+        await promote(hand)
+        await arrived(node, 1)
+        assert isinstance(await outcome(node.log.append(answer(claimed))), Fenced)
+        assert isinstance(await outcome(node.inbox.claim(session.ownership)), Fenced)
+        now = Ownership(session.key, session.ownership.epoch + JUMP)
+        await node.inbox.keep_claims([now], [claimed.key])
+        assert isinstance(await outcome(node.log.append(answer(replace(claimed, ownership=now)))), Fenced), "its number"
+        await node.log.append(answer(replace(claimed, ownership=now), seq=1 + JUMP))
+        assert await hand.fetchval("select array_agg(seq) from pgmcp.events") == [1 + JUMP]
+
+
+async def test_what_an_owner_does_not_work_on_waits_again(database, hand):
+    async with store(database) as node:
+        session = await opened(node)
+        await node.inbox.accept([request(session, "1"), request(session, "2")])
+        kept, other = await node.inbox.claim(session.ownership)
+        await promote(hand)
+        await arrived(node, 1)
+        now = Ownership(session.key, session.ownership.epoch + JUMP)
+        assert await node.inbox.unfinished([session.key]) == {session.key: {kept.key, other.key}}
+        await node.inbox.keep_claims([now], [kept.key])
+        assert [claimed.key for claimed in await node.inbox.claim(now)] == [other.key]
+        assert {row["runs"] for row in await hand.fetch("select runs from pgmcp.requests")} == {1}
+
+
+async def test_what_waits_when_an_era_begins_may_have_run(database, hand):
+    """Its claim may be among what was lost: claims commit asynchronously."""
+    async with store(database) as node:
+        session = await opened(node)
+        before, after = request(session, "1"), request(session, "2")
+        await node.inbox.accept([before])
+        await promote(hand)
+        await arrived(node, 1)
+        await node.inbox.accept([after])
+        left = await node.takeovers.inherit(Ownership(session.key, session.ownership.epoch + JUMP))
+        assert [request.key for request in left.requests] == [before.key]
+
+
+async def test_waiting_notifications_outlive_the_jump(database, hand):
+    async with store(database, max_waiting_events=3) as node:
+        session = await opened(node)
+
+        async def tell(epoch: int, seq: int) -> None:
+            entry = Entry(Ownership(session.key, epoch), session.standalone, seq, b"{}", topic=f"topic {seq}")
+            await node.log.append(entry)
+
+        for seq in range(1, 6):
+            await tell(1, seq)
+        await promote(hand)
+        await arrived(node, 1)
+        await tell(1 + JUMP, 6 + JUMP)
+        waiting = await hand.fetch("select seq from pgmcp.events order by seq")
+        assert [each["seq"] for each in waiting] == [3, 4, 5, 6 + JUMP]
+        lag = await hand.fetchval("select lag from pgmcp.live_streams where kind = 'standalone'")
+        assert lag == 4
+
+
+async def test_a_statement_that_was_begun_before_is_not_sent_after(database, hand):
+    """It waits for a connection while the node finds the new history."""
+    async with store(database) as node:
+        await promote(hand)
+        while node.database.history.era == 0:
+            assert isinstance(await outcome(node.database.ask("ready_nodes", node.node)), DatabaseUnavailable)
+
+
+async def test_a_history_that_forked_is_another_one_though_it_counts_alike(database, hand):
+    async with store(database) as node:
+        session = await opened(node)
+        await hand.execute("update pgmcp.history set id = gen_random_uuid()")
+        await hand.execute(f"select pg_terminate_backend(pid) {BACKENDS}")
+        await arrived(node, 1)
+        assert await hand.fetchval("select epoch from pgmcp.sessions where id = $1", session.key) == 1 + JUMP
+
+
+async def test_a_node_that_knows_more_eras_counts_on(database, hand):
+    async with store(database) as node:
+        await opened(node)
+        known = node.database.history._known
+        node.database.history._known = replace(known, id=IDS.uuid(), era=4)
+        await hand.execute(f"select pg_terminate_backend(pid) {BACKENDS}")
+        await arrived(node, 5)
+        assert await hand.fetchval("select epoch from pgmcp.sessions") == 1 + 5 * JUMP
+
+
+async def test_a_server_that_was_left_behind_is_refused(database):
+    async with store(database) as node:
+        history = node.database.history
+        history._known = replace(history._known, present=history._known.present.replace("/00000001", "/00000002"))
+        with pytest.raises(ConnectionError, match="history that is over"):
+            await node.database.connect(database, timeout=5)
+
+
+async def test_an_ordinary_role_is_enough(database, hand):
+    name = urlsplit(database).path.strip("/")
+    await hand.execute(
+        f"""
+        create role {name} login password 'ordinary';
+        grant usage on schema pgmcp to {name};
+        grant select, insert, update, delete on all tables in schema pgmcp to {name};
+        """
+    )
+    at = urlsplit(database)
+    address = at._replace(netloc=f"{name}:ordinary@{at.hostname}:{at.port}").geturl()
+    try:
+        async with store(address) as node:
+            await opened(node)
+            await promote(hand)
+            await arrived(node, 1)
+            assert await hand.fetchval("select epoch from pgmcp.sessions") == 1 + JUMP
+    finally:
+        await hand.execute(f"drop owned by {name}; drop role {name}")
+
+
+async def test_a_role_that_may_not_look_works_without(database, hand, caplog):
+    """Somebody has revoked what everybody may by default."""
+    name = urlsplit(database).path.strip("/")
+    await hand.execute(
+        f"""
+        create role {name} login password 'ordinary';
+        grant usage on schema pgmcp to {name};
+        grant select, insert, update, delete on all tables in schema pgmcp to {name};
+        revoke execute on function pg_control_system() from public;
+        """
+    )
+    at = urlsplit(database)
+    address = at._replace(netloc=f"{name}:ordinary@{at.hostname}:{at.port}").geturl()
+    try:
+        pool = Database(Settings(database_url=address), Clock())
+        await pool.open()
+        assert await pool.fetch("ready_nodes", IDS.uuid()) == []
+        await pool.close()
+        assert caplog.text.count("will not be noticed") == 1
+    finally:
+        await hand.execute(f"drop owned by {name}; drop role {name}")
