@@ -28,6 +28,7 @@ from starlette.types import Receive
 
 from pgmcp.clock import Clock
 from pgmcp.errors import NodeNotReady, SessionBusy
+from pgmcp.types import Principal
 from pgmcp.web.call import Watch
 
 SLOTS = 16
@@ -41,6 +42,15 @@ YOUNG = 0.1
 
 ALONE = 60.0
 """Seconds after which a session that has the node for itself may have every slot."""
+
+
+@dataclass(frozen=True, slots=True)
+class Guest:
+    """In place of a session, whoever calls without one: the principal or, where nobody is known, the address."""
+
+    principal: Principal
+    address: str
+
 
 Session = Hashable
 _Key = tuple[Session, bool]
@@ -119,9 +129,9 @@ class Admission:
             give_back()
 
     def leave(self) -> None:
-        """Refuse all that wait: the node leaves, and clients go on elsewhere."""
+        """Refuse what waits for sessions: they go on elsewhere. Guests need nothing that the node has lost."""
         for line in self._lines.values():
-            for waiting in line.waiting:
+            for waiting in () if isinstance(line.key[0], Guest) else line.waiting:
                 _refuse(waiting, NodeNotReady("This node is leaving; send the same message again."))
 
     @property

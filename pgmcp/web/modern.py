@@ -26,8 +26,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pgmcp.errors import NodeFull, NodeNotReady
 from pgmcp.settings import Settings
-from pgmcp.types import ANONYMOUS, Principal
-from pgmcp.web.admission import Admission
+from pgmcp.types import ANONYMOUS
+from pgmcp.web.admission import Admission, Guest
 from pgmcp.web.call import VERSION, Call, Watch, abort
 from pgmcp.web.endpoint import Front
 
@@ -63,14 +63,6 @@ class Eras:
             await self._modern({**scope, "headers": stripped}, receive, send)
         else:
             await self._sessions(scope, receive, send)
-
-
-@dataclass(frozen=True, slots=True)
-class Line:
-    """Whose turn an exchange takes."""
-
-    principal: Principal
-    address: str
 
 
 @dataclass(eq=False, slots=True)
@@ -114,7 +106,7 @@ class Modern(Front):
             answer = _Answer(call, body, limits.write_timeout, exchange.scope.cancel)
             with exchange.scope:
                 async with self._admission.turn(
-                    line_of(call), call.receive, asks=True, most=WAITING, patience=limits.hold
+                    guest(call), call.receive, asks=True, most=WAITING, patience=limits.hold
                 ):
                     with Watch(call.receive, exchange.scope.cancel):
                         await self._server(call.request.scope, answer.receive, answer.send)
@@ -172,7 +164,7 @@ class _Answer:
             await self.send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-def line_of(call: Call) -> Line:
-    """The caller's line: of the principal, or of the address where nobody is known."""
+def guest(call: Call) -> Guest:
+    """In whose line an exchange stands."""
     principal, client = call.principal, call.request.client
-    return Line(principal, client.host if principal == ANONYMOUS and client is not None else "")
+    return Guest(principal, client.host if principal == ANONYMOUS and client is not None else "")

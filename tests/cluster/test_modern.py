@@ -16,8 +16,9 @@ from mcp.server.auth.provider import AccessToken
 from mcp.server.mcpserver import Context, MCPServer
 from starlette.requests import Request
 
+from pgmcp.web.admission import Guest
 from pgmcp.web.call import Call
-from pgmcp.web.modern import Line, is_modern, line_of
+from pgmcp.web.modern import guest, is_modern
 from tests.cluster.test_identity import bearer, server
 from tests.harness.clients import RawSession
 from tests.harness.cluster import cluster, eventually, everything, tables_of
@@ -260,12 +261,12 @@ async def test_a_client_that_does_not_read_is_let_go(database):
 
 
 def test_each_caller_has_a_line_and_so_has_each_address_where_nobody_is_known():
-    def line(address: str | None, who: str = "") -> Line:
+    def line(address: str | None, who: str = "") -> Guest:
         scope: dict[str, Any] = {"type": "http", "headers": [], "client": address and (address, 1)}
         if who:
             token = AccessToken(token="t", client_id="c", scopes=[], subject=who)
             scope["user"] = AuthenticatedUser(token)
-        return line_of(Call(Request(scope), None, None))
+        return guest(Call(Request(scope), None, None))
 
     assert line("10.0.0.1") == line("10.0.0.1") != line("10.0.0.2")
     assert line("10.0.0.1", "ada") == line("10.0.0.2", "ada") != line("10.0.0.1", "bob")

@@ -12,8 +12,8 @@ from starlette.requests import ClientDisconnect
 
 from pgmcp.clock import Clock
 from pgmcp.errors import NodeNotReady, SessionBusy
-from pgmcp.types import Accepted, Message
-from pgmcp.web.admission import ALONE, SHARE, SLOTS, Admission
+from pgmcp.types import ANONYMOUS, Accepted, Message
+from pgmcp.web.admission import ALONE, SHARE, SLOTS, Admission, Guest
 from tests.harness.clients import RawSession
 from tests.harness.clock import FakeClock, settle
 from tests.harness.cluster import RunningNode, cluster, eventually
@@ -182,6 +182,30 @@ async def test_waiting_is_bounded(exchanges):
     with pytest.raises(NodeNotReady, match="try again"):
         await exchanges.tasks["a-late"]
     assert len(exchanges.admission) == 5
+
+
+async def test_guests_wait_on_when_the_sessions_of_a_node_go_elsewhere():
+    admission, let_go = Admission(FakeClock(), LONG), asyncio.Event()
+    turns: list[str] = []
+
+    async def never() -> dict[str, str]:
+        await asyncio.Event().wait()
+        return {}
+
+    async def exchange(who: object, name: str) -> None:
+        async with admission.turn(who, never, asks=True, most=100, patience=LONG):
+            turns.append(name)
+            await let_go.wait()
+
+    first = [asyncio.create_task(exchange(number, "first")) for number in range(SLOTS)]
+    await settle()
+    waiting = [asyncio.create_task(exchange(*who)) for who in (("session", "s"), (Guest(ANONYMOUS, "10.0.0.1"), "g"))]
+    await settle()
+    admission.leave()
+    let_go.set()
+    assert isinstance((await asyncio.gather(*waiting, return_exceptions=True))[0], NodeNotReady)
+    await asyncio.gather(*first)
+    assert turns[SLOTS:] == ["g"]
 
 
 async def test_a_node_that_leaves_keeps_nobody_waiting(exchanges):
