@@ -120,7 +120,7 @@ class Inbox(Protocol):
         ...
 
     async def keep_claims(self, ownerships: Sequence[Ownership], keys: Sequence[RequestKey]) -> None:
-        """In an era that has just begun: claim these requests of these sessions anew; the others wait again."""
+        """In a term that has just begun: claim these requests of these sessions anew; the others wait again."""
         ...
 
     async def touch(self, ownerships: Sequence[Ownership]) -> None:

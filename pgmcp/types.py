@@ -210,7 +210,7 @@ class Stand:
     closed: bool
 
     def before(self, jump: int) -> int:
-        """Where it stood before an era began; closed streams do not jump."""
+        """Where it stood before a term began; closed streams do not jump."""
         return self.next_seq if self.closed else self.next_seq - jump
 
 

@@ -28,7 +28,7 @@ select s.session_id,
   left join "{schema}".nodes n on n.node_id = t.sink
  where not t.closed
 """
-ROW = """insert into "{schema}".history (id, era, mark) values (gen_random_uuid(), 0, '')"""
+ROW = """insert into "{schema}".history (id, term, mark) values (gen_random_uuid(), 0, '')"""
 LAG = '(select count(*) from "{schema}".events e where e.stream = t.id and e.seq > t.delivered_seq)'
 
 
@@ -37,7 +37,7 @@ def upgrade() -> None:
     op.create_table(
         "history",
         sa.Column("id", sa.Uuid(), nullable=False),
-        sa.Column("era", sa.BigInteger(), nullable=False),
+        sa.Column("term", sa.BigInteger(), nullable=False),
         sa.Column("mark", sa.Text(), nullable=False),
         sa.Column("position", sa.BigInteger(), server_default=sa.text("0"), nullable=False),
         sa.Column("began_at", sa.DateTime(timezone=True), server_default=sa.text("clock_timestamp()"), nullable=False),

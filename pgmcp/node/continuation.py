@@ -1,4 +1,4 @@
-"""How an incarnation goes on when its database follows another history (see ``store.history`` and ``session.eras``).
+"""How an incarnation goes on when its database follows another history (see ``store.history`` and ``session.terms``).
 
 Invariant: from the moment in which a connection finds another history until the node's sessions are brought in line
 with it, no owner's write is sent.
@@ -26,7 +26,7 @@ LOOK = 1.0
 
 
 class Continuation:
-    """What holds an incarnation's writers while the era changes.
+    """What holds an incarnation's writers while the term changes.
 
     Args:
         history: what the node's connections follow.
@@ -36,13 +36,13 @@ class Continuation:
 
     def __init__(self, history: History, lease: Lease, box: KeyRing, clock: Clock) -> None:
         self._history, self._lease, self._box, self._clock = history, lease, box, clock
-        self._era = history.era
+        self._term = history.term
         self._changed, self._settled = asyncio.Event(), asyncio.Event()
         self._host: Host | None = None
         self._settled.set()
 
     async def acting(self) -> None:
-        """Return when the node may act, in the present era.
+        """Return when the node may act, in the present term.
 
         Raises:
             Fenced: it never may again.
@@ -64,24 +64,24 @@ class Continuation:
             self._host.unsettled = True
 
     async def run(self) -> None:
-        """Bring the sessions in line with each new era, for ever; ends when the node is fenced."""
+        """Bring the sessions in line with each new term, for ever; ends when the node is fenced."""
         while True:
             await self._changed.wait()
             self._changed.clear()
             while not self._settled.is_set():
                 try:
-                    await self._go_on(self._history.era)
+                    await self._go_on(self._history.term)
                 except Fenced:
                     return
                 except PgmcpError as error:
                     logger.info("sessions wait for the new primary: %s", error)
                     await self._clock.sleep(AGAIN)
 
-    async def _go_on(self, era: int) -> None:
+    async def _go_on(self, term: int) -> None:
         await self._lease.acting()
         await self._box.load()
         if self._host is not None:
-            await self._host.go_on((era - self._era) * JUMP, lambda: self._history.era == era)
-        self._era = era
+            await self._host.go_on((term - self._term) * JUMP, lambda: self._history.term == term)
+        self._term = term
         self._settled.set()
-        logger.info("sessions go on with the new primary, in era %d", era)
+        logger.info("sessions go on with the new primary, in term %d", term)

@@ -131,7 +131,7 @@ class Incarnation:
             settings=settings,
             clock=clock,
             ids=ids,
-            era=lambda: database.history.era,
+            term=lambda: database.history.term,
         )
         self._drain = Drain(
             self.host, takeovers, clock, waiting=lambda: self.tails.patient + busy(), told=self.wakeups.handed

@@ -109,7 +109,7 @@ class Actor:
 
     @property
     def ownership(self) -> Ownership:
-        """The right under which everything is stored; its epoch changes with the era."""
+        """The right under which everything is stored; its epoch changes with the term."""
         return self.right.ownership
 
     def start(self) -> None:
@@ -322,7 +322,7 @@ class Actor:
         return frozenset(self._working)
 
     def go_on(self, ownership: Ownership, stands: Mapping[StreamId, Stand], jump: int) -> None:
-        """Go on in another era of the database: under its epoch, with its numbers."""
+        """Go on in another term of the database: under its epoch, with its numbers."""
         self.writing.go_on(stands, jump)
         self.right.ownership = ownership
 

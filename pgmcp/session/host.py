@@ -22,7 +22,7 @@ from typing import Any
 from pgmcp.clock import Clock, Ids
 from pgmcp.errors import DatabaseUnavailable, Fenced, PgmcpError
 from pgmcp.ports import Inbox, Log, SecretBox, Takeovers
-from pgmcp.session import eras
+from pgmcp.session import terms
 from pgmcp.session.actor import Actor
 from pgmcp.session.adapter import Adapter
 from pgmcp.session.birth import Birth, Resident
@@ -248,9 +248,9 @@ class Host:
                 self.wake(ownership.session)
 
     async def go_on(self, jump: int, lasts: Callable[[], bool]) -> None:
-        """Bring what lives here in line with a database that follows another history: see ``eras.go_on``."""
+        """Bring what lives here in line with a database that follows another history: see ``terms.go_on``."""
         actors = [each.actor for session, each in self._residents.items() if session not in self._restoring]
-        leaving, owned = await eras.go_on(actors, self._inbox, self._log, jump, lasts)
+        leaving, owned = await terms.go_on(actors, self._inbox, self._log, jump, lasts)
         self.unsettled = False
         for session in leaving:
             self.drop(session)
@@ -338,7 +338,7 @@ class Host:
                 except Fenced:
                     if resident.actor.ownership == ownership:
                         raise
-                    resident.dirty = True  # the era has changed
+                    resident.dirty = True  # the term has changed
                     continue
                 messages = [message for message in claimed_now if not resident.actor.has(message.key)]
                 resident.actor.expect(messages)

@@ -1,4 +1,4 @@
-"""The right under which an actor writes: an ownership, which gets another epoch when the database begins an era."""
+"""The right under which an actor writes: an ownership, which gets another epoch when the database begins a term."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Right:
         self._clock, self._wanted = clock, wanted
 
     async def use(self, write: Callable[[], Awaitable[Result]]) -> Result:
-        """Write once; once more where a refusal only means that an era has begun.
+        """Write once; once more where a refusal only means that a term has begun.
 
         Raises:
             Fenced: the ownership is over.

@@ -1,8 +1,8 @@
 """What an actor writes: its streams, the numbers that it gives out, and what is being stored.
 
 Invariants:
-- Numbers of a stream have no gap, but for the jump at the begin of an era; they are given out in the order of writing.
-- What is being stored when an era begins gets its number anew, unless the former history had it in time.
+- Numbers of a stream have no gap, but for the jump at the begin of a term; they are given out in the order of writing.
+- What is being stored when a term begins gets its number anew, unless the former history had it in time.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Writing:
         if stored:
             self._last = unsaid.stream.id, unsaid.seq
 
-    # -- another era -----------------------------------------------------------------------------------------------
+    # -- another term -----------------------------------------------------------------------------------------------
 
     def known(self) -> set[StreamId]:
         """The streams that tell whether the database has all that was stored."""
@@ -92,7 +92,7 @@ class Writing:
         return None if stand is None else stand.before(jump) > self._last[1]
 
     def go_on(self, stands: Mapping[StreamId, Stand], jump: int) -> None:
-        """Go on with the numbers of another era."""
+        """Go on with the numbers of another term."""
         for unsaid in self._unsaid:
             unsaid.stored = unsaid.stored or self._in_time(unsaid, stands, jump)
         for stream in self._each().values():

@@ -75,7 +75,7 @@ class Database:
     Args:
         settings: where PostgreSQL is, how many connections, how long a statement may take.
         clock: the node's time.
-        ids: names the eras that this node begins.
+        ids: names the terms that this node begins.
     """
 
     def __init__(self, settings: Settings, clock: Clock, ids: Ids | None = None) -> None:
@@ -156,10 +156,10 @@ class Database:
         if pool is None:
             message = "This node's database connections are closed; start the node again."
             raise DatabaseUnavailable(message)
-        era = self.history.known
+        term = self.history.known
         async with self._turn():
             connection = await self._connection(pool)
-            if era is not None and era != self.history.known:
+            if term is not None and term != self.history.known:
                 self._idle.append(connection)
                 message = "the database follows another history than when this was begun"
                 raise ConnectionError(message)

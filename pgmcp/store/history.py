@@ -1,11 +1,11 @@
 """Which history of the database this node follows, and what happens when that becomes another one.
 
 When a standby is promoted, or a backup restored, commits may be missing that the former primary had confirmed. Numbers
-that were given out in them must never be given out again for something else. So each history begins an *era*: before
-anything else is done in it, one statement (``begin_era``) makes all epochs and event numbers jump.
+that were given out in them must never be given out again for something else. So each history begins an *term*: before
+anything else is done in it, one statement (``begin_term``) makes all epochs and event numbers jump.
 
 Invariants:
-- Every connection of a node is checked before it is used: no statement of a node runs in a history before its era was
+- Every connection of a node is checked before it is used: no statement of a node runs in a history before its term was
   begun. Only a pooler can put another server behind a connection that is open (docs/guarantees.md).
 - A node that has seen a history goes back to no older one: a former primary that comes back is refused.
 - Connections to a server of another history are ended at once, and no statement that was begun before a change of the
@@ -30,7 +30,7 @@ from pgmcp.store.statements import statement
 logger = logging.getLogger(__name__)
 
 JUMP = 1_000_000
-"""How far epochs and event numbers jump from era to era; more than one session or stream ever uses of them."""
+"""How far epochs and event numbers jump from term to term; more than one session or stream ever uses of them."""
 
 _NO_TABLES = (asyncpg.UndefinedTableError, asyncpg.InvalidSchemaNameError)
 _NOT_ALLOWED = (asyncpg.InsufficientPrivilegeError, asyncpg.FeatureNotSupportedError, asyncpg.UndefinedFunctionError)
@@ -39,7 +39,7 @@ _NOT_ALLOWED = (asyncpg.InsufficientPrivilegeError, asyncpg.FeatureNotSupportedE
 @dataclass(frozen=True, slots=True)
 class _Found:
     id: UUID
-    era: int
+    term: int
     mark: str
     present: str
 
@@ -49,7 +49,7 @@ class History:
 
     Args:
         schema: the schema of pgmcp's tables.
-        ids: names eras.
+        ids: names terms.
     """
 
     def __init__(self, schema: str, ids: Ids) -> None:
@@ -58,7 +58,7 @@ class History:
         self._open: WeakKeyDictionary[asyncpg.Connection, UUID] = WeakKeyDictionary()
         self._warned = False
         self.on_change: Callable[[], None] = _nothing
-        """Called when the era has become another one."""
+        """Called when the term has become another one."""
 
     @property
     def known(self) -> UUID | None:
@@ -66,12 +66,12 @@ class History:
         return None if self._known is None else self._known.id
 
     @property
-    def era(self) -> int:
-        """The present era."""
-        return 0 if self._known is None else self._known.era
+    def term(self) -> int:
+        """The present term."""
+        return 0 if self._known is None else self._known.term
 
     async def follow(self, connection: asyncpg.Connection) -> None:
-        """Check a new connection before it is used, and begin the era of its server's history if nobody has.
+        """Check a new connection before it is used, and begin the term of its server's history if nobody has.
 
         Raises:
             ConnectionError: the server takes no writes, or follows a history that is over.
@@ -105,7 +105,7 @@ class History:
         if row["standby"]:
             message = "it is a standby, which takes no writes"
             raise ConnectionError(message)
-        return _Found(row["id"], row["era"], row["mark"], row["present"])
+        return _Found(row["id"], row["term"], row["mark"], row["present"])
 
     def _over(self, found: _Found) -> bool:
         if self._known is None:
@@ -115,23 +115,23 @@ class History:
 
     def _forked(self, found: _Found) -> bool:
         """Whether this is a history that never heard of the one that this node knows, and counts as far as that."""
-        return self._known is not None and found.id != self._known.id and found.era <= self._known.era
+        return self._known is not None and found.id != self._known.id and found.term <= self._known.term
 
     async def _begin(self, connection: asyncpg.Connection, found: _Found) -> None:
         if not found.mark and not self._forked(found):
             await connection.execute(statement("begin_history", self._schema), found.id, found.present)
             return
-        era = max(found.era, self.era) + 1
-        given = (found.id, self._ids.uuid(), era, found.present)
-        if await connection.fetch(statement("begin_era", self._schema), *given):
-            logger.warning("the database follows another history since its primary changed: era %d begins", era)
+        term = max(found.term, self.term) + 1
+        given = (found.id, self._ids.uuid(), term, found.present)
+        if await connection.fetch(statement("begin_term", self._schema), *given):
+            logger.warning("the database follows another history since its primary changed: term %d begins", term)
 
     def _note(self, found: _Found) -> None:
         before, self._known = self._known, found
         if before is None or before.id == found.id:
             return
-        for connection, era in list(self._open.items()):
-            if era != found.id:
+        for connection, term in list(self._open.items()):
+            if term != found.id:
                 connection.terminate()
         self.on_change()
 

@@ -278,7 +278,7 @@ class TableInbox:
         ordered = sorted(ownerships, key=lambda ownership: ownership.session)
         sessions, epochs = [each.session for each in ordered], [each.epoch for each in ordered]
         await self._database.persist("keep_claims", sessions, epochs, self._node, list(keys), patience=self._hold)
-        self._unheard.clear()  # claims of the former era are void
+        self._unheard.clear()  # claims of the former term are void
 
     async def touch(self, ownerships: Sequence[Ownership]) -> None:
         """See ``Inbox.touch``."""

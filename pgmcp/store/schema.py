@@ -227,7 +227,7 @@ history = Table(
     "history",
     metadata,
     Column("id", Uuid, primary_key=True),
-    Column("era", BigInteger, nullable=False),
+    Column("term", BigInteger, nullable=False),
     Column("mark", Text, nullable=False),
     Column("position", BigInteger, nullable=False, server_default=text("0")),
     Column("began_at", TIME, nullable=False, server_default=NOW),

@@ -57,8 +57,8 @@ class Edge:
     settings: Settings
     clock: Clock
     ids: Ids
-    era: Callable[[], int]
-    """The era of the database's history."""
+    term: Callable[[], int]
+    """The term of the database's history."""
 
     def new_session(self, call: Call, transport: str) -> NewSession:
         """A session that this node is about to own; its id hints at the node and is unguessable."""

@@ -71,7 +71,7 @@ class Posting:
             raise Refusal(400, f"Batches belong to {BATCHES}, this session speaks {facts.protocol_version}")
 
     async def _requests(self, post: Post, session_id: str) -> None:
-        stream, era = self._edge.new_stream(), self._edge.era()
+        stream, term = self._edge.new_stream(), self._edge.term()
         with self._edge.tails.subscribe(stream) as tail:
             accepted = await self._edge.accept(post, self._call, session_id, stream)
             if not accepted.joined:
@@ -83,7 +83,7 @@ class Posting:
                     session_id,
                     facts.protocol_version,
                     affinity=self._edge.affinity(self._call, facts.living_owner),
-                    lost=lambda: self._lost(post, stream, era),
+                    lost=lambda: self._lost(post, stream, term),
                 )
                 await self._carry(exchange, batch=post.batch)
                 return
@@ -108,9 +108,9 @@ class Posting:
             tail.moved.set()  # what the stream holds already, nobody announces again
             await self._carry(exchange, batch=False)
 
-    async def _lost(self, post: Post, stream: StreamId, era: int) -> list[bytes]:
+    async def _lost(self, post: Post, stream: StreamId, term: int) -> list[bytes]:
         """Errors for requests that were accepted in a history of the database that is over, and are not in this one."""
-        if self._edge.era() == era:
+        if self._edge.term() == term:
             return []
         with suppress(PgmcpError):
             if not await self._edge.log.knows(stream):

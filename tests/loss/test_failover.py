@@ -61,7 +61,7 @@ async def test_the_primary_is_killed_under_load(primary, standby, cluster, truth
                 await asyncio.sleep(1.0)
                 await fail_over(standby, last, work, "failover that loses a second of commits")
                 async with tables_of(last.url()) as tables:
-                    assert await tables.value("select era from pgmcp.history") == 2
+                    assert await tables.value("select term from pgmcp.history") == 2
                     work.working = False
                     await eventually(lambda: work.ended, "everybody ends", 60)
             finally:

@@ -50,13 +50,13 @@ async def test_the_last_commits_are_lost(primary, standby):
         lost = ear.last_event_id
 
         await asyncio.to_thread(primary.kill)
-        truth.gates["quiet early"].set()  # its answer is on its way when the era begins
+        truth.gates["quiet early"].set()  # its answer is on its way when the term begins
         await asyncio.to_thread(standby.promote)
         for node in nodes:
             history, continuation = node.node._database.history, node.incarnation._continuation
             await eventually(
-                lambda history=history, continuation=continuation: history.era == 1 and continuation._settled.is_set(),
-                "it goes on in the next era",
+                lambda history=history, continuation=continuation: history.term == 1 and continuation._settled.is_set(),
+                "it goes on in the next term",
             )
 
         # What ran and is complete goes on where it was.
@@ -86,7 +86,7 @@ async def test_the_last_commits_are_lost(primary, standby):
             assert await tables.value("select count(*) from pgmcp.requests where finished_at is null") == 0
             rows = await tables.rows("select epoch from pgmcp.sessions")
             assert {row["epoch"] for row in rows} == {JUMP + 1}
-            assert await tables.value("select era from pgmcp.history") == 1
+            assert await tables.value("select term from pgmcp.history") == 1
 
 
 async def test_a_lost_request_ends_in_plain_json_too(primary, standby):
@@ -126,7 +126,7 @@ async def test_a_server_of_the_former_history_is_refused(primary, standby):
             assert (
                 await tables.value("select count(*) from pg_stat_activity where application_name like 'pgmcp %'") == 0
             )
-            assert await tables.value("select era from pgmcp.history") == 0
+            assert await tables.value("select term from pgmcp.history") == 0
 
 
 async def test_a_primary_that_takes_no_more_writes_is_left(primary, standby):

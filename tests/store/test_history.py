@@ -1,4 +1,4 @@
-"""Another history of the database begins an era: once, and before anything is done in it."""
+"""Another history of the database begins a term: once, and before anything is done in it."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ async def row(hand: asyncpg.Connection) -> asyncpg.Record:
     return await hand.fetchrow("select * from pgmcp.history")
 
 
-async def arrived(node: Store, era: int) -> None:
+async def arrived(node: Store, term: int) -> None:
     """The node has noticed."""
     await node.database.persist("ready_nodes", node.node, patience=10)
-    assert node.database.history.era == era
+    assert node.database.history.term == term
 
 
 async def test_the_first_node_notes_the_history_and_nothing_jumps(database, hand):
@@ -52,8 +52,8 @@ async def test_the_first_node_notes_the_history_and_nothing_jumps(database, hand
         session = await opened(node)
         found = await row(hand)
         system = await hand.fetchval("select system_identifier::text from pg_control_system()")
-        assert (found["era"], found["mark"]) == (0, f"{system}/00000001")
-        assert (session.ownership.epoch, node.database.history.era) == (1, 0)
+        assert (found["term"], found["mark"]) == (0, f"{system}/00000001")
+        assert (session.ownership.epoch, node.database.history.term) == (1, 0)
     async with store(database) as node:
         assert (await row(hand))["id"] == found["id"] == node.database.history.known
 
@@ -70,9 +70,9 @@ async def test_all_numbers_jump_once_however_many_nodes_come_at_once(database, h
         async with AsyncExitStack() as stack:
             nodes = await asyncio.gather(*(stack.enter_async_context(store(database)) for _ in range(5)))
             await arrived(first, 1)
-            assert {node.database.history.era for node in nodes} == {1}
+            assert {node.database.history.term for node in nodes} == {1}
         assert len(changes) == 1
-        assert (await row(hand))["era"] == 1
+        assert (await row(hand))["term"] == 1
         assert await hand.fetchval("select epoch from pgmcp.sessions") == 1 + JUMP
         stands = await first.log.stands([done.stream, running.stream, session.standalone])
         assert {stream: stand.next_seq for stream, stand in stands.items()} == {
@@ -149,7 +149,7 @@ async def test_a_statement_that_was_begun_before_is_not_sent_after(database, han
     """It waits for a connection while the node finds the new history."""
     async with store(database) as node:
         await promote(hand)
-        while node.database.history.era == 0:
+        while node.database.history.term == 0:
             assert isinstance(await outcome(node.database.ask("ready_nodes", node.node)), DatabaseUnavailable)
 
 
@@ -166,7 +166,7 @@ async def test_a_node_that_knows_more_eras_counts_on(database, hand):
     async with store(database) as node:
         await opened(node)
         known = node.database.history._known
-        node.database.history._known = replace(known, id=IDS.uuid(), era=4)
+        node.database.history._known = replace(known, id=IDS.uuid(), term=4)
         await hand.execute(f"select pg_terminate_backend(pid) {BACKENDS}")
         await arrived(node, 5)
         assert await hand.fetchval("select epoch from pgmcp.sessions") == 1 + 5 * JUMP

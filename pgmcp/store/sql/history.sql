@@ -1,7 +1,7 @@
 -- name: history
 -- Which history the server follows: every promotion of a standby and every restore of a backup begins another timeline.
 -- The name of the WAL file that is being written tells it at once (the control file only after the next checkpoint).
-select h.id, h.era, h.mark, pg_is_in_recovery() as standby,
+select h.id, h.term, h.mark, pg_is_in_recovery() as standby,
     case when not pg_is_in_recovery() then
         (select c.system_identifier from pg_control_system() c)::text || '/' || left(pg_walfile_name(pg_current_wal_lsn()), 8)
     end as present
@@ -11,17 +11,17 @@ from {schema}.history h;
 -- The first node notes which history it found.
 update {schema}.history set mark = $2 where id = $1 and mark = '';
 
--- name: begin_era
+-- name: begin_term
 -- fence: whoever finds another history than the row says ($1, compare-and-set) makes all numbers of the former one
 -- impossible in the same statement: epochs, so that no ownership of it can write, and the numbers of events. $2 is the
--- row's next id, $3 the next era, $4 the history's mark. What waits unclaimed up to "position" may have been claimed.
+-- row's next id, $3 the next term, $4 the history's mark. What waits unclaimed up to "position" may have been claimed.
 with changed as materialized (
     update {schema}.history h
-    set id = $2, era = $3, mark = $4, began_at = clock_timestamp(),
+    set id = $2, term = $3, mark = $4, began_at = clock_timestamp(),
         position = (select coalesce(max(r.position), 0) from {schema}.requests r)
-    from (select o.id, o.era from {schema}.history o where o.id = $1 for update) o
+    from (select o.id, o.term from {schema}.history o where o.id = $1 for update) o
     where h.id = o.id
-    returning (h.era - o.era) * 1000000 as jump
+    returning (h.term - o.term) * 1000000 as jump
 ), held as materialized (
     select s.id, changed.jump from changed, {schema}.sessions s order by s.id for update of s
 ), epochs as (
@@ -45,7 +45,7 @@ select r.session, r.id from {schema}.requests r
 where r.session = any($1::bigint[]) and r.rpc_id is not null and r.finished_at is null;
 
 -- name: keep_claims
--- fence: owner and epoch on the sessions row, FOR KEY SHARE. In an era that just began the owner says which requests it
+-- fence: owner and epoch on the sessions row, FOR KEY SHARE. In a term that just began the owner says which requests it
 -- works on ($4); it began no other one, so the rest waits again.
 with guard as materialized (
     select set_config('lock_timeout', '250ms', true)

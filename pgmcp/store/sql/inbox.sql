@@ -1,6 +1,6 @@
 -- name: open_session
 -- The first owner creates a session with its standalone stream; a repeat finds its own row. $8 and $9 bound the sessions
--- in all and those of one caller that has a name. Each era has epochs of its own: after a loss of commits the key of a
+-- in all and those of one caller that has a name. Each term has epochs of its own: after a loss of commits the key of a
 -- session may come up once more.
 with counted as materialized (
     select count(*) as everybody,
@@ -12,7 +12,7 @@ with counted as materialized (
 ), made as (
     insert into {schema}.sessions
         (session_id, owner, transport, principal_client, principal_issuer, principal_subject, epoch)
-    select $1, $2, $3, $4, $5, $6, coalesce((select 1000000 * h.era from {schema}.history h), 0) + 1
+    select $1, $2, $3, $4, $5, $6, coalesce((select 1000000 * h.term from {schema}.history h), 0) + 1
     from counted where everybody < $8 and own < $9
     on conflict (session_id) do nothing
     returning id, epoch

@@ -58,7 +58,7 @@ with guard as materialized (
     delete from {schema}.events e
     using moving m
     where m.kind = 'standalone' and e.stream = m.stream and e.topic is not null
-      and (e.seq < m.beyond - $10::bigint and e.seq >= m.beyond / 1000000 * 1000000  -- of this era: numbers jump
+      and (e.seq < m.beyond - $10::bigint and e.seq >= m.beyond / 1000000 * 1000000  -- of this term: numbers jump
            or (e.seq > m.delivered_seq
                and e.topic in (select f.topic from fit f where f.stream = m.stream)))
 )

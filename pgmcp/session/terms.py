@@ -2,7 +2,7 @@
 
 A standby was promoted. It has every commit up to some moment, and none after it. So the last thing that an actor stored
 tells of all before: if it is there, nothing of the session is missing, and the actor goes on where it is, with the
-numbers of the new era; what it had claimed and works on stays its own. If anything is missing the session is restored
+numbers of the new term; what it had claimed and works on stays its own. If anything is missing the session is restored
 from the tables on its owner, as after a death: what may have run is not run again unless that is harmless.
 """
 
@@ -42,7 +42,7 @@ async def go_on(
     for actor in actors:
         ownership = owned.get(actor.ownership.session)
         if ownership == actor.ownership:
-            continue  # it was opened in this era
+            continue  # it was opened in this term
         if ownership is not None and _goes_on(actor, ownership, stands, unfinished, jump):
             stay.append((actor, ownership))
         else:
