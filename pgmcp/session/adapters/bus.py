@@ -39,8 +39,8 @@ Listener = Callable[[ServerEvent], None]
 
 LISTEN = "subscriptions/listen"
 SOME, TURNS = 16, 12
-"""Listeners that are told at once, and the turns of the event loop in which their streams write before the next are told:
-others than they wait for few of them."""
+"""Listeners that are told at once, and turns of the event loop in which their streams write before the next are told:
+whoever else wants something of the node waits for few of them."""
 
 _LISTS: dict[Change, ServerEvent] = {
     Change.TOOLS: ToolsListChanged(),
