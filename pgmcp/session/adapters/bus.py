@@ -38,8 +38,9 @@ logger = logging.getLogger(__name__)
 Listener = Callable[[ServerEvent], None]
 
 LISTEN = "subscriptions/listen"
-SOME = 32
-"""Listeners that are told in one turn of the event loop: each of their streams writes in the next one."""
+SOME, TURNS = 16, 12
+"""Listeners that are told at once, and turns of the event loop in which their streams write before the next are told:
+whoever else wants something of the node waits for few of them."""
 
 _LISTS: dict[Change, ServerEvent] = {
     Change.TOOLS: ToolsListChanged(),
@@ -207,4 +208,5 @@ async def _paced(told: Iterable[tuple[Listener, ServerEvent]]) -> None:
         except Exception:
             logger.exception("a subscription listener failed; the others go on")
         if count % SOME == 0:
-            await asyncio.sleep(0)
+            for _ in range(TURNS):
+                await asyncio.sleep(0)
