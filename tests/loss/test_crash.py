@@ -19,7 +19,7 @@ from tests.harness.servers import Server
 from tests.loss.inside import Truth, two_nodes, waiting
 from tests.loss.load import load, note, rounded, unmoved
 
-OUTAGE = float(os.environ.get("LOSS_OUTAGE", "7"))
+OUTAGE = float(os.environ.get("LOSS_OUTAGE", "9"))
 HOLD = 25.0 if OUTAGE > 25 else OUTAGE - 3
 SHORT = {"deadline": 1.2, "trust": 4.5, "ttl": 6.0}
 TRIES = 5
@@ -32,7 +32,7 @@ async def test_postgres_crashes_under_load(primary, cluster, truth):
     """It is back at once, within the hold, and after the hold: then clients hear that they should come again."""
     with cluster(primary.url(), hold=HOLD) as (_, nginx):
         async with load([nginx.mcp_url], truth, each=3) as work:
-            for outage in (0.0, HOLD / 2, OUTAGE):
+            for outage in (0.0, HOLD / 4, OUTAGE):
                 assert not work.failures
                 await asyncio.sleep(1.5)
                 primary.crash()
