@@ -10,12 +10,10 @@ from typing import Any, Self
 import httpx
 import pytest
 import pytest_asyncio
-from pytest_postgresql.executors import NoopExecutor
 
 from pgmcp.node import Node
 from pgmcp.session.adapters.target import load
 from pgmcp.settings import Settings
-from tests.conftest import _temporary
 from tests.harness.clients import RawSession, connect
 from tests.harness.cluster import eventually, serving, tables_of
 from tests.harness.compose import compose, in_checkout
@@ -75,12 +73,6 @@ class Member:
         """Drain and stop, as after SIGTERM."""
         await self._node.drain()
         await self._stack.aclose()
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def shared_database(template: NoopExecutor) -> AsyncIterator[str]:
-    async for address in _temporary(template.template_dbname):
-        yield address
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

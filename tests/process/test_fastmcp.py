@@ -105,6 +105,8 @@ async def test_clients_of_both_eras_hear_of_a_change_and_go_on_when_the_owner_is
     three: list[NodeProcess], database: str
 ) -> None:
     owner, edge, third = three
+    async with httpx.AsyncClient(trust_env=False) as http:
+        assert (await http.get(f"{third.url}/hello")).text == "hello"  # a route of its own
     async with RawSession() as session, connect(edge.mcp_url, mode="2026-07-28") as modern:
         await session.open(owner.url)
         assert (await counted(session, third))["count"] == 1
@@ -118,11 +120,6 @@ async def test_clients_of_both_eras_hear_of_a_change_and_go_on_when_the_owner_is
         assert (await counted(session, edge))["count"] == 2
         again = await modern.call_tool("wait", {"seconds": 0.0})
         assert again.content[0].text == "waited"
-
-
-async def test_routes_of_its_own_are_served(three: list[NodeProcess]) -> None:
-    async with httpx.AsyncClient(trust_env=False) as http:
-        assert (await http.get(f"{three[1].url}/hello")).text == "hello"
 
 
 async def test_the_example_keeps_its_notes(database: str, tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ from uuid import uuid4
 
 import httpx
 import pytest
-import pytest_asyncio
 from mcp import ClientSession, types
 from mcp.client.session import ClientRequestContext
 from mcp.client.sse import sse_client
@@ -21,10 +20,8 @@ from mcp.server.auth.provider import AccessToken
 from mcp.server.auth.settings import AuthSettings
 from mcp.server.mcpserver import Context, MCPServer
 from pydantic import FileUrl
-from pytest_postgresql.executors import NoopExecutor
 
 from pgmcp.store import upkeep
-from tests.conftest import _temporary
 from tests.harness.clients import RawExchange, RawSession
 from tests.harness.cluster import RunningNode, cluster, eventually, everything
 from tests.harness.haproxy import Haproxy
@@ -37,13 +34,6 @@ NOT_FOUND = (404, -32600, "Session not found")
 pytestmark = [
     pytest.mark.filterwarnings("ignore::mcp.MCPDeprecationWarning"),  # sampling, roots, logging and subscribe
 ]
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def shared_database(template: NoopExecutor) -> AsyncIterator[str]:
-    """The address of a migrated database of the module's own."""
-    async for address in _temporary(template.template_dbname):
-        yield address
 
 
 @pytest.fixture(scope="module")

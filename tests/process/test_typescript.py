@@ -9,17 +9,14 @@ from __future__ import annotations
 import json
 import subprocess
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import pytest
-import pytest_asyncio
-from pytest_postgresql.executors import NoopExecutor
 
-from tests.conftest import _temporary
 from tests.harness.conformance import node_binary
 from tests.harness.haproxy import Haproxy
 from tests.harness.nginx import Exchange, Nginx
@@ -61,13 +58,6 @@ class Run:
         assert found is not None, f"the driver never came to {scenario}: {list(self.scenarios)}"
         assert "error" not in found, found
         return found["result"]
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def shared_database(template: NoopExecutor) -> AsyncIterator[str]:
-    """The address of a migrated database of the module's own."""
-    async for address in _temporary(template.template_dbname):
-        yield address
 
 
 @pytest.fixture(scope="module")

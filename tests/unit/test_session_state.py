@@ -89,5 +89,5 @@ async def test_there_is_a_bound_and_known_keys_may_change_at_it() -> None:
 
 
 def test_outside_of_a_session_there_is_none() -> None:
-    with pytest.raises(NoSession, match="in a handler"):
+    with pytest.raises(NoSession, match="is for handlers of a server"):
         session_state()
