@@ -36,7 +36,7 @@ demo: $(VENV)/.runtime ## kill and freeze nodes under a client, and show what it
 
 .PHONY: test
 test: $(VENV)/.dev $(SUITE) $(TYPESCRIPT) tools ## run all tests; make test ARGS="tests/unit -x"
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	@$(BIN)/python -m pytest -n 3 --dist loadgroup $(ARGS)
 
 .PHONY: chaos
 chaos: $(VENV)/.dev ## kill, freeze and cut off nodes, 20 rounds; the figures of docs/guarantees.md

@@ -29,7 +29,10 @@ VERSIONS = {"@modelcontextprotocol/sdk": "1.32.2", "@modelcontextprotocol/client
 WATCHED = "test://watched-resource"
 PATHS = {"http": "/mcp", "sse": "/sse"}
 IN_TURN = ("nginx", "haproxy")
-RUNS = [(version, kind, name) for name in (*IN_TURN, *WITH_AFFINITY) for kind in PATHS for version in ("v1", "v2")]
+RUNS = [
+    *((version, kind, name) for name in IN_TURN for kind in PATHS for version in ("v1", "v2")),
+    *((version, "http", name) for version, name in zip(("v1", "v2"), WITH_AFFINITY, strict=True)),
+]
 Balancer = Nginx | Haproxy | Shipped
 
 
