@@ -128,7 +128,7 @@ async def test_postgres_is_slow(database, ledger):
             proxy.delay = 0.2
 
         async with load(nodes, ledger, weather, each=3, count=4) as took:
-            assert max(took) < 6
+            assert max(took) < 12  # some twenty round trips of 0.2 s, and what the machine takes
         assert all(node.incarnation.lease.trusted and node.incarnation.line.up for node in nodes)
         assert identities(nodes) == before
         proxy.delay = 0
