@@ -92,7 +92,7 @@ async def test_many_callers_at_once_do_not_pass_the_bound_by_much(database, talk
             *(session.initialize(nodes[place % 2].url) for place, session in enumerate(sessions))
         )
         good = [answer for answer in answers if answer.status == 200]
-        assert 5 <= len(good) <= 5 + 2 * (3 - 1)
+        assert 5 <= len(good) < 5 + 2 * 3  # at most each connection of both pools saw the last free place
         assert {answer.status for answer in answers} == {200, 503}
         assert await tables.value("select count(*) from pgmcp.sessions") == len(good)
 
