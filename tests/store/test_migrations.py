@@ -60,7 +60,12 @@ create event trigger hold on ddl_command_start when tag in ('CREATE VIEW') execu
 UNHOLD = "drop event trigger hold; drop function public.hold()"
 IN_THE_MIDDLE = """select pid from pg_stat_activity
  where datname = current_database() and wait_event = 'advisory' and query like '%create view%'"""
-ONE_UPGRADE = "import sys; from pgmcp.store.migrations import upgrade; upgrade(sys.argv[1], 'pgmcp')"
+ONE_UPGRADE = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests in the background ignores it
+from pgmcp.store.migrations import upgrade
+upgrade(sys.argv[1], 'pgmcp')
+"""
 
 
 def ask(dsn: str, sql: str, *args: object) -> list[tuple[object, ...]]:
