@@ -5,7 +5,6 @@ Alembic keeps its context in module globals, so one thread at a time may be insi
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import hashlib
 import io
@@ -151,8 +150,6 @@ async def _tried(database_url: str, work: Callable[[Connection], Any]) -> None:
         except DBAPIError as error:
             if sqlstate(error) != LOCK_NOT_AVAILABLE or not tries_left:
                 raise
-            if (task := asyncio.current_task()) is not None and task.cancelling():
-                raise asyncio.CancelledError from error  # it came with the error, and got lost on the way
         await Clock().sleep(Ids().jitter(PAUSE))
     return None
 

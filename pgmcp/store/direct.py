@@ -83,10 +83,7 @@ def finish(work: Callable[[], Awaitable[T]], database_url: str, limit: float) ->
 
     async def bounded() -> T:
         async with asyncio.timeout(limit):
-            result = await work()
-            if (task := asyncio.current_task()) is not None and task.cancelling():
-                raise asyncio.CancelledError  # a library on the way has swallowed the interruption
-            return result
+            return await work()
 
     try:
         return asyncio.run(bounded())

@@ -38,11 +38,11 @@ class FastMcpAdapter(SdkAdapter):
     """
 
     def __init__(self, served: FastMCP[Any], hooks: Hooks) -> None:
-        self.server: Server[Any] = served._mcp_server  # noqa: SLF001 - FastMCP has no public way to it
-        super().__init__(self.server, hooks)
+        server: Server[Any] = served._mcp_server  # noqa: SLF001 - FastMCP has no public way to it
+        super().__init__(server, hooks)
         self._catalogue = Catalogue(served, Clock())
-        if self.server.get_tool_input_schema is None:
-            self.server.get_tool_input_schema = self._catalogue.schema
+        if server.get_tool_input_schema is None:
+            server.get_tool_input_schema = self._catalogue.schema
 
     @asynccontextmanager
     async def _lifespan(self, shared: Shared) -> AsyncIterator[None]:
