@@ -34,7 +34,7 @@ async def test_postgres_crashes_under_load(primary, cluster, truth):
         async with load([nginx.mcp_url], truth, each=3) as work:
             for outage in (0.0, HOLD / 4, OUTAGE):
                 assert not work.failures
-                await asyncio.sleep(1.5)
+                await work.all_served_since(time.monotonic())
                 primary.crash()
                 await asyncio.sleep(outage)
                 primary.start(wait=False)

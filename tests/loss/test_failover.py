@@ -49,7 +49,7 @@ async def test_the_primary_is_killed_under_load(primary, standby, cluster, truth
     await synchronous(primary)
     with cluster(primary.url(standby.port, third)) as (_, nginx):
         async with load([nginx.mcp_url], truth, each=3) as work:
-            await asyncio.sleep(1.5)
+            await work.all_served_since(time.monotonic())
             await fail_over(primary, standby, work, "synchronous failover")
             assert not work.failures
 
@@ -58,7 +58,7 @@ async def test_the_primary_is_killed_under_load(primary, standby, cluster, truth
             try:
                 await last.has_all_of(standby)
                 await last.detach()
-                await asyncio.sleep(1.0)
+                await work.all_served_since(time.monotonic())  # these commits will be lost
                 await fail_over(standby, last, work, "failover that loses a second of commits")
                 async with tables_of(last.url()) as tables:
                     assert await tables.value("select term from pgmcp.history") == 2
