@@ -58,8 +58,9 @@ LOCK_WAIT: ContextVar[str] = ContextVar("LOCK_WAIT", default="250ms")
 BACKOFF = (0.02, 0.05, 0.1, 0.2, 0.5)
 
 
-PLANS = {"plan_cache_mode": "force_generic_plan", "enable_seqscan": "off"}
-"""A plan that was made on empty tables stays in the connection's cache: it must be the one for full tables."""
+PLANS = {"plan_cache_mode": "force_generic_plan", "enable_seqscan": "off", "jit": "off"}
+"""A plan that was made on empty tables stays in the connection's cache: it must be the one for full tables. Before
+PostgreSQL 18 a scan that cannot be avoided has a price then at which each run of the statement is compiled (60 ms)."""
 
 
 class _Connection(asyncpg.Connection):

@@ -14,7 +14,7 @@ import pytest
 
 import pgmcp
 from pgmcp.store.statements import names, statement
-from tests.harness.stores import IDS
+from tests.harness.stores import IDS, store
 
 PACKAGE = Path(pgmcp.__file__).parent
 OF_A_SESSION = ("sessions", "streams", "events", "requests", "journal")
@@ -206,3 +206,11 @@ def literal(kind: str, value: Any) -> str:
     if isinstance(value, list):
         return f"array[{literal(kind[:-2], value[0])}]::{kind}"
     return f"'{value.decode() if isinstance(value, bytes) else value}'::{kind}"
+
+
+async def test_no_statement_is_compiled(database: str) -> None:
+    """Where a sequential scan is priced out of reach, PostgreSQL before 18 would compile what needs one, each time."""
+    async with store(database) as node, node.database._pool.acquire() as connection:
+        assert await connection.fetchval("show jit") == "off"
+        plan = await connection.fetch(f"explain (analyze) {statement('history', 'pgmcp')}")
+        assert not [row for row in plan if "JIT" in row[0]]
