@@ -28,7 +28,12 @@ from pgmcp.store import migrations
 from tests.harness.pooler import SWITCH
 
 ADDRESS = "PGMCP_TEST_PG"
-SETTINGS = {"max_connections": "200", "shared_buffers": "128MB", "max_wal_size": "2GB"}
+SETTINGS = {
+    "max_connections": "200",
+    "shared_buffers": "128MB",
+    "max_wal_size": "2GB",
+    "synchronous_commit": "on",  # nodes lift it anyway; behind a pooler that is the slower way
+}
 ROOMY = 2 << 30  # bytes
 
 

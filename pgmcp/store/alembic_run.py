@@ -26,6 +26,7 @@ from pgmcp.clock import Clock, Ids
 from pgmcp.errors import SchemaError
 from pgmcp.store.address import place
 from pgmcp.store.direct import LOCK_NOT_AVAILABLE, connect, sqlstate
+from pgmcp.store.pins import pin
 from pgmcp.store.pooler import refuse_transaction_pooler
 from pgmcp.store.schema import metadata
 
@@ -102,8 +103,8 @@ async def on_own_connection(database_url: str, work: Callable[[Connection], Any]
 
     async def opened() -> asyncpg.Connection:
         connection = await connect(database_url)
-        # Whatever search path the role has: names resolve alike, and reflection qualifies every table.
-        await connection.execute("; ".join((*_limits(), "set search_path = pg_catalog")))
+        await pin(connection)  # also its search path: names resolve alike, and reflection qualifies every table
+        await connection.execute("; ".join(_limits()))
         return connection
 
     engine = create_async_engine("postgresql+asyncpg://", async_creator=opened, poolclass=NullPool)

@@ -1,8 +1,8 @@
 """The pool: every call has a deadline, and trouble with the connection is told apart from trouble with the row.
 
 Invariants:
-- One statement is one transaction; nothing here opens a transaction, takes an advisory lock or sets a session
-  variable, so a transaction pooler in between changes nothing.
+- One statement is one transaction; nothing here takes an advisory lock, or sets anything for a session of a transaction
+  pooler. What role and database say does not matter (``store.pins``).
 - A connection on which a call failed is thrown away, never handed to the next caller. One that did not answer in time,
   or takes no writes any more, takes the idle ones with it: each of them would wait for the same server as long.
 """
@@ -26,6 +26,7 @@ from pgmcp.store import primary
 from pgmcp.store.address import place
 from pgmcp.store.history import History
 from pgmcp.store.migrations import understood
+from pgmcp.store.pins import PLANS, STARTUP, Frame, pin
 from pgmcp.store.statements import statement
 
 Result = TypeVar("Result")
@@ -58,11 +59,6 @@ LOCK_WAIT: ContextVar[str] = ContextVar("LOCK_WAIT", default="250ms")
 BACKOFF = (0.02, 0.05, 0.1, 0.2, 0.5)
 
 
-PLANS = {"plan_cache_mode": "force_generic_plan", "enable_seqscan": "off", "jit": "off"}
-"""A plan that was made on empty tables stays in the connection's cache: it must be the one for full tables. Before
-PostgreSQL 18 a scan that cannot be avoided has a price then at which each run of the statement is compiled (60 ms)."""
-
-
 class _Connection(asyncpg.Connection):
     """A pool connection without a reset query: nothing here leaves anything to reset."""
 
@@ -82,6 +78,7 @@ class Database:
     def __init__(self, settings: Settings, clock: Clock, ids: Ids | None = None) -> None:
         self.settings, self.clock = settings, clock
         self.history = History(settings.schema_name, ids or Ids())
+        self._frame = Frame(clock)
         self._pool: asyncpg.Pool | None = None
         self._turns = asyncio.Semaphore(settings.pool_size)
         self._idle: list[PoolConnectionProxy] = []
@@ -92,11 +89,11 @@ class Database:
         Raises:
             DatabaseUnavailable: PostgreSQL cannot be reached or refuses the login.
         """
-        options: dict[str, Any] = {"connect": self.connect}
         if self.settings.pooled:
-            options["statement_cache_size"] = 0
+            options: dict[str, Any] = {"connect": self._connect_pooled, "statement_cache_size": 0}
         else:
-            options["server_settings"] = PLANS | {"application_name": f"pgmcp {self.settings.node_name}"}
+            named = {"application_name": f"pgmcp {self.settings.node_name}"}
+            options = {"connect": self.connect, "server_settings": PLANS | named}
         try:
             self._pool = await asyncpg.create_pool(
                 self.settings.database_url,
@@ -111,8 +108,23 @@ class Database:
             raise unavailable(self.settings.database_url, error) from error
 
     async def connect(self, url: str, *, timeout: float, **options: Any) -> asyncpg.Connection:
-        """A connection for this node to the server that it works with: see ``primary.connect`` and ``History``."""
-        return await primary.connect(url, timeout=timeout, check=self.history.follow, **options)
+        """A direct connection to the server that this node works with: see ``primary.connect`` and ``History``."""
+
+        async def check(connection: asyncpg.Connection) -> None:
+            await pin(connection)
+            await self.history.follow(connection)
+
+        options["server_settings"] = STARTUP | options.get("server_settings", {})
+        return await primary.connect(url, timeout=timeout, check=check, **options)
+
+    async def _connect_pooled(self, url: str, *, timeout: float, **options: Any) -> asyncpg.Connection:
+        """The same through a pooler."""
+
+        async def check(connection: asyncpg.Connection) -> None:
+            await self._frame.look(connection)
+            await self.history.follow(connection)
+
+        return await primary.connect(url, timeout=timeout, check=check, **options)
 
     async def close(self) -> None:
         """Close every connection, without waiting for the other side longer than a statement may take."""
@@ -167,7 +179,7 @@ class Database:
             text = statement(name, self.settings.schema_name, LOCK_WAIT.get())
             rows: list[asyncpg.Record] = []
             try:
-                rows = await connection.fetch(text, *args, timeout=self.settings.statement_timeout)
+                rows = await self._run(connection, text, args)
             except (*TROUBLE, asyncio.CancelledError) as error:
                 await self._throw_away(pool, connection)
                 while isinstance(error, (TimeoutError, asyncpg.ReadOnlySQLTransactionError)) and self._idle:
@@ -177,6 +189,13 @@ class Database:
                 self._idle.append(connection)  # whatever it was, it must not cost the pool a connection
                 raise
             self._idle.append(connection)
+        return rows
+
+    async def _run(self, connection: PoolConnectionProxy, text: str, args: tuple[object, ...]) -> list[asyncpg.Record]:
+        seconds = self.settings.statement_timeout
+        if self.settings.pooled:
+            return await self._frame.fetch(connection, text, args, seconds)
+        rows: list[asyncpg.Record] = await connection.fetch(text, *args, timeout=seconds)
         return rows
 
     async def _throw_away(self, pool: asyncpg.Pool, connection: PoolConnectionProxy) -> None:
