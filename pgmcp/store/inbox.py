@@ -30,6 +30,7 @@ from pgmcp.errors import (
 )
 from pgmcp.settings import Settings
 from pgmcp.store.database import Database
+from pgmcp.store.floors import BOTTOM, Floor, Floors
 from pgmcp.store.group import Group
 from pgmcp.types import (
     Accepted,
@@ -83,6 +84,9 @@ class TableInbox:
         self._settings = database.settings
         self._hold = database.settings.hold
         self._unheard: dict[Ownership, list[_Claim]] = {}
+        self._counted: Floors[tuple[int, str]] = Floors()
+        self._taken: Floors[Ownership] = Floors()
+        self._seen, self._waiting = BOTTOM, frozenset[UUID]()
         self._accepts: Group[Sequence[Message], list[asyncpg.Record]] = Group(
             self._send_accepts, clock, lambda post: post[0].session_id
         )
@@ -151,6 +155,8 @@ class TableInbox:
 
     async def _send_accepts(self, posts: Sequence[Sequence[Message]]) -> list[list[asyncpg.Record] | PgmcpError]:
         flat = [message for messages in posts for message in messages]
+        term = self._database.history.term  # another one may count transactions anew
+        floors = {message.session_id: self._counted.of((term, message.session_id)) for message in flat}
         rows = await self._database.fetch(
             "accept",
             [message.key for message in flat],
@@ -169,7 +175,14 @@ class TableInbox:
             self._settings.max_in_flight * WAITING_SHARE,
             [number for number, messages in enumerate(posts) for _ in messages],
             [message.transport for message in flat],
+            list(floors),
+            [floor.low for floor in floors.values()],
+            [floor.texts[0] for floor in floors.values()],
+            [floor.texts[1] for floor in floors.values()],
         )
+        for session_id, row in {m.session_id: r for m, r in zip(flat, rows, strict=True) if r["horizon"]}.items():
+            seen = Floor.of(row["horizon"], row["unfinished"] or ())
+            self._counted.rise((term, session_id), floors[session_id], seen)
         results: list[list[asyncpg.Record] | PgmcpError] = []
         for messages in posts:
             results.append(rows[: len(messages)])
@@ -202,6 +215,7 @@ class TableInbox:
         repeat = any(claim.sent for claim in claims)
         for claim in claims:
             claim.sent = True
+        floors = {claim.ownership: self._taken.of(claim.ownership) for claim in newest.values()}
         rows = await self._database.fetch(
             "claim",
             [claim.ownership.session for claim in newest.values()],
@@ -210,7 +224,13 @@ class TableInbox:
             self._node,
             repeat,
             [claim.requests for claim in newest.values()],
+            [floor.low for floor in floors.values()],
+            [floor.texts[0] for floor in floors.values()],
         )
+        for row in rows:
+            ownership = Ownership(SessionKey(row["session"]), row["epoch"])
+            if newest[ownership.session].requests:  # else requests are left where they wait
+                self._taken.rise(ownership, floors[ownership], Floor.of(row["horizon"]))
         taken = {
             (session, epoch): [_claimed(row) for row in group if row["id"] is not None]
             for (session, epoch), group in groupby(rows, key=lambda row: (row["session"], row["epoch"]))
@@ -224,8 +244,19 @@ class TableInbox:
 
     async def unclaimed(self) -> list[Ownership]:
         """See ``Inbox.unclaimed``."""
-        rows = await self._database.ask("unclaimed", self._node)
-        return [*self._unheard, *(Ownership(SessionKey(row["id"]), row["epoch"]) for row in rows)]
+        rows = await self._look()
+        waiting = {row["id"]: Ownership(SessionKey(row["session"]), row["epoch"]) for row in rows if row["waits"]}
+        for key in self._waiting & waiting.keys():  # a claim was made since, most likely, and did not find it
+            self._taken.forget(waiting[key])
+        self._waiting = frozenset(waiting)
+        return list({**self._unheard, **dict.fromkeys(waiting.values())})
+
+    async def _look(self) -> list[asyncpg.Record]:
+        """What is unfinished in this node's sessions."""
+        floor = self._seen
+        rows = await self._database.ask("unclaimed", self._node, floor.low, floor.running, floor.known)
+        self._seen = Floor.of(rows[0]["horizon"], [row["id"] for row in rows if row["id"] is not None])
+        return rows
 
     async def establish(self, ownership: Ownership, facts: Established) -> None:
         """See ``Inbox.establish``."""
@@ -251,8 +282,9 @@ class TableInbox:
 
     async def claimed(self) -> dict[Ownership, list[RequestKey]]:
         """See ``Inbox.claimed``."""
+        await self._look()
         found: dict[Ownership, list[RequestKey]] = {}
-        for row in await self._database.ask("claimed_requests", self._node, HEARD):
+        for row in await self._database.ask("claimed_requests", self._node, HEARD, self._seen.known):
             found.setdefault(Ownership(SessionKey(row["session"]), row["epoch"]), []).append(RequestKey(row["id"]))
         return found
 
@@ -260,6 +292,7 @@ class TableInbox:
         """See ``Inbox.put_back``."""
         if not await self._owner_write("put_back", ownership, list(keys)):
             raise over(ownership)
+        self._taken.forget(ownership)
 
     async def owned(self) -> set[Ownership]:
         """See ``Inbox.owned``."""
@@ -279,6 +312,7 @@ class TableInbox:
         sessions, epochs = [each.session for each in ordered], [each.epoch for each in ordered]
         await self._database.persist("keep_claims", sessions, epochs, self._node, list(keys), patience=self._hold)
         self._unheard.clear()  # claims of the former term are void
+        self._seen = BOTTOM
 
     async def touch(self, ownerships: Sequence[Ownership]) -> None:
         """See ``Inbox.touch``."""

@@ -2,14 +2,17 @@
 
 Invariants:
 - Payloads are ``bytea``: NUL escapes, key order and big numbers survive byte for byte.
-- Tables hang off their session and go with it, but for ``history``, ``nodes``, ``publications``, ``schema_range``,
-  ``secrets``, ``spent_states`` and ``takeovers``.
+- Tables hang off their session and go with it, but for ``history``, ``nodes``, ``node_states``, ``publications``,
+  ``schema_range``, ``secrets``, ``spent_states`` and ``takeovers``.
 - ``nodes`` has no index on its times, and room in its pages: renewals stay heap-only.
 - ``requests.position`` comes from one sequence; a message whose 202 was sent before another was accepted
   has the smaller position, which is the order in which an owner takes messages.
 - An event with a topic may give way while it waits: to a newer one of the same topic, or when too many wait.
-- ``publications.xact`` is the transaction that wrote the row: with a snapshot it tells which rows a reader has not
-  seen, in whatever order transactions commit.
+- ``node_states`` follows ``nodes`` by triggers and changes only with a node's state: renewals leave a version of the
+  node's row each second, which the message path must not walk while a snapshot holds them.
+- ``publications.xact`` and ``requests.xact`` are the transaction that wrote the row: with a snapshot they tell which
+  rows a reader has not seen, in whatever order transactions commit. The partial indexes on the latter are made so that
+  whoever looks above a floor finds no other index that fits, whatever statistics say: others lead through what is over.
 - At most one request of a session with a given JSON-RPC id is open (``requests_open_rpc_id``).
 - Revisions are four digits that ascend. A build fits a database whose revision is not older than its ``OLDEST``, while
   it knows the revision in ``schema_range.needs``, which only contract steps raise.
@@ -45,10 +48,11 @@ NAMES = {
     "ck": "%(table_name)s_%(constraint_name)s_check",
 }
 NOW = text("clock_timestamp()")
+XACT = text("(pg_current_xact_id()::text)::bigint")
 TIME = DateTime(timezone=True)
 
 VERSION_TABLE = "alembic_version"
-OLDEST = "0006"
+OLDEST = "0007"
 """The oldest revision with everything that this build's statements use."""
 
 VIEWS = ("live_nodes", "live_sessions", "live_requests", "live_streams", "takeover_history")
@@ -92,6 +96,14 @@ nodes = Table(
     Column("schema_newest", Text),
     CheckConstraint("state in ('joining', 'ready', 'draining', 'left', 'dead')", name="state"),
     postgresql_with={"fillfactor": "50"},
+)
+
+node_states = Table(
+    "node_states",
+    metadata,
+    Column("node_id", Uuid, ForeignKey("nodes.node_id", ondelete="CASCADE"), primary_key=True),
+    Column("name", Text, nullable=False),
+    Column("state", Text, nullable=False),
 )
 
 sessions = Table(
@@ -183,10 +195,17 @@ requests = Table(
     Column("claimed_at", TIME),
     Column("finished_at", TIME),
     Column("outcome", Text),
+    Column("xact", BigInteger, nullable=False, server_default=XACT),
     CheckConstraint("outcome in ('answered', 'cancelled', 'delivered', 'lost')", name="outcome"),
     Index("requests_session_position_idx", "session", "position"),
     Index("requests_stream_idx", "stream"),
-    Index("requests_unfinished_idx", "session", postgresql_where=text("finished_at is null")),
+    Index(
+        "requests_unfinished_session_idx",
+        text("(session + 0)"),
+        text("(xact + 0)"),
+        postgresql_where=text("finished_at is null"),
+    ),
+    Index("requests_unfinished_xact_idx", "xact", postgresql_where=text("outcome is null")),
     Index(
         "requests_finished_at_idx", "finished_at", postgresql_where=text("stream is null and finished_at is not null")
     ),
@@ -213,7 +232,7 @@ publications = Table(
     Column("id", Uuid, primary_key=True, server_default=text("gen_random_uuid()")),
     Column("kind", Text, nullable=False),
     Column("uri", Text),
-    Column("xact", BigInteger, nullable=False, server_default=text("(pg_current_xact_id()::text)::bigint"), index=True),
+    Column("xact", BigInteger, nullable=False, server_default=XACT, index=True),
     Column("published_at", TIME, nullable=False, server_default=NOW),
     CheckConstraint(
         "kind in ('tools_list_changed', 'prompts_list_changed', 'resources_list_changed', 'resource_updated')",

@@ -58,7 +58,7 @@ async def test_it_fits_the_schema(connection: asyncpg.Connection, name: str) -> 
 
 def test_no_schema_is_written_out() -> None:
     """Every table is named through the schema that the settings give."""
-    others = ("nodes", "publications", "schema_range", "secrets", "spent_states", "takeovers")
+    others = ("nodes", "node_states", "publications", "schema_range", "secrets", "spent_states", "takeovers")
     tables = "|".join((*OF_A_SESSION, *others))
     for name in names():
         found = re.findall(rf"\b(?:from|join|into|update)\s+(?:{tables})\b", code(name))
@@ -173,8 +173,9 @@ async def test_hot_statements_use_their_indexes(connection: asyncpg.Connection, 
             select 's' || n, gen_random_uuid(), 'streamable' from generate_series(1, {SOME}) n;
         insert into pgmcp.streams (id, session, kind) select gen_random_uuid(), id, 'request' from pgmcp.sessions;
         insert into pgmcp.streams (id, session, kind) select gen_random_uuid(), id, 'standalone' from pgmcp.sessions;
-        insert into pgmcp.requests (id, session, rpc_id, body, context, stream, open, claimed_epoch, finished_at)
-            select gen_random_uuid(), session, '1', '', '', id, true, 1, clock_timestamp()
+        insert into pgmcp.requests
+            (id, session, rpc_id, body, context, stream, open, claimed_epoch, finished_at, outcome)
+            select gen_random_uuid(), session, '1', '', '', id, true, 1, clock_timestamp(), 'answered'
             from pgmcp.streams where kind = 'request';
         insert into pgmcp.events (stream, seq, message)
             select id, n, '' from pgmcp.streams, generate_series(1, 3) n;

@@ -38,7 +38,8 @@ where session_id = $1
 -- fence: sessions rows FOR KEY SHARE, so that accepting is ordered with takeover, hand-over and DELETE, and the
 -- owner that comes back is the one that holds after it. A request without a stream is answered on the standalone one.
 -- A POST's messages ($15 numbers the POSTs) are stored all or none: whoever loses a race for an id fails and comes again.
--- $13 and $14 bound what a session may have unfinished: requests, and messages of any kind.
+-- $13 and $14 bound what a session may have unfinished: requests, and messages of any kind. They are counted above the
+-- edge's floor for each session ($17 to $20, see store/floors.py), and what it had counted is looked up by its id.
 with guard as materialized (
     select set_config('lock_timeout', '250ms', true)
 ), asked as materialized (
@@ -55,19 +56,38 @@ with guard as materialized (
     order by s.id
     for key share of s
 ), counted as materialized (
-    select h.*, u.requests, u.messages,
+    select h.*, u.requests, u.messages, u.unfinished, pg_current_snapshot()::text as horizon,
         -- answers that wait on an HTTP+SSE stream that nobody carries
         (
             select count(*) from {schema}.streams st join {schema}.events e
                 on e.stream = st.id and e.seq > st.delivered_seq
             where h.transport = 'sse' and st.session = h.id and st.kind = 'standalone' and st.sink is null
         ) as unread
-    from held h cross join lateral (
-        select count(*) as messages, count(r.rpc_id) as requests
-        from {schema}.requests r where r.session = h.id and r.finished_at is null
+    from held h
+    join unnest($17::text[], $18::bigint[], $19::text[], $20::text[]) as f (session_id, low, running, known)
+        on f.session_id = h.session_id
+    cross join lateral (
+        select count(*) as messages, count(o.rpc_id) as requests, array_agg(o.id) as unfinished
+        from (
+            select r.id, r.rpc_id from {schema}.requests r
+            where r.session + 0 = h.id and r.xact + 0 >= f.low and r.finished_at is null
+            union
+            select r.id, r.rpc_id from unnest(f.running::bigint[]) as x (xact)
+            cross join lateral (
+                select q.id, q.rpc_id from {schema}.requests q
+                where q.session + 0 = h.id and q.xact + 0 = x.xact and q.finished_at is null
+                offset 0
+            ) r
+            union
+            select r.id, r.rpc_id from unnest(f.known::uuid[]) as k (id)
+            cross join lateral (
+                select q.id, q.rpc_id, q.finished_at from {schema}.requests q where q.id = k.id limit 1
+            ) r
+            where r.finished_at is null
+        ) o
     ) u
 ), mine as materialized (
-    select a.*, h.id as session, h.owner, h.epoch, h.protocol_version,
+    select a.*, h.id as session, h.owner, h.epoch, h.protocol_version, h.unfinished, h.horizon,
         -- with this POST and those before it in this statement
         a.rpc_id is not null and h.requests + count(a.rpc_id) over posts > $13::bigint
             or h.messages + count(*) over posts > $14::bigint
@@ -83,7 +103,11 @@ with guard as materialized (
     select m.n, m.post, r.id, r.stream, r.body = m.body as same,
         r.finished_at is not null as finished, st.sink is not null as attached
     from mine m
-    join {schema}.requests r on r.session = m.session and r.rpc_id = m.rpc_id and r.open
+    cross join lateral (  -- one by one: a join of another kind would read all that is over
+        select q.id, q.stream, q.body, q.finished_at from {schema}.requests q
+        where q.session = m.session and q.rpc_id = m.rpc_id and q.open
+        limit 1
+    ) r
     left join {schema}.streams st on st.id = r.stream
 ), fresh as materialized (
     select m.*
@@ -109,7 +133,7 @@ with guard as materialized (
     on conflict (id) do nothing
 )
 select
-    m.session, m.owner, m.epoch, m.protocol_version, (o.state in ('joining', 'ready', 'draining')) is not true as orphaned,
+    m.session, m.owner, m.epoch, m.protocol_version, m.unfinished, m.horizon, (o.state in ('joining', 'ready', 'draining')) is not true as orphaned,
     o.name as owner_name,
     stored.id is not null or k.id = a.id
         or exists (select from {schema}.requests r where r.id = a.id) as accepted,
@@ -117,7 +141,7 @@ select
     k.id as known_id, k.stream as known_stream, k.same, k.finished, k.attached
 from asked a
 left join mine m on m.n = a.n
-left join {schema}.nodes o on o.node_id = m.owner
+left join {schema}.node_states o on o.node_id = m.owner
 left join stored on stored.id = a.id
 left join known k on k.n = a.n
 order by a.n;
@@ -125,24 +149,42 @@ order by a.n;
 -- name: claim
 -- fence: owner and epoch on the sessions row, FOR KEY SHARE. A claim may commit asynchronously: what a crash of
 -- PostgreSQL forgets was accepted and counts as may-have-run. $3 are the claims' own ids: a repeat ($5; it reads every
--- request of the session) finds its rows. $6: requests too, or only what serves those that run already. "is true" keeps the planner from reading every session of the owner.
+-- request of the session) finds its rows. $6: requests too, or only what serves those that run already. $7 and $8: above
+-- the owner's floor for the session (see store/floors.py). "is true" keeps the planner from reading every session of the
+-- owner.
 with guard as materialized (
     select set_config('lock_timeout', '250ms', true), set_config('synchronous_commit', 'off', true)
 ), held as materialized (
-    select s.id, s.epoch, a.claim, a.requests
+    select s.id, s.epoch, a.claim, a.requests, a.low, a.running
     from guard, {schema}.sessions s
-    join unnest($1::bigint[], $2::bigint[], $3::uuid[], $6::boolean[]) as a (session, epoch, claim, requests)
+    join unnest($1::bigint[], $2::bigint[], $3::uuid[], $6::boolean[], $7::bigint[], $8::text[])
+        as a (session, epoch, claim, requests, low, running)
         on a.session = s.id
     where (s.owner = $4) is true and s.epoch = a.epoch and s.state = 'live'
     order by s.id
     for key share of s
+), waiting as materialized (
+    select r.id, h.claim, h.epoch
+    from held h cross join lateral (
+        select q.id, q.rpc_id, q.claimed_epoch from {schema}.requests q
+        where q.session + 0 = h.id and q.xact + 0 >= h.low and q.finished_at is null
+        union all
+        select o.id, o.rpc_id, o.claimed_epoch from unnest(h.running::bigint[]) as x (xact)
+        cross join lateral (
+            select q.id, q.rpc_id, q.claimed_epoch from {schema}.requests q
+            where q.session + 0 = h.id and q.xact + 0 = x.xact and q.finished_at is null
+            offset 0
+        ) o
+    ) r
+    where r.claimed_epoch is null and (h.requests or r.rpc_id is null)
 ), taken as (
+    -- "is true", here and elsewhere: whoever is found by its id is not looked for among all that is unfinished
     update {schema}.requests r
-    set claim = h.claim, claimed_epoch = h.epoch, claimed_at = clock_timestamp(), runs = r.runs + 1,
+    set claim = w.claim, claimed_epoch = w.epoch, claimed_at = clock_timestamp(), runs = r.runs + 1,
         finished_at = case when r.rpc_id is null then clock_timestamp() end,
         outcome = case when r.rpc_id is null then 'delivered' end
-    from held h
-    where r.session = h.id and r.claimed_epoch is null and r.finished_at is null and (h.requests or r.rpc_id is null)
+    from waiting w
+    where r.id = w.id and r.claimed_epoch is null and (r.finished_at is null) is true
     returning r.id, r.position, r.session, r.rpc_id, r.method, r.body, r.context, r.stream
 ), mine as (
     select * from taken
@@ -151,22 +193,56 @@ with guard as materialized (
     from held h join {schema}.requests r on r.session = h.id and r.claim = h.claim
     where $5
 )
-select h.id as session, h.epoch, m.id, m.rpc_id, m.method, m.body, m.context, m.stream, st.next_seq
+select h.id as session, h.epoch, m.id, m.rpc_id, m.method, m.body, m.context, m.stream, st.next_seq,
+    pg_current_snapshot()::text as horizon
 from held h
 left join mine m on m.session = h.id
 left join {schema}.streams st on st.id = m.stream
 order by h.id, m.position;
 
 -- name: unclaimed
--- Sessions of this owner with work that it has not claimed: the answer to a lost wake-up, or to a lost reply to a takeover.
-select distinct s.id, s.epoch
-from {schema}.requests r join {schema}.sessions s on s.id = r.session
-where (r.claimed_epoch is null or r.claimed_epoch < s.epoch)
-  and r.finished_at is null and s.owner = $1 and s.state = 'live';
+-- What is unfinished in the sessions of this owner, above its floor ($2, $3), and of what it had seen ($4); of sessions
+-- that came to it within the last minute, all. Whether it waits for a claim: the answer to a lost wake-up, or to a lost
+-- reply to a takeover. One row at least, with the look's horizon.
+with seen as materialized (
+    select r.id, r.session, r.claimed_epoch from {schema}.requests r where r.outcome is null and r.xact >= $2
+    union
+    select r.id, r.session, r.claimed_epoch from unnest($3::bigint[]) as x (xact)
+    cross join lateral (
+        select q.id, q.session, q.claimed_epoch from {schema}.requests q
+        where q.outcome is null and q.xact = x.xact
+        offset 0
+    ) r
+    union
+    select r.id, r.session, r.claimed_epoch
+    from unnest($4::uuid[]) as k (id)
+    cross join lateral (
+        select q.id, q.session, q.claimed_epoch, q.outcome from {schema}.requests q where q.id = k.id limit 1
+    ) r
+    where r.outcome is null
+    union
+    select r.id, r.session, r.claimed_epoch
+    from (select t.* from {schema}.takeovers t order by t.id desc limit 1000) t
+    cross join lateral (
+        select q.id, q.session, q.claimed_epoch from {schema}.requests q
+        where q.session + 0 = t.session and q.finished_at is null
+    ) r
+    where t.to_node = $1 and t.at > clock_timestamp() - interval '1 minute'
+), own as materialized (
+    select n.id, s.id as session, s.epoch, n.claimed_epoch is null or n.claimed_epoch < s.epoch as waits
+    from seen n cross join lateral (
+        select o.id, o.epoch, o.owner, o.state from {schema}.sessions o where o.id = n.session limit 1
+    ) s
+    where s.owner = $1 and s.state = 'live'
+)
+select pg_current_snapshot()::text as horizon, own.id, own.session, own.epoch, own.waits
+from (values (1)) as one (row) left join own on true;
 
 -- name: claimed_requests
 select r.session, s.epoch, r.id
-from {schema}.requests r join {schema}.sessions s on s.id = r.session
+from unnest($3::uuid[]) as k (id)
+cross join lateral (select q.* from {schema}.requests q where q.id = k.id limit 1) r
+cross join lateral (select o.* from {schema}.sessions o where o.id = r.session limit 1) s
 where s.owner = $1 and s.state = 'live' and r.claimed_epoch = s.epoch and r.finished_at is null
   and r.claimed_at < clock_timestamp() - make_interval(secs => $2);
 

@@ -28,8 +28,12 @@ with guard as materialized (
     select f.stream, l.kind, l.delivered_seq, max(f.seq) + 1 as beyond
     from fit f
     join locked l on l.id = f.stream and l.session = f.session and not l.closed
-    left join {schema}.requests q
-        on q.id = f.finishes and coalesce(q.claimed_epoch, f.epoch) = f.epoch and q.finished_at is null
+    left join lateral (
+        -- "is true", here and below: whoever is found by its id is not looked for among all that is unfinished
+        select r.id from {schema}.requests r
+        where r.id = f.finishes and coalesce(r.claimed_epoch, f.epoch) = f.epoch and (r.finished_at is null) is true
+        limit 1
+    ) q on true
     group by f.stream, l.kind, l.delivered_seq, l.next_seq
     having min(f.seq) = l.next_seq
        and max(f.seq) - min(f.seq) + 1 = count(*)
@@ -38,7 +42,7 @@ with guard as materialized (
     update {schema}.requests q
     set finished_at = clock_timestamp(), outcome = f.outcome, open = m.kind = 'request'
     from fit f join moving m on m.stream = f.stream
-    where q.id = f.finishes and coalesce(q.claimed_epoch, f.epoch) = f.epoch and q.finished_at is null
+    where q.id = f.finishes and coalesce(q.claimed_epoch, f.epoch) = f.epoch and (q.finished_at is null) is true
     returning q.stream
 ), moved as (
     update {schema}.streams st
@@ -117,7 +121,9 @@ with guard as materialized (
         where o.session = held.id and o.sink is not null and o.id <> st.id  -- one that moves is not one more
     ) >= $7 as full
     from held join {schema}.streams st on st.session = held.id
-    where ($5::uuid is null and st.kind = 'standalone') or st.id = $5
+    where st.id = coalesce($5::uuid, (
+        select w.id from {schema}.streams w where w.session = held.id and w.kind = 'standalone'
+    ))
     for no key update of st
 ), taken as (
     update {schema}.streams st
@@ -135,7 +141,7 @@ select
 from held
 left join taken on true
 left join target on true
-left join {schema}.nodes o on o.node_id = held.owner;
+left join {schema}.node_states o on o.node_id = held.owner;
 
 -- name: release
 -- An edge notes how far it carried streams and, unless it keeps them ($5), lets go of them; an answer written to its end
