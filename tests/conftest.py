@@ -60,7 +60,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where tests run side by side (``-n``), those of a file stay together, and so do those that share nodes."""
     for item in items:
-        item.add_marker(pytest.mark.xdist_group("chaos" if item.path.parent.name == "chaos" else item.path.name))
+        shares = "shared_stage" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("chaos" if shares else item.path.name))
 
 
 def migrate(*, host: str, port: int, user: str, password: str, dbname: str, **_: Any) -> None:

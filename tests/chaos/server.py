@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ LONG = 60.0
 counts: dict[str, int] = {}
 levels: dict[str, str] = {}
 subscribers: dict[str, ServerSession] = {}
+bumping: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
 
 def note(what: str, text: str) -> int:
@@ -125,6 +127,16 @@ async def count() -> dict[str, Any]:
         "level": levels.get(state.session_id),
         "subscribed": state.session_id in subscribers,
     }
+
+
+@mcp.tool(structured_output=False)
+async def bump() -> str:
+    """Add one to a number that is kept; tell the sum."""
+    state = session_state()
+    async with bumping[state.session_id]:
+        told = await state.get("sum", 0) + 1
+        await state.set("sum", told)
+        return str(told)
 
 
 @mcp.tool(structured_output=False)

@@ -64,10 +64,26 @@ class Proxy:
         """Cuts that did not happen yet."""
         return self._cuts
 
-    def cut_all(self) -> None:
-        """Cut every connection now."""
+    def cut_all(self, *, listening: bool | None = None) -> None:
+        """Cut every connection now; or only the line (True), or only the others (False)."""
         for link in list(self._links):
-            link.abort()
+            if listening in {None, link.listening}:
+                link.abort()
+
+    async def stall(self, seconds: float) -> None:
+        """Let all that is said on the present connections arrive late, also when its sender has hung up meanwhile."""
+        links = list(self._links)
+        for link in links:
+            link.flowing.clear()
+        await asyncio.sleep(seconds)
+        for link in links:
+            link.flowing.set()
+
+    async def close(self) -> None:
+        """Cut every connection, and wait until nobody carries one any more."""
+        while self._links:
+            self.cut_all()
+            await asyncio.sleep(0)
 
     def take(self, statement: str) -> Cut | None:
         """The cut that is due for a statement."""
@@ -103,6 +119,9 @@ class _Link:
         self._to_server: asyncio.StreamWriter | None = None
         self._statements: dict[bytes, str] = {}
         self._awaits_ready = False
+        self.listening = False
+        self.flowing = asyncio.Event()
+        self.flowing.set()
 
     def abort(self) -> None:
         for writer in (self._to_client, self._to_server):
@@ -135,11 +154,13 @@ class _Link:
                 name, _, rest = body.partition(b"\0")
                 found = _NAME.match(rest)
                 self._statements[name] = found[1].decode() if found else ""
+                self.listening |= rest.startswith(b"LISTEN")
             elif kind == b"B":
                 cut = self._proxy.take(self._statements.get(body.split(b"\0")[1], ""))
                 if cut is Cut.BEFORE:
                     return
                 self._awaits_ready |= cut is Cut.AFTER
+            await self.flowing.wait()
             self._forward(self._to_server, kind + size + body)
 
     async def _down(self, server: asyncio.StreamReader) -> None:
@@ -147,6 +168,7 @@ class _Link:
             if self._proxy.delay:
                 await asyncio.sleep(self._proxy.delay)
             await self._proxy.hearing.wait()
+            await self.flowing.wait()
             if not self._awaits_ready:
                 self._forward(self._to_client, piece)
             elif piece[-6:-1] == b"Z\0\0\0\5":
@@ -166,5 +188,5 @@ async def proxied(database: str) -> AsyncIterator[tuple[Proxy, str]]:
     finally:
         listener.close()
         proxy.black_hole = False
-        proxy.cut_all()
+        await proxy.close()
         await listener.wait_closed()
