@@ -102,6 +102,7 @@ class Actor:
         self._floors: dict[str, float | None] = {}
         self._early_cancels = Recent(clock)  # those that overtook their requests
         self._finished = Recent(clock)  # a late cancel must not hit the next request that has the id
+        self._answered = Recent(clock)
         self._closable = False
         self._queue: asyncio.Queue[Incoming | None] = asyncio.Queue()
         self._muted = False
@@ -180,11 +181,11 @@ class Actor:
         self._floors[rpc_id] = progress
 
     def has(self, key: RequestKey) -> bool:
-        """Whether a request is being worked on, until its answer is stored.
+        """Whether a request is being worked on, or was answered here a moment ago.
 
-        A crash of PostgreSQL may forget its claim, and give it out anew.
+        A crash of PostgreSQL may forget its claim, and give it out anew; the reply may come when it has been answered.
         """
-        return key in self._working
+        return key in self._working or str(key) in self._answered
 
     def expect(self, claimed: Sequence[Claimed]) -> None:
         """Count the requests of each stream before the first of them can be finished: a batch shares one."""
@@ -349,6 +350,7 @@ class Actor:
             self._streams.pop(call.stream.id, None)
         await self._store(call.stream, message, call.key, outcome)
         self._working.discard(call.key)
+        self._answered.keep(str(call.key))
 
     async def _store(
         self,

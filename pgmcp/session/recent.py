@@ -1,4 +1,4 @@
-"""Request ids that are kept for a while; the oldest gives way when there are too many."""
+"""Ids of requests that are kept for a while; the oldest gives way when there are too many."""
 
 from __future__ import annotations
 

@@ -112,6 +112,32 @@ def test_a_claim_whose_reply_is_lost_in_an_outage_is_found(scene: Scene) -> None
     assert (call.acknowledged, call.runs, scene.world.unfinished()) == (True, 1, [])
 
 
+def test_a_request_whose_claim_a_crash_forgot_runs_once(scene: Scene) -> None:
+    """The next claim takes it again, its reply is lost, and it is heard when the request has been answered."""
+    call = scene.call(safe=False, seconds=5)
+    scene.passes(1)
+    scene.do(scene.world.forget_claims)
+    for _ in range(100):
+        scene.owner.store.wire.cut("claim", Cut.AFTER)
+    scene.call()
+    scene.passes(30)
+    scene.owner.store.wire.clear()
+    scene.passes(30)
+    assert (call.runs, scene.world.unfinished()) == (1, [])
+    scene.ends_well()
+
+
+def test_an_owner_knows_for_a_while_what_it_has_answered(scene: Scene) -> None:
+    """A claim that looked before the answer was stored may be heard after it."""
+    call = scene.call(safe=False, seconds=1)
+    scene.passes(2)
+    (row,) = [row for row in scene.world.cluster.requests.values() if row.message.rpc_id == call.rpc_id]
+    (resident,) = scene.owner.host._residents.values()
+    assert row.finished
+    assert row.key not in resident.actor.working
+    assert resident.actor.has(row.key)
+
+
 def test_a_sweep_whose_reply_is_lost_is_found(scene: Scene) -> None:
     scene.call(seconds=60)
     for node in scene.world.nodes:

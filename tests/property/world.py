@@ -238,6 +238,14 @@ class World:
         await self.clock.sleep(seconds)
         self.cluster.away = False
 
+    def forget_claims(self) -> None:
+        """The database crashes and is back; nobody has waited for the claims to be on its disk."""
+        for row in self.cluster.requests.values():
+            if row.claimed_epoch is not None and not row.finished:
+                row.claim, row.claimed_epoch, row.runs = None, None, row.runs - 1
+        for node in self.nodes:
+            node.lose_line()
+
     async def database_is_away(self, seconds: float, *, keeps_lines: bool) -> None:
         """An outage from its beginning to its end."""
         self.database_goes_away(keeps_lines=keeps_lines)

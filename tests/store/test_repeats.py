@@ -297,3 +297,27 @@ async def test_a_claim_whose_caller_gave_up_is_found_by_the_next_one(
             assert isinstance(await outcome(node.inbox.claim(session.ownership)), DatabaseUnavailable)
         assert session.ownership in await node.inbox.unclaimed()
         assert [item.key for item in await node.inbox.claim(session.ownership)] == [message.key]
+
+
+async def test_a_claim_that_is_found_later_brings_nothing_that_was_answered_meanwhile(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its owner works on the request already, under a claim that a crash of PostgreSQL has forgotten."""
+    async with store(database) as node:
+        session = await opened(node)
+        note = request(session, None)
+        await node.inbox.accept([request(session)])
+        (claimed,) = await node.inbox.claim(session.ownership)
+        await node.inbox.put_back(session.ownership, [claimed.key])
+        await node.inbox.accept([note])
+        put = node.inbox._claims.put
+
+        async def unheard(*args: Any, **kwargs: Any) -> None:
+            await put(*args, **kwargs)
+            raise DatabaseUnavailable("the reply was lost")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(node.inbox._claims, "put", unheard)
+            assert isinstance(await outcome(node.inbox.claim(session.ownership)), DatabaseUnavailable)
+        await node.log.append(answer(claimed))
+        assert [item.key for item in await node.inbox.claim(session.ownership)] == [note.key]

@@ -191,7 +191,8 @@ with guard as materialized (
     union
     select r.id, r.position, r.session, r.rpc_id, r.method, r.body, r.context, r.stream
     from held h join {schema}.requests r on r.session = h.id and r.claim = h.claim
-    where $5
+    -- finished meanwhile: by an owner that works on it under a claim that a crash forgot
+    where $5 and (r.rpc_id is null or r.finished_at is null)
 )
 select h.id as session, h.epoch, m.id, m.rpc_id, m.method, m.body, m.context, m.stream, st.next_seq,
     pg_current_snapshot()::text as horizon

@@ -191,7 +191,7 @@ class MemoryInbox:
                 if row.message.rpc_id is None:
                     row.outcome = Outcome.DELIVERED
                 self._cluster.stored(self._node, "claim", ownership)
-            if row.claim == claim:
+            if row.claim == claim and (row.message.rpc_id is None or not row.finished):
                 mine.append(self._claimed(row, ownership))
         return mine
 
