@@ -65,6 +65,10 @@ class Fenced(PgmcpError):
     """A write came from an ownership that is over; nothing was stored."""
 
 
+class OutOfStep(PgmcpError):
+    """A write does not fit to what the tables hold, though its ownership may well hold; nothing was stored."""
+
+
 class StateRefused(PgmcpError):
     """A value cannot be kept for a session: too large, too many, or no JSON."""
 

@@ -154,8 +154,12 @@ class Log(Protocol):
     async def append(self, entry: Entry) -> NodeId | None:
         """Store one event under the owner's fence (G1); the node that carries the stream now, if any.
 
+        Events of a session are stored in the order in which they were given. This waits until the database takes or
+        refuses the event, however long that is, and the event is stored also when its caller has gone meanwhile.
+
         Raises:
-            Fenced: the ownership is over, or the stream is closed or gone.
+            Fenced: the ownership is over.
+            OutOfStep: the stream is closed or gone or stands at another number, or the request is not to be finished.
         """
         ...
 

@@ -9,9 +9,10 @@ Invariants:
 - A muted actor says nothing more. The SDK answers a stopping session's open requests with errors of its own, so an
   actor is muted before it is stopped.
 
-Failure handling: a refused append mutes the actor at once (its ownership is over, or its stream is gone). What only the
-database's absence holds up is written when it is back, however long that takes: what was claimed ends in no other way.
-A server that crashes or ends the session by itself makes ``on_over`` end the session for its client too.
+Failure handling: a refused write mutes the actor at once: its ownership is over, or it has lost step with the tables
+and its session is restored from them. What only the database's absence holds up is written when it is back, however
+long that takes: what was claimed ends in no other way. A server that crashes or ends the session by itself ends it for
+its client too.
 """
 
 from __future__ import annotations
@@ -30,19 +31,19 @@ from pgmcp.errors import Fenced, PgmcpError
 from pgmcp.ports import Inbox, Log
 from pgmcp.session.adapter import Adapter, Incoming, Kind, Outgoing
 from pgmcp.session.caller import Caller
-from pgmcp.session.calls import Call, Stream, repeats
+from pgmcp.session.calls import Call, Over, Stream, repeats
 from pgmcp.session.journal import handshake, journal_entries
 from pgmcp.session.news import News
 from pgmcp.session.questions import Questions, dump
 from pgmcp.session.recent import Recent
 from pgmcp.session.right import Right
 from pgmcp.session.state import SessionState
+from pgmcp.session.storing import Storing
 from pgmcp.session.topics import topic_of
-from pgmcp.session.writing import Unsaid, Writing
+from pgmcp.session.writing import Writing
 from pgmcp.types import (
     RESUMES,
     Claimed,
-    Entry,
     JournalEntry,
     NodeId,
     Outcome,
@@ -71,7 +72,7 @@ class Actor:
         state: what the server's code knows and keeps of the session.
         standalone: the session's standalone stream and its next number.
         heard: called with sink and stream after an event was stored there.
-        on_over: called once, when the server session has ended by itself or lost its ownership.
+        on_over: called once, when it has come to an end by itself.
     """
 
     def __init__(
@@ -86,13 +87,14 @@ class Actor:
         clock: Clock,
         ids: Ids,
         heard: Callable[[NodeId, StreamId], None],
-        on_over: Callable[[Actor], None],
+        on_over: Callable[[Actor, Over], None],
     ) -> None:
         self.session_id, self.state = state.session_id, state
         self.right = Right(ownership, clock, lambda: not self._muted)
         self._adapter, self._inbox, self._log, self._clock = adapter, inbox, log, clock
         self._heard, self._on_over = heard, on_over
         self.writing = Writing(Stream(*standalone))
+        self.storing = Storing(self.writing, self.right, log, heard, self._refused)
         self._standalone, self._streams = self.writing.standalone, self.writing.streams
         self._calls: dict[str, Call] = {}
         self._working: set[RequestKey] = set()
@@ -107,6 +109,7 @@ class Actor:
         self._queue: asyncio.Queue[Incoming | None] = asyncio.Queue()
         self._muted = False
         self._task: asyncio.Task[None] | None = None
+        self._establishing: set[asyncio.Task[None]] = set()
 
     @property
     def ownership(self) -> Ownership:
@@ -126,14 +129,13 @@ class Actor:
             for answer in self._own.values():
                 if not answer.done():
                     answer.set_exception(PgmcpError("The server session ended before it answered the node"))
-            if not self._muted:
-                self.mute()
-                self._on_over(self)
+            self._lose(Over.ENDED)
 
     def mute(self) -> None:
         """Say nothing more from now on."""
         self._muted = True
         self.news.stop()
+        self.storing.stop()
 
     @property
     def busy(self) -> bool:
@@ -172,9 +174,10 @@ class Actor:
     async def withdraw(self, stream: StreamId, question: object, reason: str) -> None:
         """Cancel a question that an earlier owner asked on a stream, or on the standalone one."""
         where = self._standalone if stream == self._standalone.id else self._streams.get(stream)
-        if where is not None:
+        if where is not None and not self._muted:
             params = {"requestId": question, "reason": reason}
-            await self._store(where, dump({"jsonrpc": "2.0", "method": "notifications/cancelled", "params": params}))
+            cancel = dump({"jsonrpc": "2.0", "method": "notifications/cancelled", "params": params})
+            await asyncio.shield(self.storing.store(where, cancel))
 
     def silence_until(self, rpc_id: str, progress: float | None) -> None:
         """A request that runs again says nothing of its progress before it is further than it was."""
@@ -269,6 +272,9 @@ class Actor:
         if outgoing.kind in {Kind.RESULT, Kind.ERROR}:
             await self._answer(outgoing)
             return
+        await self.storing.room()  # up to here its sayer may give up; from here on nothing comes between
+        if self._muted:
+            return
         stream = self._standalone
         if outgoing.related is not None:
             call = self._calls.get(outgoing.related)
@@ -282,7 +288,7 @@ class Actor:
             message = self._questions.cancel(outgoing.message)
         if message is not None:
             topic = topic_of(outgoing, stream.next_seq) if stream is self._standalone else None
-            await self._store(stream, message, topic=topic)
+            await asyncio.shield(self.storing.store(stream, message, topic=topic))
 
     async def _answer(self, outgoing: Outgoing) -> None:
         own = self._own.get(outgoing.rpc_id or "")
@@ -293,20 +299,28 @@ class Actor:
         call = self._calls.get(outgoing.rpc_id or "")
         if call is None:
             return
-        if outgoing.kind is Kind.RESULT:
-            await self._establish(call, outgoing.message)
-        await self._finish(outgoing.rpc_id or "", call, outgoing.message, Outcome.ANSWERED)
+        rpc_id = outgoing.rpc_id or ""
+        entries = journal_entries(call.method, call.body, outgoing.message) if outgoing.kind is Kind.RESULT else []
+        if entries:
+            task = asyncio.create_task(self._establish(rpc_id, call, entries, outgoing.message))
+            self._establishing.add(task)
+            task.add_done_callback(self._establishing.discard)
+            await asyncio.shield(task)  # the answer is the actor's: whoever gave it may go
+        else:
+            await self._finish(rpc_id, call, outgoing.message, Outcome.ANSWERED)
 
-    async def _establish(self, call: Call, result: bytes) -> None:
+    async def _establish(self, rpc_id: str, call: Call, entries: Sequence[JournalEntry], result: bytes) -> None:
         try:
             if call.method == "initialize":
                 settled = handshake(call.body, result)
                 self.speaks(settled.protocol_version)
                 await self.right.insist(lambda: self._inbox.establish(self.ownership, settled))
-            for entry in journal_entries(call.method, call.body, result):
+            for entry in entries:
                 await self._write_journal(entry)
-        except Fenced:
-            self._lose()
+        except PgmcpError as error:
+            self._refused(error)
+        else:
+            await self._finish(rpc_id, call, result, Outcome.ANSWERED)
 
     async def _write_journal(self, entry: JournalEntry) -> None:
         await self.right.insist(lambda: self._inbox.write_journal(self.ownership, entry))
@@ -341,50 +355,32 @@ class Actor:
             answer = dump({"jsonrpc": "2.0", "id": json.loads(rpc_id), "error": error})
             await self._finish(rpc_id, call, answer, outcome)
 
-    async def _finish(self, rpc_id: str, call: Call, message: bytes, outcome: Outcome) -> None:
-        if self._calls.get(rpc_id) is call:
-            del self._calls[rpc_id]
+    def _finish(self, rpc_id: str, call: Call, message: bytes, outcome: Outcome) -> Awaitable[None]:
+        """End a call, which has its number when this returns; done when that is stored."""
+        if self._muted or self._calls.get(rpc_id) is not call:
+            return _done()  # it was cancelled while its answer was being established
+        del self._calls[rpc_id]
         self._finished.keep(rpc_id)
         call.stream.unfinished -= 1
         if call.stream.unfinished == 0:
             self._streams.pop(call.stream.id, None)
-        await self._store(call.stream, message, call.key, outcome)
-        self._working.discard(call.key)
-        self._answered.keep(str(call.key))
+        task = self.storing.store(call.stream, message, call.key, outcome)
+        task.add_done_callback(lambda _: self._has_answered(call.key))
+        return asyncio.shield(task)
 
-    async def _store(
-        self,
-        stream: Stream,
-        message: bytes,
-        finishes: RequestKey | None = None,
-        outcome: Outcome | None = None,
-        topic: str | None = None,
-    ) -> None:
-        if self._muted:
-            return
-        unsaid, stored = self.writing.begin(stream, message, finishes, outcome, topic), False
-        try:
-            sink = await self.right.insist(lambda: self._append(unsaid))
-            stored = True
-        except PgmcpError as error:
+    def _has_answered(self, key: RequestKey) -> None:
+        self._working.discard(key)
+        self._answered.keep(str(key))
+
+    def _refused(self, error: PgmcpError) -> None:
+        if not self._muted:
             logger.warning("session %s: %s", self.ownership.session, error)
-            self._lose()
-            return
-        finally:
-            self.writing.end(unsaid, stored=stored)
-        if sink is not None:
-            self._heard(sink, stream.id)
+        self._lose(Over.FENCED if isinstance(error, Fenced) else Over.OUT_OF_STEP)
 
-    async def _append(self, unsaid: Unsaid) -> NodeId | None:
-        if unsaid.stored:
-            return None
-        what = (unsaid.message, unsaid.finishes, unsaid.outcome, unsaid.topic)
-        return await self._log.append(Entry(self.ownership, unsaid.stream.id, unsaid.seq, *what))
-
-    def _lose(self) -> None:
+    def _lose(self, how: Over) -> None:
         if not self._muted:
             self.mute()
-            self._on_over(self)
+            self._on_over(self, how)
 
     def _closer(self, stream: StreamId | None) -> Callable[[], Awaitable[None]] | None:
         """What lets the server close a connection, for clients that know to come back."""
@@ -395,3 +391,7 @@ class Actor:
             dropped = await self.right.use(lambda: self._log.drop_sink(self.ownership, stream))
             if dropped is not None and dropped[1] is not None:
                 self._heard(dropped[1], dropped[0])
+
+
+async def _done() -> None:
+    return None

@@ -9,6 +9,7 @@ from pgmcp.clock import Clock, Ids
 from pgmcp.ports import Inbox, Log
 from pgmcp.session.actor import Actor
 from pgmcp.session.adapter import Adapter
+from pgmcp.session.calls import Over
 from pgmcp.session.state import KIND, SessionState
 from pgmcp.types import Inheritance, JournalEntry, NodeId, Ownership, StreamId
 
@@ -23,7 +24,7 @@ class Birth:
     clock: Clock
     ids: Ids
     heard: Callable[[NodeId, StreamId], None]
-    on_over: Callable[[Actor], None]
+    on_over: Callable[[Actor, Over], None]
 
     def actor(
         self, ownership: Ownership, session_id: str, standalone: tuple[StreamId, int], left: Inheritance | None = None

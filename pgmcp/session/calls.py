@@ -1,12 +1,21 @@
-"""What an actor works on: the calls that are running, and the streams that carry their answers."""
+"""What an actor works on: the calls that are running, the streams that carry their answers, and how it may end."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from enum import StrEnum
 
 from pgmcp.session.adapter import Outgoing
 from pgmcp.types import RequestKey, StreamId
+
+
+class Over(StrEnum):
+    """How an actor came to its end."""
+
+    ENDED = "its server session has ended"
+    FENCED = "its ownership is over"
+    OUT_OF_STEP = "what it said does not fit to the tables"
 
 
 @dataclass(slots=True)

@@ -7,9 +7,10 @@ Invariants:
 - A session that was taken over is restored before it takes messages; a few at a time.
 - What a wake-up missed is found by ``poll`` (messages, takeovers) and ``survey`` (ends).
 
-Failure handling: a claim that is refused means that the ownership is over: the actor is muted, then stopped. A server
-session that ends by itself is ended for its client too, on every node. A restore that fails leaves the session without
-an actor; ``poll`` begins another one, until its attempts are used up.
+Failure handling: a write that the fence refuses means that the ownership is over: the actor is muted, then stopped. A
+write that is refused for another reason means that the actor has lost step with the tables: its session is restored
+from them, here. A server session that ends by itself is ended for its client too, on every node. A restore that fails
+leaves the session without an actor; ``poll`` begins another one, until its attempts are used up.
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ from pgmcp.session import terms
 from pgmcp.session.actor import Actor
 from pgmcp.session.adapter import Adapter
 from pgmcp.session.birth import Birth, Resident
-from pgmcp.session.caller import Caller, place
+from pgmcp.session.calls import Over
+from pgmcp.session.delivery import Delivery
 from pgmcp.session.news import News
-from pgmcp.session.restore import ATTEMPTS, Restore, SessionOver
+from pgmcp.session.restore import ATTEMPTS, Restore, RestoreFailed, SessionOver
 from pgmcp.settings import Settings
-from pgmcp.types import Claimed, Inheritance, NewSession, NodeId, Ownership, SessionKey, StreamId
+from pgmcp.types import Inheritance, NewSession, NodeId, Ownership, SessionKey, StreamId
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +67,8 @@ class Host:
         heard: Callable[[NodeId, StreamId], None],
         ended: Callable[[SessionKey], None],
     ) -> None:
-        self._hooks, self._inbox, self._log, self._box = adapter.hooks, inbox, log, box
+        self._hooks, self._inbox, self._log = adapter.hooks, inbox, log
+        self._delivery = Delivery(box, clock, trusted)
         self._takeovers, self._settings, self._clock = takeovers, settings, clock
         self._trusted, self._heard, self._ended = trusted, heard, ended
         self._residents: dict[SessionKey, Resident] = {}
@@ -151,9 +154,17 @@ class Host:
             takeovers=self._takeovers,
             rerun=self._settings.rerun,
             hooks=self._hooks,
-            hand_over=self._hand_over,
+            hand_over=self._delivery.deliver,
         )
-        await restore.run()
+        try:
+            await restore.run()
+            if actor.muted:
+                message = "what it said while it was restored was refused"
+                raise RestoreFailed(message)
+        except Exception:
+            actor.mute()
+            await actor.storing.settled()  # the next attempt reads what this one has said
+            raise
         for sink, stream in left.sinks:
             self._heard(sink, stream)  # whoever wrote there last may have died before it said so
         actor.news.missed(left.changed)
@@ -301,10 +312,10 @@ class Host:
                 moved = await self._takeovers.hand_over(actor.ownership, to)
                 self.drop(session)
                 if moved is None:
-                    self.take_on(actor.ownership)
+                    self._anew(actor)
         except PgmcpError as error:
             logger.warning("session %s was not handed over: %s", session, error)
-            self.drop(session)
+            self._anew(actor)  # unless it was, after all: then that ownership is over
         finally:
             resident.taking = False
         if resident.dirty:
@@ -343,36 +354,48 @@ class Host:
                 messages = [message for message in claimed_now if not resident.actor.has(message.key)]
                 resident.actor.expect(messages)
                 for claimed in messages:
-                    await self._hand_over(resident.actor, claimed)
+                    await self._delivery.deliver(resident.actor, claimed)
         except Fenced:
             if self._residents.get(session) is resident:  # else another one has its place already
                 self.drop(session)
         except DatabaseUnavailable as error:
             logger.warning("session %s waits for its messages: %s", session, error)
-        except Exception:
-            logger.exception("session %s cannot go on and ends", session)
+        except Exception as error:
+            logger.warning("session %s lost step: %s", session, error, exc_info=not isinstance(error, PgmcpError))
             resident.actor.mute()
-            self._over(resident.actor)
+            self._over(resident.actor, Over.OUT_OF_STEP)
         finally:
             resident.taking = False
 
-    async def _hand_over(self, actor: Actor, claimed: Claimed) -> None:
-        try:
-            packed = await self._box.open(claimed.context, place(actor.session_id, claimed.key))
-        except PgmcpError as error:
-            logger.error("session %s: %s", claimed.ownership.session, error)
-            await actor.reject(claimed, str(error))
-            return
-        await self._trusted()  # last: opening may ask the database for a new key
-        await actor.deliver(claimed, Caller.unpack(packed))
-
-    def _over(self, actor: Actor) -> None:
+    def _over(self, actor: Actor, how: Over) -> None:
         session = actor.ownership.session
-        if session in self._restoring:  # the restore fails, and may be tried again
+        resident = self._residents.get(session)
+        if resident is None or resident.actor is not actor:
+            return  # another one has its place already
+        if session in self._restoring or how is Over.FENCED:  # a restore fails then, and may be tried again
             self.drop(session)
-        elif self._residents.pop(session, None) is not None:
+        elif how is Over.OUT_OF_STEP:
+            self._anew(actor)
+        else:
+            self.drop(session)
             self._spawn(self._end(actor.ownership))
-            self._spawn(actor.stop())
+
+    def _anew(self, actor: Actor) -> None:
+        """Restore a session from the tables in the place of its actor, which is muted."""
+        session = actor.ownership.session
+        self.drop(session)
+        if session not in self._restoring:
+            self._restoring.add(session)
+            self._spawn(self._follow(actor))
+
+    async def _follow(self, actor: Actor) -> None:
+        """Restore a session when nothing of its former actor is on its way to the tables any more."""
+        try:
+            await actor.stop()
+            await actor.storing.settled()
+        finally:
+            self._restoring.discard(actor.ownership.session)
+        self._again.add(actor.ownership)  # with the next poll: one that is refused at once again is no storm
 
     async def _end(self, ownership: Ownership) -> None:
         while True:

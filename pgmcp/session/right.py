@@ -30,6 +30,11 @@ class Right:
         self.ownership = ownership
         self._clock, self._wanted = clock, wanted
 
+    @property
+    def wanted(self) -> bool:
+        """Whether anybody still wants what is written."""
+        return self._wanted()
+
     async def use(self, write: Callable[[], Awaitable[Result]]) -> Result:
         """Write once; once more where a refusal only means that a term has begun.
 

@@ -34,7 +34,8 @@ class Writing:
     def __init__(self, standalone: Stream) -> None:
         self.standalone = standalone
         self.streams: dict[StreamId, Stream] = {}
-        self._unsaid: list[Unsaid] = []
+        self._unsaid: dict[Unsaid, None] = {}
+        self._bytes = 0
         self._last: tuple[StreamId, int] | None = None
 
     @property
@@ -42,18 +43,25 @@ class Writing:
         """Whether something is being stored."""
         return bool(self._unsaid)
 
+    @property
+    def waiting(self) -> tuple[int, int]:
+        """How many events are being stored, and their bytes."""
+        return len(self._unsaid), self._bytes
+
     def begin(
         self, stream: Stream, message: bytes, finishes: RequestKey | None, outcome: Outcome | None, topic: str | None
     ) -> Unsaid:
         """Give an event its number."""
         unsaid = Unsaid(stream, stream.next_seq, message, finishes, outcome, topic)
         stream.next_seq += 1
-        self._unsaid.append(unsaid)
+        self._unsaid[unsaid] = None
+        self._bytes += len(message)
         return unsaid
 
     def end(self, unsaid: Unsaid, *, stored: bool) -> None:
         """An event was stored, or never will be."""
-        self._unsaid.remove(unsaid)
+        del self._unsaid[unsaid]
+        self._bytes -= len(unsaid.message)
         if stored:
             self._last = unsaid.stream.id, unsaid.seq
 

@@ -4,20 +4,22 @@ Invariants:
 - One statement of a group is in flight at a time, apart from those of parked keys; rows of one key are committed in the
   order in which they came.
 - A row of more than ``LARGE`` bytes has a statement of its own, beside which those of other keys go on.
-- A row that was put in is sent, also when its caller has gone: numbers that were given out leave no gap.
+- A row that was put in is sent, also when its caller has gone. One without a patience is never dropped, so that rows
+  of one key leave no gap: what has a number waits for as long as the database is away.
 - A statement that failed for want of the database is repeated whole. One that failed for a row's sake is repeated row
   by row, so that only the guilty row fails; one that met another transaction's lock parks the key of the row that did,
   and strangers go on without it.
 
-Failure handling: a row waits at most its ``patience``, for trust as for the database; then its caller gets
-``DatabaseUnavailable`` and the row, if it still waits, is dropped. Whatever else goes wrong settles the rows that it
-concerns, and the queue goes on.
+Failure handling: a row waits at most its ``patience``, if it has one, for trust as for the database; then its caller
+gets ``DatabaseUnavailable`` and the row, if it still waits, is dropped. Whatever else goes wrong settles the rows that
+it concerns, and the queue goes on.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections import deque
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
 from contextvars import Context
@@ -78,17 +80,18 @@ class Group(Generic[Row, Result]):
     ) -> None:
         self._send, self._clock, self._key, self._gate = send, clock, key, gate
         self._waiting: deque[_Waiting[Row, Result]] = deque()
+        self._rest: deque[_Waiting[Row, Result]] = deque()  # of a batch that is sent row by row
         self._parked: dict[Hashable, deque[_Waiting[Row, Result]]] = {}
         self._room, self._retries = asyncio.Semaphore(BOUND), asyncio.Semaphore(PARKED)
         self._runner: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def put(self, row: Row, *, patience: float, size: int = 0) -> Result:
+    async def put(self, row: Row, *, patience: float | None, size: int = 0) -> Result:
         """Send a row with the next statement and wait for its result.
 
         Args:
             row: what the statement takes.
-            patience: seconds for which the row may wait.
+            patience: seconds for which the row may wait; None for a row that must not be dropped.
             size: its bytes, as far as they matter.
 
         Raises:
@@ -98,9 +101,11 @@ class Group(Generic[Row, Result]):
         await self._room.acquire()
         loop = asyncio.get_running_loop()
         done: asyncio.Future[Result] = loop.create_future()
-        waiting = _Waiting(row, self._key(row), size, self._clock.boottime() + patience, done)
-        late = loop.call_later(patience, _settle, [waiting], [DatabaseUnavailable(LATE)])  # also while one hangs
-        done.add_done_callback(lambda _: late.cancel())
+        until = math.inf if patience is None else self._clock.boottime() + patience
+        waiting = _Waiting(row, self._key(row), size, until, done)
+        if patience is not None:
+            late = loop.call_later(patience, _settle, [waiting], [DatabaseUnavailable(LATE)])  # also while one hangs
+            done.add_done_callback(lambda _: late.cancel())
         done.add_done_callback(lambda _: self._room.release())
         if waiting.key in self._parked:
             self._parked[waiting.key].append(waiting)
@@ -125,9 +130,6 @@ class Group(Generic[Row, Result]):
             waiting = self._waiting.popleft()
             if waiting.done.done():
                 continue
-            if waiting.key in self._parked:
-                self._parked[waiting.key].append(waiting)
-                continue
             if waiting.size > LARGE:
                 if any(before.key == waiting.key for before in batch):
                     self._waiting.appendleft(waiting)  # those go first
@@ -147,9 +149,10 @@ class Group(Generic[Row, Result]):
                 return
             if len(batch) > 1 and not isinstance(error, TROUBLE):
                 brief = LOCK_WAIT.set("20ms")  # each locked row holds up those after it: it waits on when it is parked
+                self._rest = deque(batch)
                 try:
-                    for waiting in batch:
-                        await self._settled_or_parked(waiting)
+                    while self._rest:
+                        await self._settled([self._rest.popleft()])
                 finally:
                     LOCK_WAIT.reset(brief)
                 return
@@ -160,12 +163,6 @@ class Group(Generic[Row, Result]):
             await self._clock.sleep(BACKOFF[min(tries, len(BACKOFF) - 1)])
             tries += 1
 
-    async def _settled_or_parked(self, waiting: _Waiting[Row, Result]) -> None:
-        if waiting.key in self._parked:
-            self._parked[waiting.key].append(waiting)
-        else:
-            await self._settled([waiting])
-
     async def _attempt(self, batch: list[_Waiting[Row, Result]], *, confirm: bool) -> Exception | None:
         """Send a batch once; the error if it may be sent again, in whole or in parts.
 
@@ -174,7 +171,8 @@ class Group(Generic[Row, Result]):
                 repeat runs, which then waits for its locks but cannot see its rows; the next statement sees them.
         """
         try:
-            async with asyncio.timeout(max(0.0, min(waiting.until for waiting in batch) - self._clock.boottime())):
+            soonest = min(waiting.until for waiting in batch)
+            async with asyncio.timeout(None if soonest == math.inf else max(0.0, soonest - self._clock.boottime())):
                 await self._gate()
             rows = [waiting.row for waiting in batch]
             if confirm:
@@ -199,7 +197,13 @@ class Group(Generic[Row, Result]):
         return None
 
     def _park(self, waiting: _Waiting[Row, Result], *, tries: int) -> None:
-        self._parked[waiting.key] = deque([waiting])
+        """Send a row apart, and behind it what came after it under its key: before what may come from now on."""
+        rows = self._parked[waiting.key] = deque([waiting])
+        for queue in (self._rest, self._waiting):
+            rows.extend(row for row in queue if row.key == waiting.key)
+            others = [row for row in queue if row.key != waiting.key]
+            queue.clear()
+            queue.extend(others)
         task = asyncio.create_task(self._one_by_one(waiting.key, tries), context=Context())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

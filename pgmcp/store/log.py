@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable, Sequence
 import asyncpg
 
 from pgmcp.clock import Clock
-from pgmcp.errors import Fenced, PgmcpError, SessionBusy, SessionUnknown
+from pgmcp.errors import Fenced, OutOfStep, PgmcpError, SessionBusy, SessionUnknown
 from pgmcp.store.database import Database
 from pgmcp.store.group import Group
 from pgmcp.store.inbox import facts_of
@@ -68,7 +68,8 @@ class TableLog:
 
     async def append(self, entry: Entry) -> NodeId | None:
         """See ``Log.append``."""
-        return await self._appends.put(entry, patience=self._resume_hold, size=len(entry.message))
+        # An event has its number, and what came after it would leave a gap: only the database refuses it.
+        return await self._appends.put(entry, patience=None, size=len(entry.message))
 
     async def _send_appends(self, entries: Sequence[Entry]) -> list[NodeId | PgmcpError | None]:
         rows = await self._database.fetch(
@@ -206,7 +207,7 @@ def _stored(row: asyncpg.Record, entry: Entry) -> NodeId | PgmcpError | None:
     if row["fenced"]:
         return Fenced(f"Session {entry.ownership.session} has another owner or is over; nothing was stored.")
     if not row["stored"]:
-        return Fenced(f"Stream {entry.stream} is closed or stands at another number than {entry.seq}.")
+        return OutOfStep(f"Stream {entry.stream} is closed or stands at another number than {entry.seq}.")
     return None if row["sink"] is None else NodeId(row["sink"])
 
 

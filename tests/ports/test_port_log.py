@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from pgmcp.errors import Fenced
+from pgmcp.errors import OutOfStep
 from pgmcp.types import ANONYMOUS, PAGE, Attachment, Claimed, Cursor, Entry, SessionFacts, StreamId, StreamKind
 from tests.harness.stores import IDS, Session, answer, opened, outcome, request
 from tests.ports.benches import Bench, Pair, Ports
@@ -124,7 +124,7 @@ async def test_a_stream_closes_with_its_last_answer(scene: Scene) -> None:
     assert not (await scene.edge.log.read(Cursor(stream, 1, 1))).closed
     await scene.owner.log.append(answer(second, 2))
     assert (await scene.edge.log.read(Cursor(stream, 1, 2))).closed
-    assert isinstance(await outcome(scene.owner.log.append(Entry(first.ownership, stream, 3, b"late"))), Fenced)
+    assert isinstance(await outcome(scene.owner.log.append(Entry(first.ownership, stream, 3, b"late"))), OutOfStep)
     await scene.bench.check_streams()
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import asyncpg
 import pytest
 
-from pgmcp.errors import Fenced, SessionUnknown
+from pgmcp.errors import Fenced, OutOfStep, SessionUnknown
 from pgmcp.types import ANONYMOUS, Claimed, Entry, Established, JournalEntry, RequestKey
 from tests.harness.stores import (
     HELD,
@@ -263,32 +263,32 @@ async def test_an_answer_finishes_only_what_was_claimed_in_its_epoch(scene: Scen
     after = await scene.change_owner()
     ownership = replace(scene.session.ownership, epoch=2)
     late = replace(answer(scene.claimed), ownership=ownership)
-    assert isinstance(await outcome(scene.other.log.append(late)), Fenced)
+    assert isinstance(await outcome(scene.other.log.append(late)), OutOfStep)
     assert await rows_of(scene.taker, scene.session.key) == after
 
 
 async def test_a_request_is_finished_once(scene: Scene) -> None:
     await scene.owner.log.append(answer(scene.claimed))
     again = answer(scene.claimed, scene.claimed.next_seq + 1)
-    assert isinstance(await outcome(scene.owner.log.append(again)), Fenced)
+    assert isinstance(await outcome(scene.owner.log.append(again)), OutOfStep)
     unknown = Entry(scene.session.ownership, scene.session.standalone, 1, b"x", RequestKey(IDS.uuid()))
-    assert isinstance(await outcome(scene.owner.log.append(unknown)), Fenced)
+    assert isinstance(await outcome(scene.owner.log.append(unknown)), OutOfStep)
     assert (await row_counts(scene.taker))["events"] == 1
 
 
 async def test_no_number_is_skipped_or_used_twice(scene: Scene) -> None:
     first = replace(answer(scene.claimed), finishes=None, outcome=None)
     for seq in (2, 0):
-        assert isinstance(await outcome(scene.owner.log.append(replace(first, seq=seq))), Fenced)
+        assert isinstance(await outcome(scene.owner.log.append(replace(first, seq=seq))), OutOfStep)
     await scene.owner.log.append(first)
-    assert isinstance(await outcome(scene.owner.log.append(replace(first, seq=3))), Fenced)
+    assert isinstance(await outcome(scene.owner.log.append(replace(first, seq=3))), OutOfStep)
     await check_streams(scene.taker)
 
 
 async def test_a_stream_takes_events_of_its_own_session_only(scene: Scene) -> None:
     stranger = await opened(scene.owner)
     entry = Entry(stranger.ownership, scene.session.standalone, 1, b"astray")
-    assert isinstance(await outcome(scene.owner.log.append(entry)), Fenced)
+    assert isinstance(await outcome(scene.owner.log.append(entry)), OutOfStep)
     assert (await row_counts(scene.taker))["events"] == 0
 
 

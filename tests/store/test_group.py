@@ -69,7 +69,7 @@ def group(send: Sender, clock: FakeClock) -> Group[Any, Any]:
 
 
 def put_all(
-    group: Group[Any, Any], rows: Sequence[Any], patience: float = 10.0, size: int = 0
+    group: Group[Any, Any], rows: Sequence[Any], patience: float | None = 10.0, size: int = 0
 ) -> list[asyncio.Task[Any]]:
     return [asyncio.create_task(outcome(group.put(row, patience=patience, size=size))) for row in rows]
 
@@ -290,6 +290,45 @@ async def test_contention_ends_with_the_patience(group: Group[Any, Any], send: S
     await clock.advance(30)
     assert isinstance(ended(tasks)[0], DatabaseUnavailable)
     assert ended(tasks)[1:] == ["did 1", "did 2"]
+
+
+@pytest.mark.parametrize("late", ["with it", "behind it", "after it was parked"])
+async def test_rows_of_a_key_keep_their_order_when_one_meets_a_lock(clock: FakeClock, late: str) -> None:
+    """Whether the second row was in the statement that met the lock, or waited behind it; the third comes meanwhile."""
+    sent: list[str] = []
+    locked, strangers = True, asyncio.Event()
+
+    async def send(rows: Sequence[str]) -> list[str]:
+        if "a1" in rows and locked:
+            raise asyncpg.LockNotAvailableError("lock timeout")
+        if "b1" in rows:
+            await strangers.wait()
+        sent.extend(rows)
+        return list(rows)
+
+    group: Group[str, str] = Group(send, clock, key=lambda row: row[0])
+    rows = {"with it": ("a1", "b1", "a2"), "behind it": ("c1", "a1", "b1", "a2"), "after it was parked": ("a1", "b1")}
+    tasks = [asyncio.create_task(group.put(row, patience=None)) for row in rows[late]]
+    await settle()
+    tasks += [asyncio.create_task(group.put(row, patience=None)) for row in ("a3", "a4")]
+    await settle()
+    strangers.set()
+    await settle()
+    locked = False
+    await clock.advance(1)
+    await asyncio.gather(*tasks)
+    assert [row for row in sent if row[0] == "a"] == sorted(row for row in sent if row[0] == "a")
+
+
+async def test_a_row_without_patience_is_never_dropped(group: Group[Any, Any], send: Sender, clock: FakeClock) -> None:
+    """Not after any time, nor when its caller has gone: the next row of its key would come before it."""
+    send.failures = [ConnectionResetError()] * 200
+    tasks = put_all(group, range(2), patience=None)
+    await settle()
+    tasks[0].cancel()
+    await clock.advance(200)
+    assert tasks[1].result() == "did 1"
+    assert send.batches[-1] == [0, 1]
 
 
 # With PostgreSQL: what is guilty there.

@@ -12,7 +12,7 @@ import asyncpg
 import pytest
 
 from pgmcp.clock import Clock
-from pgmcp.errors import DatabaseUnavailable, Fenced
+from pgmcp.errors import DatabaseUnavailable, Fenced, OutOfStep
 from pgmcp.settings import Settings
 from pgmcp.store.database import Database
 from pgmcp.store.history import JUMP
@@ -94,7 +94,9 @@ async def test_nothing_of_the_former_era_is_written(database, hand):
         assert isinstance(await outcome(node.inbox.claim(session.ownership)), Fenced)
         now = Ownership(session.key, session.ownership.epoch + JUMP)
         await node.inbox.keep_claims([now], [claimed.key])
-        assert isinstance(await outcome(node.log.append(answer(replace(claimed, ownership=now)))), Fenced), "its number"
+        assert isinstance(await outcome(node.log.append(answer(replace(claimed, ownership=now)))), OutOfStep), (
+            "its number"
+        )
         await node.log.append(answer(replace(claimed, ownership=now), seq=1 + JUMP))
         assert await hand.fetchval("select array_agg(seq) from pgmcp.events") == [1 + JUMP]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pgmcp.errors import Fenced, SessionBusy, SessionUnknown
+import math
+
+from pgmcp.errors import Fenced, OutOfStep, SessionBusy, SessionUnknown
 from pgmcp.types import (
     PAGE,
     PAGE_BYTES,
@@ -31,9 +33,8 @@ class MemoryLog:
         self._wire, self._cluster, self._node = wire, wire.cluster, wire.node
 
     async def append(self, entry: Entry) -> NodeId | None:
-        settings = self._cluster.settings
         return await self._wire.in_turn(
-            "append", entry.ownership.session, lambda: self._append(entry), patience=settings.resume_hold, gated=True
+            "append", entry.ownership.session, lambda: self._append(entry), patience=math.inf, gated=True
         )
 
     def _append(self, entry: Entry) -> NodeId | None:
@@ -41,13 +42,13 @@ class MemoryLog:
         stream = self._cluster.streams.get(entry.stream)
         if stream is None or stream.session != entry.ownership.session:
             message = f"Stream {entry.stream} is gone."
-            raise Fenced(message)
+            raise OutOfStep(message)
         if entry.seq in stream.events:
             return stream.sink  # a repeat
         finished = self._finishable(entry.finishes, entry.ownership)
         if stream.closed or entry.seq != stream.next_seq or (entry.finishes is not None and finished is None):
             message = f"Stream {entry.stream} is closed or stands at another number than {entry.seq}."
-            raise Fenced(message)
+            raise OutOfStep(message)
         if stream.kind is StreamKind.STANDALONE:
             self._make_room(stream, entry)
         stream.events[entry.seq] = (entry.message, entry.topic)

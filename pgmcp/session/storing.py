@@ -1,0 +1,109 @@
+"""Storing what an actor says: from the moment an event has its number, the actor owns it, not who said it.
+
+Invariants:
+- An event with a number is stored, or refused by the database: its sayer may give up, the event may not. A gap would
+  make everything after it unfit for its stream.
+- At most ``EVENTS`` events and ``BYTES`` bytes of a session wait for the database. Whoever says more waits before his
+  event has a number, and may give up there. Answers do not wait: there is one for each request in flight at most.
+
+Failure handling: a refusal is reported once, to ``refused``, which mutes the actor.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from pgmcp.errors import PgmcpError
+from pgmcp.ports import Log
+from pgmcp.session.calls import Stream
+from pgmcp.session.right import Right
+from pgmcp.session.writing import Unsaid, Writing
+from pgmcp.types import Entry, NodeId, Outcome, RequestKey, StreamId
+
+logger = logging.getLogger(__name__)
+
+EVENTS = 256
+"""Events of one session that may wait to be stored."""
+
+BYTES = 4 * 1024 * 1024
+"""Bytes of one session after which no further event begins to wait to be stored."""
+
+
+class Storing:
+    """Stores the events of one actor.
+
+    Args:
+        writing: gives the numbers.
+        heard: called with sink and stream after an event was stored.
+        refused: called when the database refuses an event.
+    """
+
+    def __init__(
+        self,
+        writing: Writing,
+        right: Right,
+        log: Log,
+        heard: Callable[[NodeId, StreamId], None],
+        refused: Callable[[PgmcpError], None],
+    ) -> None:
+        self._writing, self._right, self._log = writing, right, log
+        self._heard, self._refused = heard, refused
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._turn, self._less = asyncio.Lock(), asyncio.Event()
+
+    async def room(self) -> None:
+        """Wait until another event may wait to be stored; whoever asks first gets on first."""
+        async with self._turn:
+            while self._right.wanted and self._full():
+                self._less.clear()
+                await self._less.wait()
+
+    def _full(self) -> bool:
+        events, size = self._writing.waiting
+        return events >= EVENTS or size >= BYTES
+
+    def store(
+        self,
+        stream: Stream,
+        message: bytes,
+        finishes: RequestKey | None = None,
+        outcome: Outcome | None = None,
+        topic: str | None = None,
+    ) -> asyncio.Task[None]:
+        """Give an event its number and store it; done when it is stored, or never will be."""
+        unsaid = self._writing.begin(stream, message, finishes, outcome, topic)
+        task = asyncio.create_task(self._store(unsaid))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _store(self, unsaid: Unsaid) -> None:
+        stored = False
+        try:
+            sink = await self._right.insist(lambda: self._append(unsaid))
+            stored = True
+        except PgmcpError as error:
+            self._refused(error)
+            return
+        finally:
+            self._writing.end(unsaid, stored=stored)
+            self._less.set()
+        if sink is not None:
+            self._heard(sink, unsaid.stream.id)
+
+    async def _append(self, unsaid: Unsaid) -> NodeId | None:
+        if unsaid.stored:
+            return None
+        what = (unsaid.message, unsaid.finishes, unsaid.outcome, unsaid.topic)
+        return await self._log.append(Entry(self._right.ownership, unsaid.stream.id, unsaid.seq, *what))
+
+    def stop(self) -> None:
+        """Nobody says anything any more: let go who waits for room."""
+        self._less.set()
+
+    async def settled(self) -> None:
+        """Wait until nothing of this actor is on its way to the database."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
