@@ -6,8 +6,9 @@ after a lost reply without effect.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
+from uuid import UUID
 
 from pgmcp.types import (
     Accepted,
@@ -83,12 +84,12 @@ class Inbox(Protocol):
         """The sessions of this node in which messages wait for a claim."""
         ...
 
-    async def claimed(self) -> dict[Ownership, list[RequestKey]]:
-        """The requests of this node's sessions that were claimed some time ago and are not finished."""
+    async def claimed(self) -> dict[Ownership, dict[RequestKey, UUID | None]]:
+        """This node's requests that were claimed some time ago and are not finished, each with its claim."""
         ...
 
-    async def put_back(self, ownership: Ownership, keys: Sequence[RequestKey]) -> None:
-        """Give up claims of requests that were not started: they wait again.
+    async def put_back(self, ownership: Ownership, claims: Mapping[RequestKey, UUID | None]) -> None:
+        """Give up claims of requests that were not started: they wait again. A newer claim stays.
 
         Raises:
             Fenced: the ownership is over.
@@ -99,19 +100,28 @@ class Inbox(Protocol):
         """Every live session of this node."""
         ...
 
-    async def establish(self, ownership: Ownership, facts: Established) -> None:
+    async def establish(self, ownership: Ownership, facts: Established, version: int) -> None:
         """Record what the handshake settled.
+
+        Args:
+            version: as in ``write_journal``.
 
         Raises:
             Fenced: the ownership is over.
+            OutOfStep: as in ``write_journal``.
         """
         ...
 
-    async def write_journal(self, ownership: Ownership, entry: JournalEntry) -> None:
+    async def write_journal(self, ownership: Ownership, entry: JournalEntry, version: int) -> None:
         """Record or forget one state-establishing message.
+
+        Args:
+            version: the number of this write among those of its session. The owner makes one after the other, each
+                with a greater number; a try that arrives after a later write changes nothing.
 
         Raises:
             Fenced: the ownership is over.
+            OutOfStep: the session has a write with a greater number.
         """
         ...
 
@@ -170,7 +180,7 @@ class Log(Protocol):
     async def attach(
         self, session_id: str | None, principal: Principal, stream: StreamId | None
     ) -> Attachment | SessionFacts:
-        """Become the sink of a stream; only the facts when there is no such stream.
+        """Become the sink of a stream, in the place of the one that has it now; only the facts when there is none such.
 
         Args:
             session_id: None for the session of the stream, whichever it is.
@@ -259,8 +269,8 @@ class Takeovers(Protocol):
         """
         ...
 
-    async def restored(self, ownership: Ownership) -> None:
-        """Note that the session was restored, and forget what its former owner had exported for that."""
+    async def restored(self, ownership: Ownership, left: Inheritance) -> None:
+        """Note that the session was restored from what was left, and forget what was exported for that."""
         ...
 
 

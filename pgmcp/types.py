@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from datetime import datetime
 from enum import StrEnum
 from typing import NewType
 from uuid import UUID
@@ -342,7 +343,8 @@ class Inheritance:
 
     ``attempt`` counts the restores that were begun and did not succeed, this one included; ``said`` holds questions,
     cancels and progress of earlier owners on the streams of ``requests`` and on the standalone one, the newest first;
-    ``changed``, of which lists changes were published since the session began.
+    ``changed``, of which lists changes were published since the session began; ``version`` is the number of the newest
+    write of its journal, and ``exported_at`` says when a server exported its memory of it.
     """
 
     session_id: str
@@ -355,6 +357,8 @@ class Inheritance:
     heard: tuple[Heard, ...]
     said: tuple[tuple[StreamId, bytes], ...]
     changed: tuple[Change, ...] = ()
+    version: int = 0
+    exported_at: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,6 +36,7 @@ from pgmcp.session.journal import handshake, journal_entries
 from pgmcp.session.news import News
 from pgmcp.session.questions import Questions, dump
 from pgmcp.session.recent import Recent
+from pgmcp.session.record import Record
 from pgmcp.session.right import Right
 from pgmcp.session.state import SessionState
 from pgmcp.session.storing import Storing
@@ -72,6 +73,7 @@ class Actor:
         state: what the server's code knows and keeps of the session.
         standalone: the session's standalone stream and its next number.
         heard: called with sink and stream after an event was stored there.
+        version: the number of the newest write of the session's journal; None for a new session.
         on_over: called once, when it has come to an end by itself.
     """
 
@@ -87,11 +89,13 @@ class Actor:
         clock: Clock,
         ids: Ids,
         heard: Callable[[NodeId, StreamId], None],
+        version: int | None,
         on_over: Callable[[Actor, Over], None],
     ) -> None:
         self.session_id, self.state = state.session_id, state
         self.right = Right(ownership, clock, lambda: not self._muted)
-        self._adapter, self._inbox, self._log, self._clock = adapter, inbox, log, clock
+        self.record = Record(inbox, self.right, version)
+        self._adapter, self._log, self._clock = adapter, log, clock
         self._heard, self._on_over = heard, on_over
         self.writing = Writing(Stream(*standalone))
         self.storing = Storing(self.writing, self.right, log, heard, self._refused)
@@ -314,7 +318,7 @@ class Actor:
             if call.method == "initialize":
                 settled = handshake(call.body, result)
                 self.speaks(settled.protocol_version)
-                await self.right.insist(lambda: self._inbox.establish(self.ownership, settled))
+                await self.record.establish(settled)
             for entry in entries:
                 await self._write_journal(entry)
         except PgmcpError as error:
@@ -323,7 +327,7 @@ class Actor:
             await self._finish(rpc_id, call, result, Outcome.ANSWERED)
 
     async def _write_journal(self, entry: JournalEntry) -> None:
-        await self.right.insist(lambda: self._inbox.write_journal(self.ownership, entry))
+        await self.record.write(entry)
         self.news.note(entry)
 
     @property
@@ -358,7 +362,7 @@ class Actor:
     def _finish(self, rpc_id: str, call: Call, message: bytes, outcome: Outcome) -> Awaitable[None]:
         """End a call, which has its number when this returns; done when that is stored."""
         if self._muted or self._calls.get(rpc_id) is not call:
-            return _done()  # it was cancelled while its answer was being established
+            return asyncio.sleep(0)  # it was cancelled while its answer was being established
         del self._calls[rpc_id]
         self._finished.keep(rpc_id)
         call.stream.unfinished -= 1
@@ -391,7 +395,3 @@ class Actor:
             dropped = await self.right.use(lambda: self._log.drop_sink(self.ownership, stream))
             if dropped is not None and dropped[1] is not None:
                 self._heard(dropped[1], dropped[0])
-
-
-async def _done() -> None:
-    return None

@@ -38,7 +38,7 @@ class Birth:
         kept = {entry.detail: entry.body for entry in left.journal if entry.kind == KIND and entry.body} if left else {}
 
         async def keep(entry: JournalEntry) -> None:
-            await actor.right.use(lambda: self.inbox.write_journal(actor.ownership, entry))
+            await actor.record.keep(entry)
 
         actor = Actor(
             ownership,
@@ -50,6 +50,7 @@ class Birth:
             clock=self.clock,
             ids=self.ids,
             heard=self.heard,
+            version=None if left is None else left.version,
             on_over=self.on_over,
         )
         return actor

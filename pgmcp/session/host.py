@@ -29,8 +29,10 @@ from pgmcp.session.adapter import Adapter
 from pgmcp.session.birth import Birth, Resident
 from pgmcp.session.calls import Over
 from pgmcp.session.delivery import Delivery
+from pgmcp.session.ending import end
 from pgmcp.session.news import News
 from pgmcp.session.restore import ATTEMPTS, Restore, RestoreFailed, SessionOver
+from pgmcp.session.strays import put_back
 from pgmcp.settings import Settings
 from pgmcp.types import Inheritance, NewSession, NodeId, Ownership, SessionKey, StreamId
 
@@ -243,20 +245,8 @@ class Host:
         for ownership in missing & self._missing:  # one that is just being opened is missing once
             self.take_on(ownership)
         self._missing = missing
-        await self._put_back()
-
-    async def _put_back(self) -> None:
-        """Give claims up that came to nobody: a try that was given up as lost committed after its repeat."""
-        claimed = await self._inbox.claimed()
-        for ownership, keys in claimed.items():
-            resident = self._residents.get(ownership.session)
-            if resident is None or resident.taking or resident.actor.ownership != ownership:
-                continue
-            lost = [key for key in keys if not resident.actor.has(key)]
-            if lost:
-                logger.warning("session %s: %d claims came to nobody and are given up", ownership.session, len(lost))
-                await self._inbox.put_back(ownership, lost)
-                self.wake(ownership.session)
+        for session in await put_back(self._inbox, self._residents):
+            self.wake(session)
 
     async def go_on(self, jump: int, lasts: Callable[[], bool]) -> None:
         """Bring what lives here in line with a database that follows another history: see ``terms.go_on``."""
@@ -398,18 +388,7 @@ class Host:
         self._again.add(actor.ownership)  # with the next poll: one that is refused at once again is no storm
 
     async def _end(self, ownership: Ownership) -> None:
-        while True:
-            try:
-                await self._inbox.end_owned(ownership)
-            except DatabaseUnavailable as error:
-                logger.info("session %s is ended later: %s", ownership.session, error)
-                await self._clock.sleep(self._settings.poll)
-            except PgmcpError as error:
-                logger.info("session %s was not ended here: %s", ownership.session, error)
-                return
-            else:
-                self._ended(ownership.session)
-                return
+        await end(ownership, self._inbox, self._clock, self._settings.poll, self._ended)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

@@ -11,7 +11,7 @@ Failure handling: every statement finds its own rows when it is repeated, becaus
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from uuid import UUID
@@ -23,6 +23,7 @@ from pgmcp.errors import (
     ClusterFull,
     DuplicateRequest,
     Fenced,
+    OutOfStep,
     PgmcpError,
     SessionBusy,
     SessionUnknown,
@@ -245,6 +246,7 @@ class TableInbox:
     async def unclaimed(self) -> list[Ownership]:
         """See ``Inbox.unclaimed``."""
         rows = await self._look()
+        await self._forget_unheard()
         waiting = {row["id"]: Ownership(SessionKey(row["session"]), row["epoch"]) for row in rows if row["waits"]}
         for key in self._waiting & waiting.keys():  # a claim was made since, most likely, and did not find it
             self._taken.forget(waiting[key])
@@ -258,7 +260,19 @@ class TableInbox:
         self._seen = Floor.of(rows[0]["horizon"], [row["id"] for row in rows if row["id"] is not None])
         return rows
 
-    async def establish(self, ownership: Ownership, facts: Established) -> None:
+    async def _forget_unheard(self) -> None:
+        """Forget the claims that gave up of sessions that have ended, or are others' by now."""
+        unheard = list(self._unheard)
+        if not unheard:
+            return
+        sessions, epochs = [each.session for each in unheard], [each.epoch for each in unheard]
+        rows = await self._database.ask("still_owned", self._node, sessions, epochs)
+        held = {Ownership(SessionKey(row["id"]), row["epoch"]) for row in rows}
+        for ownership in unheard:
+            if ownership not in held:
+                self._unheard.pop(ownership, None)
+
+    async def establish(self, ownership: Ownership, facts: Established, version: int) -> None:
         """See ``Inbox.establish``."""
         rows = await self._owner_write(
             "establish",
@@ -267,30 +281,31 @@ class TableInbox:
             facts.client_name,
             facts.client_version,
             facts.capabilities,
+            version,
         )
-        if not rows:
-            raise over(ownership)
+        _check_newest(rows, ownership)
 
-    async def write_journal(self, ownership: Ownership, entry: JournalEntry) -> None:
+    async def write_journal(self, ownership: Ownership, entry: JournalEntry, version: int) -> None:
         """See ``Inbox.write_journal``."""
-        if not await self._owner_write("write_journal", ownership, entry.kind, entry.detail, entry.body):
-            raise over(ownership)
+        what = (entry.kind, entry.detail, entry.body, version)
+        _check_newest(await self._owner_write("write_journal", ownership, *what), ownership)
 
     async def _owner_write(self, name: str, ownership: Ownership, *args: object) -> list[asyncpg.Record]:
         fence = (ownership.session, self._node, ownership.epoch)
         return await self._database.persist(name, *fence, *args, patience=self._hold, gate=self._gate)
 
-    async def claimed(self) -> dict[Ownership, list[RequestKey]]:
+    async def claimed(self) -> dict[Ownership, dict[RequestKey, UUID | None]]:
         """See ``Inbox.claimed``."""
         await self._look()
-        found: dict[Ownership, list[RequestKey]] = {}
+        found: dict[Ownership, dict[RequestKey, UUID | None]] = {}
         for row in await self._database.ask("claimed_requests", self._node, HEARD, self._seen.known):
-            found.setdefault(Ownership(SessionKey(row["session"]), row["epoch"]), []).append(RequestKey(row["id"]))
+            ownership = Ownership(SessionKey(row["session"]), row["epoch"])
+            found.setdefault(ownership, {})[RequestKey(row["id"])] = row["claim"]
         return found
 
-    async def put_back(self, ownership: Ownership, keys: Sequence[RequestKey]) -> None:
+    async def put_back(self, ownership: Ownership, claims: Mapping[RequestKey, UUID | None]) -> None:
         """See ``Inbox.put_back``."""
-        if not await self._owner_write("put_back", ownership, list(keys)):
+        if not await self._owner_write("put_back", ownership, list(claims), list(claims.values())):
             raise over(ownership)
         self._taken.forget(ownership)
 
@@ -369,6 +384,14 @@ def _too_many_sessions(row: asyncpg.Record, settings: Settings) -> PgmcpError:
 
 def _unknown() -> SessionUnknown:
     return SessionUnknown("Session not found")
+
+
+def _check_newest(rows: Sequence[asyncpg.Record], ownership: Ownership) -> None:
+    if not rows:
+        raise over(ownership)
+    if not rows[0]["newest"]:
+        message = f"The journal of session {ownership.session} has a newer entry than this; nothing was stored."
+        raise OutOfStep(message)
 
 
 def over(ownership: Ownership) -> Fenced:

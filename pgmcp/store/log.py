@@ -125,17 +125,17 @@ class TableLog:
         self, session_id: str | None, principal: Principal, stream: StreamId | None
     ) -> Attachment | SessionFacts:
         """See ``Log.attach``."""
-        rows = await self._database.persist(
-            "attach",
-            session_id,
-            principal.client_id,
-            principal.issuer,
-            principal.subject,
-            stream,
-            self._node,
-            self._settings.max_streams,
-            patience=self._resume_hold,
-        )
+        who = (principal.client_id, principal.issuer, principal.subject)
+
+        async def once() -> list[asyncpg.Record]:
+            while True:
+                seen = await self._database.fetch("sink_epoch", session_id, stream)
+                most, epoch = self._settings.max_streams, seen[0]["sink_epoch"] if seen else None
+                rows = await self._database.fetch("attach", session_id, *who, stream, self._node, most, epoch)
+                if not rows or rows[0]["full"] or not rows[0]["moved"]:
+                    return rows  # else another one attached in between, and this one is the newer
+
+        rows = await self._database.retry(once, patience=self._resume_hold)
         if rows and rows[0]["full"] and rows[0]["stream"] is None:
             message = f"This session has {self._settings.max_streams} streams open; close one before you open another."
             raise SessionBusy(message)
@@ -179,9 +179,11 @@ class TableLog:
         """See ``Log.drop_sink``."""
         # The sink is read first: a repeat after a lost reply could not name it any more.
         found = await self._database.persist("sink_of", ownership.session, stream, patience=self._hold)
-        fence = (ownership.session, self._node, ownership.epoch)
-        rows = await self._database.persist("drop_sink", *fence, stream, patience=self._hold, gate=self._gate)
-        if not rows or not found:
+        if not found:
+            return None
+        what = (ownership.session, self._node, ownership.epoch, stream, found[0]["sink_epoch"])
+        rows = await self._database.persist("drop_sink", *what, patience=self._hold, gate=self._gate)
+        if not rows:
             return None
         return StreamId(rows[0]["stream"]), None if found[0]["sink"] is None else NodeId(found[0]["sink"])
 

@@ -34,6 +34,9 @@ from pgmcp.types import (
     StreamId,
 )
 
+VERSION, EXPORT = "version", "export"
+"""Kinds of entries of a journal: the number of its newest write, and what a server exported."""
+
 
 class TableTakeovers:
     """The ``Takeovers`` port on PostgreSQL, for one node.
@@ -110,7 +113,11 @@ class TableTakeovers:
             standalone=StreamId(standalone["id"]),
             next_seq=standalone["next_seq"],
             sinks=tuple((NodeId(row["sink"]), StreamId(row["id"])) for row in streams if row["sink"] is not None),
-            journal=tuple(JournalEntry(row["kind"], row["detail"], row["body"]) for row in journal),
+            journal=tuple(
+                JournalEntry(row["kind"], row["detail"], row["body"]) for row in journal if row["kind"] != VERSION
+            ),
+            version=next((int.from_bytes(row["body"], "big") for row in journal if row["kind"] == VERSION), 0),
+            exported_at=next((row["written_at"] for row in journal if row["kind"] == EXPORT), None),
             requests=requests,
             heard=tuple(Heard(row["position"], row["method"], row["body"], row["claimed"]) for row in heard),
             said=tuple((StreamId(row["stream"]), row["message"]) for row in said),
@@ -123,9 +130,9 @@ class TableTakeovers:
         if not rows:
             raise over(ownership)
 
-    async def restored(self, ownership: Ownership) -> None:
+    async def restored(self, ownership: Ownership, left: Inheritance) -> None:
         """See ``Takeovers.restored``."""
-        await self._owner_write("end_restore", ownership)
+        await self._owner_write("end_restore", ownership, left.attempt, left.exported_at)
 
     async def _owner_write(self, name: str, ownership: Ownership, *args: object) -> list[asyncpg.Record]:
         fence = (ownership.session, self._node, ownership.epoch)

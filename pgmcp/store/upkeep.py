@@ -13,6 +13,7 @@ all) goes on with half of it at the next sweep; after ``FAILURES`` in a row it p
 from __future__ import annotations
 
 import logging
+from collections import deque
 
 import asyncpg
 
@@ -92,7 +93,7 @@ class Upkeep:
     def __init__(self, database: Database, ids: Ids) -> None:
         self._database, self._settings, self._clock, self._ids = database, database.settings, database.clock, ids
         self.breakers: dict[str, Breaker] = {}
-        self._horizon: str | None = None
+        self._horizons: deque[tuple[float, str]] = deque()
 
     async def expire(self) -> list[SessionKey]:
         """End sessions that are idle or too old.
@@ -111,8 +112,19 @@ class Upkeep:
             await self._clear(name, self._settings.retention)
         for name in ("prune_nodes", "prune_takeovers", "prune_states"):
             await self._clear(name)
-        await self._clear("prune_publications", PUBLICATIONS, self._horizon)
-        self._horizon = (await self._database.ask("horizon"))[0]["horizon"]
+        await self._clear("prune_publications", PUBLICATIONS, self._old_horizon())
+        now, row = self._clock.boottime(), (await self._database.ask("horizon"))[0]
+        self._horizons.append((now, row["horizon"]))
+
+    def _old_horizon(self) -> str | None:
+        """The newest snapshot that is older than publications are kept; None while this node has none so old."""
+        old, horizon = self._clock.boottime() - PUBLICATIONS, None
+        while self._horizons and self._horizons[0][0] <= old:
+            horizon = self._horizons.popleft()
+        if horizon is None:
+            return None
+        self._horizons.appendleft(horizon)
+        return horizon[1]
 
     async def _clear(self, name: str, *args: float | str | None, most: int = BATCH) -> list[asyncpg.Record]:
         """Repeat a duty's statement until nothing is left, its turn is over or it fails; the rows that it returned."""

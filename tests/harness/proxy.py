@@ -23,6 +23,7 @@ class Cut(StrEnum):
 
     BEFORE = "before the query reaches PostgreSQL"
     AFTER = "after the commit, before the reply reaches the client"
+    LATE = "the query is on its way, and arrives when the test says so"
 
 
 class Proxy:
@@ -32,6 +33,7 @@ class Proxy:
         self._host, self._port = host, port
         self._links: set[_Link] = set()
         self._cuts: list[tuple[str, Cut]] = []
+        self._late: list[_Link] = []
         self._carrying = asyncio.Event()
         self._carrying.set()
         self.stalling = False
@@ -58,6 +60,20 @@ class Proxy:
     def cut(self, statement: str, where: Cut) -> None:
         """Cut the connection that next executes this statement."""
         self._cuts.append((statement, where))
+
+    async def deliver(self) -> None:
+        """Let the queries arrive that are on their way, and return when PostgreSQL is done with them."""
+        while self._late:
+            await self._late.pop().arrive()
+
+    def let_go(self) -> None:
+        """Forget what is on its way."""
+        while self._late:
+            self._late.pop().arrived.set()
+
+    def keep(self, link: _Link) -> None:
+        """A link whose client has gone, and whose last query is on its way."""
+        self._late.append(link)
 
     @property
     def pending(self) -> list[tuple[str, Cut]]:
@@ -107,6 +123,7 @@ class Proxy:
             pass
         finally:
             await self._carrying.wait()
+            await link.arrived.wait()
             self._links.discard(link)
             link.abort()
 
@@ -122,6 +139,33 @@ class _Link:
         self.listening = False
         self.flowing = asyncio.Event()
         self.flowing.set()
+        self._held: bytes | None = None
+        self._from_server: asyncio.StreamReader | None = None
+        self.arrived = asyncio.Event()
+        """Whether nothing of this link is on its way."""
+        self.arrived.set()
+
+    async def arrive(self) -> None:
+        """Send the server what was held, and wait until it is done with it."""
+        assert self._held is not None
+        assert self._to_server is not None
+        assert self._from_server is not None
+        self._to_server.write(self._held)
+        heard = b""
+        while heard[-6:-1] != b"Z\0\0\0\5":
+            piece = await self._from_server.read(PIECE)
+            assert piece, "PostgreSQL hung up on what came late"
+            heard += piece
+        self.arrived.set()
+
+    def _hold(self, piece: bytes, *, last: bool) -> bool:
+        """Hold a piece of a query; whether that was the last one."""
+        self._held = (self._held or b"") + piece
+        if last:
+            self.arrived.clear()
+            self._proxy.keep(self)
+            self._to_client.transport.abort()
+        return last
 
     def abort(self) -> None:
         for writer in (self._to_client, self._to_server):
@@ -130,6 +174,7 @@ class _Link:
 
     async def run(self, host: str, port: int) -> None:
         server, self._to_server = await asyncio.open_connection(host, port)
+        self._from_server = server
         tasks = [asyncio.create_task(self._up()), asyncio.create_task(self._down(server))]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -160,6 +205,11 @@ class _Link:
                 if cut is Cut.BEFORE:
                     return
                 self._awaits_ready |= cut is Cut.AFTER
+                self._held = b"" if cut is Cut.LATE else None
+            if self._held is not None:
+                if self._hold(kind + size + body, last=kind == b"S"):
+                    return
+                continue
             await self.flowing.wait()
             self._forward(self._to_server, kind + size + body)
 
@@ -188,5 +238,6 @@ async def proxied(database: str) -> AsyncIterator[tuple[Proxy, str]]:
     finally:
         listener.close()
         proxy.black_hole = False
+        proxy.let_go()
         await proxy.close()
         await listener.wait_closed()

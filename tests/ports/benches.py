@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from uuid import UUID
 
 import asyncpg
 
@@ -71,6 +72,10 @@ class Bench(ABC):
     @abstractmethod
     async def outcome(self, key: RequestKey) -> Outcome | None:
         """How a request ended."""
+
+    @abstractmethod
+    async def claims(self, session: SessionKey) -> dict[RequestKey, UUID | None]:
+        """The claims of a session's unfinished requests."""
 
     @abstractmethod
     async def history(self, session: SessionKey) -> list[tuple[NodeId, NodeId, int, str]]:
@@ -170,6 +175,10 @@ class TableBench(Bench):
         text = await self._hand.fetchval("select outcome from pgmcp.requests where id = $1", key)
         return None if text is None else Outcome(text)
 
+    async def claims(self, session: SessionKey) -> dict[RequestKey, UUID | None]:
+        text = "select id, claim from pgmcp.requests where session = $1 and finished_at is null"
+        return {RequestKey(row["id"]): row["claim"] for row in await self._hand.fetch(text, session)}
+
     async def history(self, session: SessionKey) -> list[tuple[NodeId, NodeId, int, str]]:
         rows = await self._hand.fetch("select * from pgmcp.takeovers where session = $1 order by id", session)
         return [(row["from_node"], row["to_node"], row["epoch"], row["reason"]) for row in rows]
@@ -221,6 +230,9 @@ class MemoryBench(Bench):
 
     async def outcome(self, key: RequestKey) -> Outcome | None:
         return self._cluster.requests[key].outcome
+
+    async def claims(self, session: SessionKey) -> dict[RequestKey, UUID | None]:
+        return {row.key: row.claim for row in self._cluster.requests_of(session) if not row.finished}
 
     async def history(self, session: SessionKey) -> list[tuple[NodeId, NodeId, int, str]]:
         return [change[1:] for change in self._cluster.takeovers if change[0] == session]

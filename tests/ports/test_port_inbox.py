@@ -169,11 +169,14 @@ async def test_a_claim_that_came_to_nobody_is_given_up_and_taken_again(pair: Pai
     await pair.two.inbox.accept([request(pair.session, "2")])
     first, second = await pair.one.inbox.claim(pair.session.ownership)
     await pair.one.log.append(answer(second))
+    seen = await pair.bench.claims(pair.session.key) | {second.key: None}
     for _ in range(2):
-        await pair.one.inbox.put_back(pair.session.ownership, [first.key, second.key])
+        await pair.one.inbox.put_back(pair.session.ownership, seen)
     assert await pair.one.inbox.claimed() == {}
     (again,) = await pair.one.inbox.claim(pair.session.ownership)
     assert again.key == first.key, "a finished one stays finished"
+    await pair.one.inbox.put_back(pair.session.ownership, seen)
+    assert await pair.one.inbox.claim(pair.session.ownership) == [], "a late try gives up no newer claim"
     for node, epoch in ((pair.one, 2), (pair.two, 1)):
-        refused = node.inbox.put_back(replace(pair.session.ownership, epoch=epoch), [first.key])
+        refused = node.inbox.put_back(replace(pair.session.ownership, epoch=epoch), seen)
         assert isinstance(await outcome(refused), Fenced)

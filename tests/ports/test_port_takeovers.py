@@ -9,12 +9,22 @@ from typing import Any
 import pytest
 
 from pgmcp.errors import Fenced
-from pgmcp.types import ANONYMOUS, Attachment, Claimed, Entry, JournalEntry, NodeState, Ownership, SessionFacts
+from pgmcp.types import (
+    ANONYMOUS,
+    Attachment,
+    Claimed,
+    Entry,
+    Inheritance,
+    JournalEntry,
+    NodeState,
+    Ownership,
+    SessionFacts,
+)
 from tests.harness.proxy import Cut
 from tests.harness.stores import Session, answer, opened, outcome, request, until
 from tests.ports.benches import LONG, Bench, Pair, Ports
 
-each_cut = pytest.mark.parametrize("where", list(Cut), ids=["before", "after"])
+each_cut = pytest.mark.parametrize("where", [Cut.BEFORE, Cut.AFTER], ids=["before", "after"])
 
 
 async def condemned(observer: Ports, *, by_lease: bool = False, by_silence: bool = False) -> list[tuple[object, str]]:
@@ -165,7 +175,7 @@ async def test_a_sweep_takes_those_that_somebody_waits_for(bench: Bench) -> None
     await two.inbox.accept([request(working, None)])
     assert isinstance(await two.log.attach(heard.session_id, ANONYMOUS, None), Attachment)
     assert isinstance(await one.log.attach(idle.session_id, ANONYMOUS, None), Attachment)  # by the node that dies
-    await one.inbox.write_journal(subscribed.ownership, JournalEntry("subscription", "x", b"{}"))
+    await one.inbox.write_journal(subscribed.ownership, JournalEntry("subscription", "x", b"{}"), 1)
     await bench.die(one)
     assert len(await two.takeovers.take_orphans(1)) == 1
     found = {*await two.takeovers.take_orphans(10), *await two.inbox.owned()}
@@ -180,7 +190,7 @@ async def test_a_former_owner_writes_nothing(pair: Pair) -> None:
     writes = [
         pair.one.inbox.claim(old),
         pair.one.log.append(answer(claimed)),
-        pair.one.inbox.write_journal(old, JournalEntry("level", "", b"{}")),
+        pair.one.inbox.write_journal(old, JournalEntry("level", "", b"{}"), 1),
         pair.one.takeovers.inherit(old),
         pair.one.takeovers.adopt(old, [(claimed.key, 2)]),
         pair.one.inbox.end_owned(old),
@@ -206,8 +216,8 @@ async def test_a_new_owner_inherits_what_may_have_run(pair: Pair) -> None:
     claimed = await claimed_by_the_first(pair, "7", body=b'{"x":1}')
     note = replace(answer(claimed, message=b'{"method":"notifications/progress"}'), finishes=None, outcome=None)
     await pair.one.log.append(note)
-    await pair.one.inbox.write_journal(pair.session.ownership, JournalEntry("initialize", "", b"first"))
-    await pair.one.inbox.write_journal(pair.session.ownership, JournalEntry("level", "", b"second"))
+    await pair.one.inbox.write_journal(pair.session.ownership, JournalEntry("initialize", "", b"first"), 1)
+    await pair.one.inbox.write_journal(pair.session.ownership, JournalEntry("level", "", b"second"), 2)
     await pair.two.inbox.accept([request(pair.session, "8")])
     cancel = request(pair.session, None, b'{"cancel":7}', method="notifications/cancelled")
     await pair.two.inbox.accept([cancel])
@@ -225,8 +235,11 @@ async def test_a_new_owner_inherits_what_may_have_run(pair: Pair) -> None:
 
 async def test_attempts_count_until_one_succeeds(pair: Pair) -> None:
     new = await taken(pair)
-    assert [(await pair.two.takeovers.inherit(new)).attempt for _ in range(3)] == [1, 2, 3]
-    await pair.two.takeovers.restored(new)
+    left = [await pair.two.takeovers.inherit(new) for _ in range(3)]
+    assert [each.attempt for each in left] == [1, 2, 3]
+    await pair.two.takeovers.restored(new, left[0])
+    assert (await pair.two.takeovers.inherit(new)).attempt == 4, "a late try of an earlier attempt ends no newer one"
+    await pair.two.takeovers.restored(new, await pair.two.takeovers.inherit(new))
     assert (await pair.two.takeovers.inherit(new)).attempt == 1
 
 
@@ -295,15 +308,16 @@ async def test_writes_of_an_owner_wait_for_trust(bench: Bench) -> None:
     (claimed,) = await node.inbox.claim(session.ownership)
     trust.clear()
     own = session.ownership
+    left = Inheritance(session.session_id, 1, session.standalone, 1, (), (), (), (), ())
     before = await bench.counts()
     writes = [
         node.inbox.claim(own),
         node.log.append(answer(claimed)),
         node.log.append(Entry(own, session.standalone, 1, b"{}")),
-        node.inbox.write_journal(own, JournalEntry("level", "", b"{}")),
+        node.inbox.write_journal(own, JournalEntry("level", "", b"{}"), 1),
         node.takeovers.inherit(own),
         node.takeovers.adopt(own, []),
-        node.takeovers.restored(own),
+        node.takeovers.restored(own, left),
         node.log.drop_sink(own, None),
         node.inbox.end_owned(own),
     ]

@@ -159,6 +159,20 @@ def test_an_outage_of_any_length_costs_nothing(scene: Scene, seconds: float) -> 
     scene.ends_well()
 
 
+def test_a_hand_over_that_fails_in_an_outage_costs_seconds(scene: Scene) -> None:
+    """What was claimed goes on when the database is back, and does not wait for a survey."""
+    call = scene.call(seconds=60)
+    scene.passes(1)
+    owner, to = scene.owner, scene.world.nodes[2].node
+    scene.do(lambda: scene.world.go_away_for(40))
+    key = scene.session.key
+    assert key is not None
+    scene.do(lambda: scene.world._spawn(owner.host.hand_over(key, to, busy=True)))
+    scene.passes(46)
+    assert call.runs == 2
+    scene.ends_well()
+
+
 def test_a_jump_of_the_databases_clock_kills_nobody(scene: Scene) -> None:
     scene.passes(15)  # everybody may declare deaths by now
     for seconds in (12, 3600, -5, 9, 6):

@@ -35,7 +35,22 @@ statements = st.sampled_from(
      "end_restore", "establish", "write_journal", "unclaimed", "notify", "inherited_requests"]
 )  # fmt: skip
 delayed = st.sampled_from(
-    ["accept", "append", "renew", "take_session", "adopt", "establish", "write_journal", "condemn"]
+    [
+        "accept",
+        "append",
+        "renew",
+        "take_session",
+        "adopt",
+        "establish",
+        "write_journal",
+        "condemn",
+        "claim",
+        "put_back",
+        "end_restore",
+        "begin_restore",
+        "open_session",
+        "attach",
+    ]
 )
 
 
@@ -138,7 +153,7 @@ class Cluster(RuleBasedStateMachine):
         if not which.gone and which.clock.frozen:
             self._do(which.thaw)
 
-    @rule(session=numbers, statement=owners, where=st.sampled_from(list(Cut)), seconds=freezes)
+    @rule(session=numbers, statement=owners, where=st.sampled_from([Cut.BEFORE, Cut.AFTER]), seconds=freezes)
     def owner_will_freeze_in_the_middle_of(self, session: int, statement: str, where: Cut, seconds: float) -> None:
         which = self.world.owner(self._session(session))
         if which is not None:
@@ -217,7 +232,7 @@ class Cluster(RuleBasedStateMachine):
         self.loop.run_until_complete(self.world.database_is_away(seconds, keeps_lines=keeps_lines))
         self.world.check()
 
-    @rule(session=numbers, statement=owners, where=st.sampled_from(list(Cut)), seconds=outages)
+    @rule(session=numbers, statement=owners, where=st.sampled_from([Cut.BEFORE, Cut.AFTER]), seconds=outages)
     def database_will_be_away_in_the_middle_of(self, session: int, statement: str, where: Cut, seconds: float) -> None:
         which = self.world.owner(self._session(session))
         if which is not None:
@@ -232,11 +247,11 @@ class Cluster(RuleBasedStateMachine):
     def database_clock_jumps(self, seconds: float) -> None:
         self.world.cluster.shift += seconds
 
-    @rule(node=numbers, statement=statements, where=st.sampled_from(list(Cut)))
+    @rule(node=numbers, statement=statements, where=st.sampled_from([Cut.BEFORE, Cut.AFTER]))
     def statement_meets_a_broken_connection(self, node: int, statement: str, where: Cut) -> None:
         self._node(node).store.wire.cut(statement, where)
 
-    @rule(statement=statements, where=st.sampled_from(list(Cut)))
+    @rule(statement=statements, where=st.sampled_from([Cut.BEFORE, Cut.AFTER]))
     def every_node_meets_a_broken_connection(self, statement: str, where: Cut) -> None:
         for node in self.world.nodes:
             node.store.wire.cut(statement, where)

@@ -74,7 +74,7 @@ async def scene(database: str) -> AsyncIterator[Scene]:
     try:
         async with store(database) as owner, store(database) as other:
             session = await opened(owner)
-            await owner.inbox.write_journal(session.ownership, JournalEntry("level", "", b"before"))
+            await owner.inbox.write_journal(session.ownership, JournalEntry("level", "", b"before"), 1)
             await owner.inbox.accept([request(session)])
             (claimed,) = await owner.inbox.claim(session.ownership)
             await owner.inbox.accept([request(session, "2")])
@@ -106,15 +106,15 @@ async def finish(scene: Scene) -> object:
 
 async def establish(scene: Scene) -> object:
     facts = Established("2025-11-25", "late", "1", b"{}")
-    return await scene.owner.inbox.establish(scene.session.ownership, facts)
+    return await scene.owner.inbox.establish(scene.session.ownership, facts, 2)
 
 
 async def write_journal(scene: Scene) -> object:
-    return await scene.owner.inbox.write_journal(scene.session.ownership, JournalEntry("level", "", b"late"))
+    return await scene.owner.inbox.write_journal(scene.session.ownership, JournalEntry("level", "", b"late"), 2)
 
 
 async def forget_journal(scene: Scene) -> object:
-    return await scene.owner.inbox.write_journal(scene.session.ownership, JournalEntry("level", ""))
+    return await scene.owner.inbox.write_journal(scene.session.ownership, JournalEntry("level", ""), 2)
 
 
 async def drop_sink(scene: Scene) -> object:

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 import asyncpg
 import pytest
 
-from pgmcp.errors import DuplicateRequest, Fenced, PgmcpError
-from pgmcp.types import Claimed, Message, Ownership, Principal, SessionKey, StreamId
+from pgmcp.errors import DatabaseUnavailable, DuplicateRequest, Fenced, PgmcpError
+from pgmcp.types import ANONYMOUS, Claimed, Message, Ownership, Principal, SessionKey, StreamId
 from tests.harness.stores import (
     IDS,
     Session,
@@ -224,3 +224,17 @@ async def test_two_nodes_hammer_the_same_sessions(pair: Pair) -> None:
         (stream, seq) for stream, seq, _ in hammer.stored
     )
     assert await deadlocks(pair) == 0
+
+
+async def test_a_claim_that_gave_up_is_forgotten_with_its_session(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its session has ended meanwhile: nothing waits for anybody any more."""
+
+    async def gives_up(*_: object, **__: object) -> None:
+        raise DatabaseUnavailable("not in time")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pair.one.inbox._claims, "put", gives_up)
+        assert isinstance(await outcome(pair.one.inbox.claim(pair.session.ownership)), DatabaseUnavailable)
+    assert pair.session.ownership in await pair.one.inbox.unclaimed()
+    await pair.two.inbox.end(pair.session.session_id, ANONYMOUS)
+    assert await pair.one.inbox.unclaimed() == []

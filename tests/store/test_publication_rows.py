@@ -15,7 +15,7 @@ from pgmcp.store import migrations, publications
 from pgmcp.store.line import channel
 from pgmcp.store.publications import TablePublications, publish_from_outside
 from pgmcp.store.schema import FUNCTIONS
-from pgmcp.store.upkeep import Upkeep
+from pgmcp.store.upkeep import PUBLICATIONS, Upkeep
 from pgmcp.types import PUBLISHED, Change, Horizon, Publication
 from tests.harness.stores import IDS, Store, store
 
@@ -153,14 +153,34 @@ async def test_rows_of_another_servers_dump_are_neither_read_for_ever_nor_kept(
 OLD = "update pgmcp.publications set published_at = published_at - interval '1 hour'"
 
 
-async def test_what_is_old_goes_but_the_newest_change_of_each_list(node: Store, hand: asyncpg.Connection) -> None:
+class Later(Clock):
+    """A clock that a test moves forward."""
+
+    def __init__(self) -> None:
+        self.shift = 0.0
+
+    def boottime(self) -> float:
+        return super().boottime() + self.shift
+
+
+@pytest.fixture
+def later(node: Store) -> Later:
+    """The time of the node's upkeep."""
+    node.database.clock = Later()
+    return node.database.clock
+
+
+async def test_what_is_old_goes_but_the_newest_change_of_each_list(
+    node: Store, hand: asyncpg.Connection, later: Later
+) -> None:
     of, upkeep = table(node), Upkeep(node.database, IDS)
     for publication in (TOOLS, updated(1), Publication(Change.PROMPTS), TOOLS):
         await of.publish(publication)
     await hand.execute(OLD)
     await of.publish(updated(2))
     await upkeep.prune()
-    assert await hand.fetchval(COUNT) == 5, "what may be new to others stays until the next sweep"
+    assert await hand.fetchval(COUNT) == 5, "what may be new to others stays"
+    later.shift += PUBLICATIONS + 1
     await upkeep.prune()
     left = await hand.fetch("select kind, uri from pgmcp.publications order by xact")
     assert [(row["kind"], row["uri"]) for row in left] == [
@@ -168,16 +188,23 @@ async def test_what_is_old_goes_but_the_newest_change_of_each_list(node: Store, 
     ]  # fmt: skip
 
 
-async def test_what_a_long_transaction_published_is_read_before_it_goes(node: Store, database: str) -> None:
+async def test_what_a_long_transaction_published_is_kept_from_its_commit_on(
+    node: Store, database: str, later: Later
+) -> None:
+    """As long as any other: a node that was deaf for a while finds it, too."""
     of, upkeep, other = table(node), Upkeep(node.database, IDS), await asyncpg.connect(database)
     _, horizon = await said(of, None)
     async with other.transaction():
         await other.execute("select pgmcp.publish_resource_updated('late')")
         await other.execute(OLD)
         await upkeep.prune()
+        later.shift += PUBLICATIONS + 1
         await upkeep.prune()
-    await upkeep.prune()
+    for _ in range(3):
+        later.shift += PUBLICATIONS / 4
+        await upkeep.prune()
     assert (await said(of, horizon))[0] == ["late"]
+    later.shift += PUBLICATIONS / 2
     await upkeep.prune()
     assert await other.fetchval(COUNT) == 0
     await other.close()

@@ -30,7 +30,7 @@ from tests.harness.stores import (
 )
 
 through_both = pytest.mark.usefixtures("either_way")
-each_cut = pytest.mark.parametrize("where", list(Cut), ids=["before", "after"])
+each_cut = pytest.mark.parametrize("where", [Cut.BEFORE, Cut.AFTER], ids=["before", "after"])
 
 
 @dataclass
@@ -89,9 +89,9 @@ async def scene(database: str) -> AsyncIterator[Scene]:
 
 async def test_the_proxy_cuts_where_it_says(scene: Scene) -> None:
     """The control: without a second try the write is there after one cut, and not after the other."""
-    for where, there in ((Cut.BEFORE, 0), (Cut.AFTER, 1)):
+    for where, there in ((Cut.BEFORE, 0), (Cut.AFTER, 2)):
         scene.proxy.cut("write_journal", where)
-        args = (scene.session.key, scene.node.node, 1, "level", "", b"x")
+        args = (scene.session.key, scene.node.node, 1, "level", "", b"x", 1)
         with pytest.raises((OSError, asyncpg.PostgresConnectionError, asyncpg.InterfaceError)):
             await scene.node.database.fetch("write_journal", *args)
         assert (await row_counts(scene.eyes))["journal"] == there
@@ -176,19 +176,18 @@ async def test_append_of_a_group(scene: Scene, where: Cut) -> None:
 @each_cut
 async def test_establish(scene: Scene, where: Cut) -> None:
     facts = Established("2025-11-25", "client", "1", b"{}")
-    assert await scene.through("establish", where, scene.node.inbox.establish(scene.session.ownership, facts)) is None
+    assert (
+        await scene.through("establish", where, scene.node.inbox.establish(scene.session.ownership, facts, 1)) is None
+    )
     assert (await scene.node.inbox.find(scene.session.session_id, ANONYMOUS)).protocol_version == "2025-11-25"
 
 
 @each_cut
 async def test_write_journal(scene: Scene, where: Cut) -> None:
-    for body, left in ((b"one", 1), (b"two", 1), (None, 0)):
-        entry = JournalEntry("level", "", body)
-        assert (
-            await scene.through("write_journal", where, scene.node.inbox.write_journal(scene.session.ownership, entry))
-            is None
-        )
-        assert (await row_counts(scene.eyes))["journal"] == left
+    for version, body in ((1, b"one"), (2, b"two"), (3, None)):
+        write = scene.node.inbox.write_journal(scene.session.ownership, JournalEntry("level", "", body), version)
+        assert await scene.through("write_journal", where, write) is None
+        assert await scene.eyes.fetchval("select body from pgmcp.journal where kind = 'level'") == body
 
 
 @each_cut
@@ -252,6 +251,14 @@ async def test_open_session_beside_its_own_first_try(scene: Scene) -> None:
     new = NewSession(IDS.token(), ANONYMOUS, "streamable", StreamId(IDS.uuid()))
     ownership = await scene.beside("open_session", scene.node.inbox.open_session(new))
     assert ownership.epoch == 1
+
+
+async def test_write_journal_beside_its_own_first_try(scene: Scene) -> None:
+    entry = JournalEntry("level", "", b"x")
+    assert (
+        await scene.beside("write_journal", scene.node.inbox.write_journal(scene.session.ownership, entry, 1)) is None
+    )
+    assert await scene.eyes.fetchval("select body from pgmcp.journal where kind = 'level'") == b"x"
 
 
 @pytest.mark.parametrize("finishing", [False, True], ids=["event", "answer"])

@@ -276,7 +276,7 @@ async def test_accept_and_attach_say_that_the_owner_is_gone(scene: Scene) -> Non
 async def test_only_what_somebody_waits_for_is_swept(scene: Scene) -> None:
     idle, working, watching, listening, deserted = [await opened(scene.former) for _ in range(5)]
     await scene.former.inbox.accept([request(working)])
-    await scene.former.inbox.write_journal(watching.ownership, JournalEntry("subscription", "x", b"{}"))
+    await scene.former.inbox.write_journal(watching.ownership, JournalEntry("subscription", "x", b"{}"), 1)
     principal = request(idle).principal
     await scene.taker.log.attach(listening.session_id, principal, None)
     await scene.former.log.attach(deserted.session_id, principal, None)  # by a node that is dead as well
@@ -315,7 +315,7 @@ async def test_eight_sweepers_take_a_thousand_orphans_once_each(database: str, s
 
 async def test_those_with_work_are_swept_first(scene: Scene) -> None:
     watching, working = [await opened(scene.former) for _ in range(2)]
-    await scene.former.inbox.write_journal(watching.ownership, JournalEntry("subscription", "x", b"{}"))
+    await scene.former.inbox.write_journal(watching.ownership, JournalEntry("subscription", "x", b"{}"), 1)
     await scene.former.inbox.accept([request(working)])
     await scene.bury()
     taken = [(await scene.table.take_orphans(1))[0].session for _ in range(2)]
@@ -342,12 +342,13 @@ async def test_attempts_and_runs_are_counted_before_they_are_made(scene: Scene) 
     first, second = await scene.former.inbox.claim(scene.session.ownership)
     await scene.bury()
     ownership = replace(scene.session.ownership, epoch=(await scene.take()).epoch)
-    assert [(await scene.table.inherit(ownership)).attempt for _ in range(3)] == [1, 2, 3]
+    left = [await scene.table.inherit(ownership) for _ in range(3)]
+    assert [each.attempt for each in left] == [1, 2, 3]
     for _ in range(2):  # a repeat counts nothing
         await scene.table.adopt(ownership, [(first.key, 2), (second.key, 1)])
     rows = await scene.hand.fetch("select id, runs, claimed_epoch from pgmcp.requests order by position")
     assert [tuple(row) for row in rows] == [(first.key, 2, 2), (second.key, 1, 2)]
-    await scene.table.restored(ownership)
+    await scene.table.restored(ownership, left[-1])
     assert (await scene.table.inherit(ownership)).attempt == 1
     assert await scene.taker.inbox.unclaimed() == []
 
@@ -416,7 +417,7 @@ async def test_a_session_is_handed_over_and_its_former_owner_is_fenced(scene: Sc
     for write in (
         scene.former.log.append(answer(claimed)),
         scene.former.inbox.claim(scene.session.ownership),
-        scene.former.inbox.write_journal(scene.session.ownership, JournalEntry("level", "", b"{}")),
+        scene.former.inbox.write_journal(scene.session.ownership, JournalEntry("level", "", b"{}"), 1),
     ):
         assert isinstance(await outcome(write), Fenced)
     assert [item.key for item in (await scene.table.inherit(moved)).requests] == [claimed.key]
@@ -520,13 +521,13 @@ async def test_requests_can_be_left_unclaimed_while_others_are_served(scene: Sce
 
 
 async def test_what_was_exported_is_there_until_the_restore_is_done(scene: Scene) -> None:
-    for entry in (JournalEntry("export", "", b"7"), JournalEntry("level", "", b"{}")):
-        await scene.former.inbox.write_journal(scene.session.ownership, entry)
+    for version, entry in enumerate((JournalEntry("export", "", b"7"), JournalEntry("level", "", b"{}")), 1):
+        await scene.former.inbox.write_journal(scene.session.ownership, entry, version)
     moved = await giving(scene).hand_over(scene.session.ownership, scene.taker.node)
     assert moved is not None
     for _ in range(2):
         assert {entry.kind for entry in (await scene.table.inherit(moved)).journal} == {"export", "level"}
-    await scene.table.restored(moved)
+    await scene.table.restored(moved, await scene.table.inherit(moved))
     assert {entry.kind for entry in (await scene.table.inherit(moved)).journal} == {"level"}
 
 

@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 from mcp.server.mcpserver import Context, MCPServer
 
+from pgmcp.errors import DatabaseUnavailable
 from pgmcp.session import storing
+from pgmcp.session.calls import Over
+from pgmcp.store.secrets import KeyRing
 from tests.harness.clients import RawSession
 from tests.harness.cluster import RunningNode, cluster, eventually
 from tests.harness.proxy import Proxy, proxied
@@ -134,3 +137,33 @@ async def test_a_session_that_lost_step_is_restored_and_not_ended(scene: Scene) 
     assert other["content"][0]["text"] == "quick"
     assert host._residents[first.ownership.session].actor is not first
     assert scene.reporter.runs == 1
+
+
+async def test_an_actor_that_was_replaced_ends_nobody(scene: Scene) -> None:
+    """Its server session may end at any time after another one has its place."""
+    host = scene.node.incarnation.host
+    [former] = [resident.actor for resident in host._residents.values()]
+    host._anew(former)
+
+    def replaced() -> bool:
+        return not host._restoring and any(each.actor is not former for each in host._residents.values())
+
+    await eventually(replaced, "another one has its place")
+    host._over(former, Over.ENDED)
+    assert (await scene.session.call_tool(scene.node.url, "quick"))["content"][0]["text"] == "quick"
+
+
+async def test_a_key_that_cannot_be_read_now_is_waited_for(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was acknowledged is neither rejected nor dropped, and keeps its place."""
+    tries, opening = 0, KeyRing.open
+
+    async def unavailable(ring: KeyRing, sealed: bytes, place: bytes) -> bytes:
+        nonlocal tries
+        tries += 1
+        if tries < 3:
+            raise DatabaseUnavailable("PostgreSQL does not answer.")
+        return await opening(ring, sealed, place)
+
+    monkeypatch.setattr(KeyRing, "open", unavailable)
+    assert (await scene.session.call_tool(scene.node.url, "quick"))["content"][0]["text"] == "quick"
+    assert tries == 3

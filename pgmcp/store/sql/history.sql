@@ -46,7 +46,8 @@ where r.session = any($1::bigint[]) and r.rpc_id is not null and r.finished_at i
 
 -- name: keep_claims
 -- fence: owner and epoch on the sessions row, FOR KEY SHARE. In a term that just began the owner says which requests it
--- works on ($4); it began no other one, so the rest waits again.
+-- works on ($4); it began no other one, so the rest waits again. What was claimed in the term already is let be: this may
+-- be a late first try.
 with guard as materialized (
     select set_config('lock_timeout', '250ms', true)
 ), held as materialized (
@@ -64,4 +65,5 @@ set claimed_epoch = case when r.id = any($4::uuid[]) then held.epoch end,
     runs = case when r.id = any($4::uuid[]) then greatest(r.runs, 1)
         when r.claimed_epoch is not null then greatest(r.runs - 1, 0) else r.runs end
 from held
-where r.session = held.id and r.rpc_id is not null and r.finished_at is null;
+where r.session = held.id and r.rpc_id is not null and r.finished_at is null
+  and coalesce(r.claimed_epoch, 0) < held.epoch;

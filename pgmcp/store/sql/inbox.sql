@@ -14,6 +14,7 @@ with counted as materialized (
         (session_id, owner, transport, principal_client, principal_issuer, principal_subject, epoch)
     select $1, $2, $3, $4, $5, $6, coalesce((select 1000000 * h.term from {schema}.history h), 0) + 1
     from counted where everybody < $8 and own < $9
+      and not exists (select from {schema}.spent_states where state = sha256(convert_to($1, 'UTF8')))  -- it has ended
     on conflict (session_id) do nothing
     returning id, epoch
 ), standalone as (
@@ -240,7 +241,7 @@ select pg_current_snapshot()::text as horizon, own.id, own.session, own.epoch, o
 from (values (1)) as one (row) left join own on true;
 
 -- name: claimed_requests
-select r.session, s.epoch, r.id
+select r.session, s.epoch, r.id, r.claim
 from unnest($3::uuid[]) as k (id)
 cross join lateral (select q.* from {schema}.requests q where q.id = k.id limit 1) r
 cross join lateral (select o.* from {schema}.sessions o where o.id = r.session limit 1) s
@@ -248,7 +249,8 @@ where s.owner = $1 and s.state = 'live' and r.claimed_epoch = s.epoch and r.fini
   and r.claimed_at < clock_timestamp() - make_interval(secs => $2);
 
 -- name: put_back
--- fence: owner and epoch on the sessions row, FOR KEY SHARE. A run that was counted and never begun does not count.
+-- fence: owner and epoch on the sessions row, FOR KEY SHARE. A run that was counted and never begun does not count. Only
+-- the claims that were seen ($5): a late first try must not give up a newer one.
 with guard as materialized (
     select set_config('lock_timeout', '250ms', true)
 ), held as materialized (
@@ -258,8 +260,9 @@ with guard as materialized (
 ), back as (
     update {schema}.requests r
     set claimed_epoch = null, claim = null, claimed_at = null, runs = greatest(r.runs - 1, 0)
-    from held
-    where r.id = any($4::uuid[]) and r.session = held.id and r.claimed_epoch = held.epoch and r.finished_at is null
+    from held, unnest($4::uuid[], $5::uuid[]) as a (id, claim)
+    where r.id = a.id and r.claim is not distinct from a.claim
+      and r.session = held.id and r.claimed_epoch = held.epoch and r.finished_at is null
 )
 select id from held;
 
@@ -268,36 +271,49 @@ select id from held;
 update {schema}.requests set open = false where id = $1 and finished_at is not null;
 
 -- name: establish
--- fence: owner and epoch on the sessions row, FOR KEY SHARE.
+-- fence: owner and epoch on the sessions row, FOR KEY SHARE. $8 is the write's version: see write_journal.
 with guard as materialized (
     select set_config('lock_timeout', '250ms', true)
 ), held as materialized (
     select s.id from guard, {schema}.sessions s
     where s.id = $1 and s.owner = $2 and s.epoch = $3 and s.state = 'live'
     for key share of s
+), counted as (
+    insert into {schema}.journal as j (session, kind, detail, body)
+    select held.id, 'version', '', int8send($8::bigint) from held
+    on conflict (session, kind, detail) do update set body = excluded.body where j.body <= excluded.body
+    returning j.session
+), established as (
+    update {schema}.sessions s
+    set protocol_version = $4, client_name = $5, client_version = $6, client_capabilities = $7
+    from counted where s.id = counted.session
 )
-update {schema}.sessions s
-set protocol_version = $4, client_name = $5, client_version = $6, client_capabilities = $7
-from held where s.id = held.id
-returning s.id;
+select held.id, exists (select from counted) as newest from held;
 
 -- name: write_journal
--- fence: owner and epoch on the sessions row, FOR KEY SHARE.
+-- fence: owner and epoch on the sessions row, FOR KEY SHARE. $7 is the write's version: the owner numbers the writes of a
+-- session and makes one after the other, and a first try that arrives after a newer write changes nothing. The newest
+-- version lies in an entry of its own, which outlives what is forgotten (big-endian: its bytes compare as numbers do).
 with guard as materialized (
     select set_config('lock_timeout', '250ms', true)
 ), held as materialized (
     select s.id from guard, {schema}.sessions s
     where s.id = $1 and s.owner = $2 and s.epoch = $3 and s.state = 'live'
     for key share of s
+), counted as (
+    insert into {schema}.journal as j (session, kind, detail, body)
+    select held.id, 'version', '', int8send($7::bigint) from held
+    on conflict (session, kind, detail) do update set body = excluded.body where j.body <= excluded.body
+    returning j.session
 ), forgotten as (
-    delete from {schema}.journal j using held
-    where j.session = held.id and j.kind = $4 and j.detail = $5 and $6::bytea is null
+    delete from {schema}.journal j using counted
+    where j.session = counted.session and j.kind = $4 and j.detail = $5 and $6::bytea is null
 ), written as (
     insert into {schema}.journal as j (session, kind, detail, body)
-    select held.id, $4, $5, $6 from held where $6::bytea is not null
+    select counted.session, $4, $5, $6 from counted where $6::bytea is not null
     on conflict (session, kind, detail) do update set body = excluded.body, written_at = clock_timestamp()
 )
-select id from held;
+select held.id, exists (select from counted) as newest from held;
 
 -- name: touch_sessions
 -- fence: owner and epoch. One write a minute for all sessions that were active.
@@ -314,18 +330,34 @@ where s.id = held.id;
 -- name: use_session
 update {schema}.sessions set last_active_at = clock_timestamp() where id = $1;
 
+-- name: still_owned
+-- Which of these ownerships hold.
+select s.id, s.epoch from {schema}.sessions s
+join unnest($2::bigint[], $3::bigint[]) as a (session, epoch) on a.session = s.id
+where (s.owner = $1) is true and s.epoch = a.epoch and s.state = 'live';
+
 -- name: owned
 select id, epoch from {schema}.sessions where owner = $1 and state = 'live';
 
 -- name: end_session
--- fence: DELETE locks the row FOR UPDATE; the cascade then reads what is in flight with a snapshot of its own.
-delete from {schema}.sessions where id = $1;
+-- fence: DELETE locks the row FOR UPDATE; the cascade then reads what is in flight with a snapshot of its own. The id is
+-- spent: a first try of open_session that arrives only now makes no session that its client has ended.
+with gone as (
+    delete from {schema}.sessions where id = $1 returning session_id
+)
+insert into {schema}.spent_states (state, spender, expires_at)
+select sha256(convert_to(session_id, 'UTF8')), gen_random_uuid(), clock_timestamp() + interval '1 hour' from gone
+on conflict (state) do nothing;
 
 -- name: end_owned_session
 -- fence: owner and epoch. A session that is not there any more has ended, perhaps by the first try of this statement.
 with held as materialized (
     select id, owner = $2 and epoch = $3 as own from {schema}.sessions where id = $1 for update
 ), ended as (
-    delete from {schema}.sessions s using held where s.id = held.id and held.own
+    delete from {schema}.sessions s using held where s.id = held.id and held.own returning s.session_id
+), spent as (
+    insert into {schema}.spent_states (state, spender, expires_at)
+    select sha256(convert_to(session_id, 'UTF8')), gen_random_uuid(), clock_timestamp() + interval '1 hour' from ended
+    on conflict (state) do nothing
 )
 select coalesce((select not own from held), false) as elsewhere;

@@ -102,8 +102,16 @@ left join lateral (
 ) e on true
 order by a.n, e.seq;
 
+-- name: sink_epoch
+-- Of a stream ($2), or of a session's standalone one.
+select st.sink_epoch from {schema}.streams st where st.id = $2::uuid
+union all
+select st.sink_epoch from {schema}.sessions s join {schema}.streams st on st.session = s.id and st.kind = 'standalone'
+where s.session_id = $1::text and $2::uuid is null;
+
 -- name: attach
--- Newest sink wins. $5 null means the session's standalone stream; $1 null, the HTTP+SSE session of the stream $5.
+-- Newest sink wins. $8 is the epoch of the sink that it takes the stream from, which was seen just before: what arrives
+-- late must not take it from a newer one ("moved"). $5 null means the session's standalone stream; $1 null, the HTTP+SSE session of the stream $5.
 with guard as materialized (
     select set_config('lock_timeout', '250ms', true)
 ), held as materialized (
@@ -116,7 +124,7 @@ with guard as materialized (
           is not distinct from ($2::text, $3::text, $4::text)
     for key share of s
 ), target as materialized (
-    select st.id, st.sink, (
+    select st.id, st.sink, st.sink_epoch is distinct from $8::bigint as moved, (
         select count(*) from {schema}.streams o
         where o.session = held.id and o.sink is not null and o.id <> st.id  -- one that moves is not one more
     ) >= $7 as full
@@ -129,11 +137,11 @@ with guard as materialized (
     update {schema}.streams st
     set sink = $6, sink_epoch = st.sink_epoch + 1
     from target
-    where st.id = target.id and not target.full
+    where st.id = target.id and not target.full and not target.moved
     returning st.id, st.kind, st.sink_epoch, st.next_seq, st.delivered_seq, st.floor_seq, st.closed
 )
 select
-    coalesce(target.full, false) as full,
+    coalesce(target.full, false) as full, coalesce(target.moved, false) as moved,
     held.id as session, held.session_id, held.owner, held.epoch, held.protocol_version,
     taken.id as stream, taken.kind, taken.sink_epoch, taken.next_seq, taken.delivered_seq, taken.floor_seq,
     taken.closed, target.sink as replaced, (o.state in ('joining', 'ready', 'draining')) is not true as orphaned,
@@ -168,11 +176,12 @@ where st.id = l.id
 returning st.id;
 
 -- name: sink_of
-select sink from {schema}.streams st
+select sink, sink_epoch from {schema}.streams st
 where st.session = $1 and (($2::uuid is null and st.kind = 'standalone') or st.id = $2);
 
 -- name: drop_sink
--- fence: owner and epoch. A server asked to close the client's connection: the sink loses the stream and lets go.
+-- fence: owner and epoch. A server asked to close the client's connection: the sink loses the stream and lets go. Only the
+-- sink that was seen ($5, its epoch): a late first try must not take the stream from a newer one.
 with guard as materialized (
     select set_config('lock_timeout', '250ms', true)
 ), held as materialized (
@@ -181,11 +190,12 @@ with guard as materialized (
     for key share of s
 ), target as materialized (
     select st.id from held join {schema}.streams st on st.session = held.id
-    where ($4::uuid is null and st.kind = 'standalone') or st.id = $4
+    where (($4::uuid is null and st.kind = 'standalone') or st.id = $4)
+      and (st.sink_epoch = $5::bigint or st.sink_epoch = $5::bigint + 1 and st.sink is null)
     for no key update of st
 ), dropped as (
     update {schema}.streams st set sink = null, sink_epoch = st.sink_epoch + 1
-    from target where st.id = target.id
+    from target where st.id = target.id and st.sink_epoch = $5::bigint
 )
 select id as stream from target;
 

@@ -26,8 +26,11 @@ where node_id = $1 and state in ('joining', 'ready', 'draining')
 returning extract(epoch from renewed_at)::float8 as at;
 
 -- name: set_state
+-- A node's states only go forward: a late try must not make a draining node ready.
 update {schema}.nodes set state = $2
 where node_id = $1 and state in ('joining', 'ready', 'draining')
+  and array_position(array['joining', 'ready', 'draining', 'left', 'dead'], state)
+      <= array_position(array['joining', 'ready', 'draining', 'left', 'dead'], $2)
 returning state;
 
 -- name: line_started

@@ -35,8 +35,8 @@ order by p.xact, p.published_at, p.id;
 select pg_current_snapshot()::text as horizon;
 
 -- name: prune_publications
--- $2 is the horizon of an earlier sweep: what a long transaction published is new when it commits, however old it is. The
--- newest change of each list stays, for sessions that change their owner later; so do, with an unknown horizon, all.
+-- $2 is a horizon of $1 seconds ago or earlier: what a long transaction published is new when it commits, however old it
+-- is, and is kept as long as any other from then on. The newest change of each list stays, for sessions that change their owner later; so do, with an unknown horizon, all.
 with newest as materialized (
     select kind, max(published_at) as at from {schema}.publications where kind <> 'resource_updated' group by kind
 )

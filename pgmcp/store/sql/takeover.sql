@@ -113,19 +113,21 @@ where s.id = $1 and s.owner = $2 and s.epoch = $3 and s.state = 'live' and s.res
 returning s.session_id, s.restores;
 
 -- name: end_restore
--- fence: owner and epoch on the sessions row. What was exported for this restore is old from now on.
+-- fence: owner and epoch on the sessions row. What was exported for this restore ($5: when) is old from now on. $4 is the
+-- attempt that has succeeded; a late first try must neither end a newer one nor forget a newer export.
 with done as (
     update {schema}.sessions s
     set restores = 0
-    where s.id = $1 and s.owner = $2 and s.epoch = $3
+    where s.id = $1 and s.owner = $2 and s.epoch = $3 and s.restores in (0, $4)
     returning s.id
 ), used as (
-    delete from {schema}.journal j using done where j.session = done.id and j.kind = 'export'
+    delete from {schema}.journal j using done
+    where j.session = done.id and j.kind = 'export' and j.written_at <= $5::timestamptz
 )
 select id from done;
 
 -- name: inherited_journal
-select kind, detail, body from {schema}.journal where session = $1 order by written_at, kind, detail;
+select kind, detail, body, written_at from {schema}.journal where session = $1 order by written_at, kind, detail;
 
 -- name: inherited_streams
 select id, kind, next_seq, sink from {schema}.streams
@@ -186,7 +188,7 @@ where p.kind <> 'resource_updated'
 
 -- name: adopt
 -- fence: owner and epoch on the sessions row, FOR KEY SHARE. What an earlier owner may have started is this one's now, to
--- be run once more or to be ended: $5 counts its runs with the one that comes, before it is made.
+-- be run once more or to be ended: $5 counts its runs with the one that comes, before it is made; runs only grow.
 with guard as materialized (
     select set_config('lock_timeout', '250ms', true)
 ), held as materialized (
@@ -197,7 +199,7 @@ with guard as materialized (
     update {schema}.requests r
     set claimed_epoch = held.epoch, claimed_at = clock_timestamp(), runs = a.runs
     from held, unnest($4::uuid[], $5::integer[]) as a (id, runs)
-    where r.id = a.id and r.session = held.id and r.finished_at is null
+    where r.id = a.id and r.session = held.id and r.finished_at is null and r.runs <= a.runs
 )
 select id from held;
 

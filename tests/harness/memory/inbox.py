@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from uuid import UUID
 
@@ -11,6 +11,7 @@ from pgmcp.errors import (
     ClusterFull,
     DuplicateRequest,
     Fenced,
+    OutOfStep,
     SessionBusy,
     SessionUnknown,
     TooManySessions,
@@ -64,6 +65,9 @@ class MemoryInbox:
         found = self._cluster.session_called(new.session_id)
         if found is not None:
             return found.ownership
+        if new.session_id in self._cluster.ended:
+            message = "It has ended already."
+            raise SessionUnknown(message)
         settings, rows = self._cluster.settings, self._cluster.sessions.values()
         if len(rows) >= settings.max_sessions:
             raise ClusterFull
@@ -211,7 +215,10 @@ class MemoryInbox:
         return row
 
     async def unclaimed(self) -> list[Ownership]:
-        return [*self._unheard, *await self._wire.ask("unclaimed", self._unclaimed)]
+        found = await self._wire.ask("unclaimed", self._unclaimed)
+        held = {row.ownership for row in self._cluster.sessions.values() if row.owner == self._node}
+        self._unheard = {each: claims for each, claims in self._unheard.items() if each in held}
+        return [*self._unheard, *found]
 
     def _unclaimed(self) -> list[Ownership]:
         return [
@@ -224,28 +231,29 @@ class MemoryInbox:
             )
         ]
 
-    async def claimed(self) -> dict[Ownership, list[RequestKey]]:
-        def work() -> dict[Ownership, list[RequestKey]]:
+    async def claimed(self) -> dict[Ownership, dict[RequestKey, UUID | None]]:
+        def work() -> dict[Ownership, dict[RequestKey, UUID | None]]:
             return {
-                session.ownership: keys
+                session.ownership: claims
                 for session in self._cluster.sessions.values()
                 if session.owner == self._node
                 and (
-                    keys := [
-                        row.key
+                    claims := {
+                        row.key: row.claim
                         for row in self._cluster.requests_of(session.id)
                         if row.claimed_epoch == session.epoch and not row.finished
-                    ]
+                    }
                 )
             }
 
         return await self._wire.ask("claimed_requests", work)
 
-    async def put_back(self, ownership: Ownership, keys: Sequence[RequestKey]) -> None:
+    async def put_back(self, ownership: Ownership, claims: Mapping[RequestKey, UUID | None]) -> None:
         def work() -> None:
             self._fence(ownership)
             for row in self._cluster.requests_of(ownership.session):
-                if row.key in keys and row.claimed_epoch == ownership.epoch and not row.finished:
+                seen = row.key in claims and row.claim == claims[row.key]
+                if seen and row.claimed_epoch == ownership.epoch and not row.finished:
                     row.claim, row.claimed_epoch, row.runs = None, None, max(row.runs - 1, 0)
             self._cluster.stored(self._node, "put_back", ownership)
 
@@ -257,16 +265,24 @@ class MemoryInbox:
             lambda: {row.ownership for row in self._cluster.sessions.values() if row.owner == self._node},
         )
 
-    async def establish(self, ownership: Ownership, facts: Established) -> None:
+    async def establish(self, ownership: Ownership, facts: Established, version: int) -> None:
         def work() -> None:
-            self._fence(ownership).settled = facts
+            self._newest(ownership, version).settled = facts
             self._cluster.stored(self._node, "establish", ownership)
 
         await self._wire.persist("establish", work, gated=True)
 
-    async def write_journal(self, ownership: Ownership, entry: JournalEntry) -> None:
+    def _newest(self, ownership: Ownership, version: int) -> SessionRow:
+        row = self._fence(ownership)
+        if row.version > version:
+            message = f"The journal of session {ownership.session} has a newer entry than this; nothing was stored."
+            raise OutOfStep(message)
+        row.version = version
+        return row
+
+    async def write_journal(self, ownership: Ownership, entry: JournalEntry, version: int) -> None:
         def work() -> None:
-            self._fence(ownership)
+            self._newest(ownership, version)
             place = (ownership.session, entry.kind, entry.detail)
             self._cluster.journal.pop(place, None)  # what is written anew is the newest
             if entry.body is not None:

@@ -107,14 +107,27 @@ class MemoryLog:
     async def attach(
         self, session_id: str | None, principal: Principal, stream: StreamId | None
     ) -> Attachment | SessionFacts:
-        settings = self._cluster.settings
-        return await self._wire.persist(
-            "attach", lambda: self._attach(session_id, principal, stream), patience=settings.resume_hold
-        )
+        patience = self._cluster.settings.resume_hold
+        while True:
+            seen = await self._wire.persist(
+                "sink_epoch", lambda: self._sink_epoch(session_id, stream), patience=patience
+            )
+            work = lambda seen=seen: self._attach(session_id, principal, stream, seen)  # noqa: E731
+            attached = await self._wire.persist("attach", work, patience=patience)
+            if attached is not None:
+                return attached
+
+    def _sink_epoch(self, session_id: str | None, stream: StreamId | None) -> int | None:
+        cluster, session = self._cluster, self._cluster.session_called(session_id)
+        if stream is None:
+            row = None if session is None else cluster.standalone_of(session.id)
+        else:
+            row = cluster.streams.get(stream)
+        return None if row is None else row.sink_epoch
 
     def _attach(
-        self, session_id: str | None, principal: Principal, stream_id: StreamId | None
-    ) -> Attachment | SessionFacts:
+        self, session_id: str | None, principal: Principal, stream_id: StreamId | None, seen: int | None
+    ) -> Attachment | SessionFacts | None:
         cluster = self._cluster
         session = cluster.session_called(session_id)
         if session_id is None and stream_id in cluster.streams:
@@ -133,6 +146,8 @@ class MemoryLog:
         others = sum(row.sink is not None for row in cluster.streams_of(session.id) if row is not stream)
         if others >= cluster.settings.max_streams:
             raise SessionBusy
+        if stream.sink_epoch != seen:
+            return None
         replaced, stream.sink, stream.sink_epoch = stream.sink, self._node, stream.sink_epoch + 1
         return Attachment(
             facts, session.session_id, stream.id, stream.kind, stream.sink_epoch, stream.next_seq,
@@ -165,12 +180,16 @@ class MemoryLog:
             row = target()
             if row is None or self._cluster.owned_by(self._node, ownership) is None:
                 return None
-            row.sink, row.sink_epoch = None, row.sink_epoch + 1
-            self._cluster.stored(self._node, "drop_sink", ownership)
-            return row.id
+            if row.sink_epoch == epoch:
+                row.sink, row.sink_epoch = None, epoch + 1
+                self._cluster.stored(self._node, "drop_sink", ownership)
+            return row.id if (row.sink, row.sink_epoch) == (None, epoch + 1) else None
 
-        row = await self._wire.persist("sink_of", target)
-        sink = None if row is None else row.sink  # first: a repeat after a lost reply could not name it any more
+        def seen() -> tuple[NodeId | None, int]:
+            row = target()
+            return (None, 0) if row is None else (row.sink, row.sink_epoch)
+
+        sink, epoch = await self._wire.persist("sink_of", seen)  # a repeat could not name the sink any more
         dropped = await self._wire.persist("drop_sink", work, gated=True)
         return None if dropped is None else (dropped, sink)
 

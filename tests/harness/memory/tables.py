@@ -52,6 +52,7 @@ class SessionRow:
     epoch: int = 1
     restores: int = 0
     settled: Established | None = None
+    version: int = 0
     used_at: float = 0.0
     created_at: float = 0.0
 
@@ -123,6 +124,7 @@ class MemoryCluster:
         self.requests: dict[RequestKey, RequestRow] = {}
         self.journal: dict[tuple[SessionKey, str, str], bytes] = {}
         self.publications: list[PublicationRow] = []
+        self.ended: set[str] = set()
         self.takeovers: list[tuple[SessionKey, NodeId, NodeId, int, str]] = []
         self.lines: dict[int, Callable[[str], None]] = {}
         """The backends of the nodes' lines, and who hears what is notified there."""
@@ -184,7 +186,9 @@ class MemoryCluster:
 
     def forget(self, session: SessionKey) -> None:
         """A session goes with all that hangs off it."""
-        self.sessions.pop(session, None)
+        row = self.sessions.pop(session, None)
+        if row is not None:
+            self.ended.add(row.session_id)
         self.streams = {key: row for key, row in self.streams.items() if row.session != session}
         self.requests = {key: row for key, row in self.requests.items() if row.session != session}
         self.journal = {key: body for key, body in self.journal.items() if key[0] != session}

@@ -171,6 +171,7 @@ class MemoryTakeovers:
                     if found.publication.change in LISTS and found.published_at >= row.created_at
                 }
             ),
+            version=row.version,
         )
 
     def _may_have_run(self, row: RequestRow, epoch: int) -> bool:
@@ -200,18 +201,22 @@ class MemoryTakeovers:
             self._fence(ownership)
             for key, count in runs:
                 row = self._cluster.requests.get(key)
-                if row is not None and not row.finished:
+                if row is not None and not row.finished and row.runs <= count:
                     row.claimed_epoch, row.runs = ownership.epoch, count
             self._cluster.stored(self._node, "adopt", ownership)
 
         await self._wire.persist("adopt", work, gated=True)
 
-    async def restored(self, ownership: Ownership) -> None:
+    async def restored(self, ownership: Ownership, left: Inheritance) -> None:
+        exported = next((entry.body for entry in left.journal if entry.kind == "export"), None)
+
         def work() -> None:
             row = self._cluster.owned_by(self._node, ownership)
-            if row is not None:
+            if row is not None and row.restores in {0, left.attempt}:
                 row.restores = 0
-                self._cluster.journal.pop((ownership.session, "export", ""), None)
+                place = (ownership.session, "export", "")
+                if self._cluster.journal.get(place) is exported:
+                    self._cluster.journal.pop(place, None)
                 self._cluster.stored(self._node, "end_restore", ownership)
 
         await self._wire.persist("end_restore", work, gated=True)
@@ -251,7 +256,10 @@ class MemoryLeaseTable:
 
     async def set_state(self, state: NodeState) -> bool:
         def work() -> bool:
-            if not self._cluster.lives(self._node):
+            order = list(NodeState)
+            if not self._cluster.lives(self._node) or order.index(self._cluster.nodes[self._node].state) > order.index(
+                state
+            ):
                 return False
             self._cluster.nodes[self._node].state = state
             return True

@@ -1,0 +1,36 @@
+"""The end of a session whose server has ended it: however long the database is away, its client is told."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from pgmcp.clock import Clock
+from pgmcp.errors import DatabaseUnavailable, PgmcpError
+from pgmcp.ports import Inbox
+from pgmcp.types import Ownership, SessionKey
+
+logger = logging.getLogger(__name__)
+
+
+async def end(
+    ownership: Ownership, inbox: Inbox, clock: Clock, again: float, ended: Callable[[SessionKey], None]
+) -> None:
+    """End a session for its client too, unless it goes on elsewhere.
+
+    Args:
+        again: seconds after which an end that could not be stored is tried again.
+        ended: called with the session when it has ended.
+    """
+    while True:
+        try:
+            await inbox.end_owned(ownership)
+        except DatabaseUnavailable as error:
+            logger.info("session %s is ended later: %s", ownership.session, error)
+            await clock.sleep(again)
+        except PgmcpError as error:
+            logger.info("session %s was not ended here: %s", ownership.session, error)
+            return
+        else:
+            ended(ownership.session)
+            return
