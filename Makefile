@@ -38,7 +38,7 @@ demo: $(VENV)/.runtime ## kill and freeze nodes under a client, and show what it
 test: $(VENV)/.dev $(SUITE) $(TYPESCRIPT) tools ## run all tests; make test ARGS="tests/unit -x"
 	@$(BIN)/python -m pytest -n 3 --dist loadgroup $(ARGS)
 
-# One test of it alone, a hundred histories: HISTORY_SEEDS=100 make chaos ARGS="-k history"
+# A hundred histories: HISTORY_SEEDS=100 make chaos ARGS="-k history"
 .PHONY: chaos
 chaos: $(VENV)/.dev ## kill, freeze and cut off nodes, 20 rounds; the figures of docs/guarantees.md
 	@CHAOS_ROUNDS=$${CHAOS_ROUNDS:-20} CHAOS_STRICT=1 $(BIN)/python -m pytest tests/chaos $(ARGS)
