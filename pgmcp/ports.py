@@ -40,7 +40,10 @@ from pgmcp.types import (
 
 
 class Inbox(Protocol):
-    """Client messages on their way to the owner."""
+    """Client messages on their way to the owner.
+
+    Taking a message is use of its session, and noted with it.
+    """
 
     async def open_session(self, new: NewSession) -> Ownership:
         """Create the session with this node as its first owner; committed when it returns (G2).
@@ -133,14 +136,6 @@ class Inbox(Protocol):
         """In a term that has just begun: claim these requests of these sessions anew; the others wait again."""
         ...
 
-    async def touch(self, ownerships: Sequence[Ownership]) -> None:
-        """Note that these sessions were active."""
-        ...
-
-    async def used(self, session: SessionKey) -> None:
-        """Note that the session was in use until now, whoever owns it."""
-        ...
-
     async def end(self, session_id: str, principal: Principal) -> SessionKey:
         """End the session for its client: every row of it is gone when this returns.
 
@@ -159,7 +154,11 @@ class Inbox(Protocol):
 
 
 class Log(Protocol):
-    """What clients are sent, stored before it is said."""
+    """What clients are sent, stored before it is said.
+
+    A session is in use while a request of it is unfinished or a stream carried: what ends that notes it, and so does
+    ``attach``.
+    """
 
     async def append(self, entry: Entry) -> NodeId | None:
         """Store one event under the owner's fence (G1); the node that carries the stream now, if any.

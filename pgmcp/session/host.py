@@ -38,9 +38,6 @@ from pgmcp.types import Inheritance, NewSession, NodeId, Ownership, SessionKey, 
 
 logger = logging.getLogger(__name__)
 
-TOUCH_EVERY = 60.0
-"""Seconds between the writes that note which sessions were active."""
-
 RESTORES = 8
 """Sessions that are restored at the same time."""
 
@@ -180,7 +177,7 @@ class Host:
             if session not in self._restoring:
                 self._look()  # the reply to a takeover was lost, or a restore failed
             return
-        resident.dirty = resident.active = True
+        resident.dirty = True
         if not resident.taking:
             resident.taking = True
             self._spawn(self._take(session, resident))
@@ -259,18 +256,6 @@ class Host:
                 self.take_on(owned[session])
         self._again |= {owned[session] for session in self._restoring & owned.keys()}  # what restores them is fenced
         self.wake_all()
-
-    async def note_activity(self) -> None:
-        """Write down which sessions were active since the last time.
-
-        Raises:
-            DatabaseUnavailable: not now.
-        """
-        active = [resident for resident in self._residents.values() if resident.active]
-        for resident in active:
-            resident.active = False
-        if active:
-            await self._inbox.touch([resident.actor.ownership for resident in active])
 
     def hold(self) -> None:
         """Start no more requests: they wait for their session's next owner. What serves running ones still comes in."""

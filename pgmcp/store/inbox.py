@@ -227,6 +227,7 @@ class TableInbox:
             [claim.requests for claim in newest.values()],
             [floor.low for floor in floors.values()],
             [floor.texts[0] for floor in floors.values()],
+            self._settings.use_precision,
         )
         for row in rows:
             ownership = Ownership(SessionKey(row["session"]), row["epoch"])
@@ -328,15 +329,6 @@ class TableInbox:
         await self._database.persist("keep_claims", sessions, epochs, self._node, list(keys), patience=self._hold)
         self._unheard.clear()  # claims of the former term are void
         self._seen = BOTTOM
-
-    async def touch(self, ownerships: Sequence[Ownership]) -> None:
-        """See ``Inbox.touch``."""
-        sessions, epochs = [item.session for item in ownerships], [item.epoch for item in ownerships]
-        await self._database.ask("touch_sessions", sessions, epochs, self._node)
-
-    async def used(self, session: SessionKey) -> None:
-        """See ``Inbox.used``."""
-        await self._database.ask("use_session", session)
 
     async def end(self, session_id: str, principal: Principal) -> SessionKey:
         """See ``Inbox.end``."""

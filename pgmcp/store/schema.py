@@ -52,16 +52,17 @@ XACT = text("(pg_current_xact_id()::text)::bigint")
 TIME = DateTime(timezone=True)
 
 VERSION_TABLE = "alembic_version"
-OLDEST = "0007"
+OLDEST = "0008"
 """The oldest revision with everything that this build's statements use."""
 
 VIEWS = ("live_nodes", "live_sessions", "live_requests", "live_streams", "takeover_history")
-FUNCTIONS = (
+PUBLISHING = (
     "publish_resource_updated(text)",
     "publish_tools_list_changed()",
     "publish_prompts_list_changed()",
     "publish_resources_list_changed()",
 )
+FUNCTIONS = (*PUBLISHING, "in_use(bigint)")
 
 
 def _session_key(*, primary: bool = False) -> Column[int]:

@@ -152,11 +152,11 @@ order by a.n;
 -- PostgreSQL forgets was accepted and counts as may-have-run. $3 are the claims' own ids: a repeat ($5; it reads every
 -- request of the session) finds its rows. $6: requests too, or only what serves those that run already. $7 and $8: above
 -- the owner's floor for the session (see store/floors.py). "is true" keeps the planner from reading every session of the
--- owner.
+-- owner. What is taken is use of the session, noted once in $9 seconds.
 with guard as materialized (
     select set_config('lock_timeout', '250ms', true), set_config('synchronous_commit', 'off', true)
 ), held as materialized (
-    select s.id, s.epoch, a.claim, a.requests, a.low, a.running
+    select s.id, s.epoch, s.last_active_at, a.claim, a.requests, a.low, a.running
     from guard, {schema}.sessions s
     join unnest($1::bigint[], $2::bigint[], $3::uuid[], $6::boolean[], $7::bigint[], $8::text[])
         as a (session, epoch, claim, requests, low, running)
@@ -187,6 +187,15 @@ with guard as materialized (
     from waiting w
     where r.id = w.id and r.claimed_epoch is null and (r.finished_at is null) is true
     returning r.id, r.position, r.session, r.rpc_id, r.method, r.body, r.context, r.stream
+), used as materialized (
+    select s.id
+    from held h join {schema}.sessions s on s.id = h.id
+    where h.last_active_at < clock_timestamp() - make_interval(secs => $9)
+      and exists (select from taken where taken.session = h.id)
+    order by s.id
+    for no key update of s skip locked
+), noted as (
+    update {schema}.sessions s set last_active_at = clock_timestamp() from used where s.id = used.id
 ), mine as (
     select * from taken
     union
@@ -314,21 +323,6 @@ with guard as materialized (
     on conflict (session, kind, detail) do update set body = excluded.body, written_at = clock_timestamp()
 )
 select held.id, exists (select from counted) as newest from held;
-
--- name: touch_sessions
--- fence: owner and epoch. One write a minute for all sessions that were active.
-update {schema}.sessions s set last_active_at = clock_timestamp()
-from (
-    select s.id from {schema}.sessions s
-    join unnest($1::bigint[], $2::bigint[]) as a (session, epoch) on a.session = s.id
-    where s.owner = $3 and s.epoch = a.epoch
-    order by s.id
-    for no key update of s skip locked
-) held
-where s.id = held.id;
-
--- name: use_session
-update {schema}.sessions set last_active_at = clock_timestamp() where id = $1;
 
 -- name: still_owned
 -- Which of these ownerships hold.

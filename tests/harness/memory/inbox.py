@@ -291,22 +291,6 @@ class MemoryInbox:
 
         await self._wire.persist("write_journal", work, gated=True)
 
-    async def touch(self, ownerships: Sequence[Ownership]) -> None:
-        def work() -> None:
-            for ownership in ownerships:
-                row = self._cluster.owned_by(self._node, ownership)
-                if row is not None:
-                    row.used_at = self._cluster.now()
-
-        await self._wire.ask("touch_sessions", work)
-
-    async def used(self, session: SessionKey) -> None:
-        def work() -> None:
-            if session in self._cluster.sessions:
-                self._cluster.sessions[session].used_at = self._cluster.now()
-
-        await self._wire.ask("use_session", work)
-
     async def end(self, session_id: str, principal: Principal = ANONYMOUS) -> SessionKey:
         facts = await self.find(session_id, principal)
         await self._wire.persist("end_session", lambda: self._cluster.forget(facts.session))
