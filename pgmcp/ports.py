@@ -54,6 +54,21 @@ class Inbox(Protocol):
         """
         ...
 
+    async def make_room(self, principal: Principal) -> list[SessionKey]:
+        """End a session, where there are too many, for a new one of this caller.
+
+        Of a caller with a name its own that was used longest ago; in a full cluster one whose client did not end the
+        handshake within a minute. Never one of which anything runs or is carried, nor is accepted meanwhile.
+
+        Returns:
+            what was ended, for its owner and its exchanges to be told.
+
+        Raises:
+            ClusterFull: there is none in a full cluster.
+            TooManySessions: there is none of this caller.
+        """
+        ...
+
     async def find(self, session_id: str, principal: Principal) -> SessionFacts:
         """Look a live session up.
 

@@ -21,7 +21,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from pgmcp.clock import Clock, Ids
-from pgmcp.errors import DatabaseUnavailable, Fenced, PgmcpError
+from pgmcp.errors import ClusterFull, DatabaseUnavailable, Fenced, PgmcpError, TooManySessions
 from pgmcp.ports import Inbox, Log, SecretBox, Takeovers
 from pgmcp.session import terms
 from pgmcp.session.actor import Actor
@@ -38,6 +38,9 @@ from pgmcp.types import Inheritance, NewSession, NodeId, Ownership, SessionKey, 
 
 logger = logging.getLogger(__name__)
 
+OPENINGS = 5
+"""Times that room is made for a new session."""
+
 RESTORES = 8
 """Sessions that are restored at the same time."""
 
@@ -48,7 +51,7 @@ class Host:
     Args:
         trusted: asked before messages are handed over; returns when the node may act, raises ``Fenced``.
         heard: called with sink and stream after an event was stored.
-        ended: called with each session that this host has ended.
+        ended: called with each session that this host has ended, whoever owned it.
     """
 
     def __init__(
@@ -97,10 +100,21 @@ class Host:
 
         Raises:
             DatabaseUnavailable: it could not be committed in time.
+            ClusterFull: too many sessions in all, and none makes room.
+            TooManySessions: too many of this caller, and none makes room.
         """
-        ownership = await self._inbox.open_session(new)
+        ownership = await self._opened(new)
         self._settle(self._birth.actor(ownership, new.session_id, (new.standalone, 1)))
         return ownership
+
+    async def _opened(self, new: NewSession) -> Ownership:
+        for _ in range(OPENINGS):  # others may take the place that was made
+            try:
+                return await self._inbox.open_session(new)
+            except (ClusterFull, TooManySessions):
+                for ended in await self._inbox.make_room(new.principal):
+                    self._ended(ended)
+        return await self._inbox.open_session(new)
 
     def _settle(self, actor: Actor, *, taking: bool = False) -> Resident:
         resident = self._residents[actor.ownership.session] = Resident(actor, taking=taking)

@@ -9,13 +9,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import asyncpg
 import pytest
 
+from pgmcp.errors import TooManySessions
 from pgmcp.store.statements import statement
 from pgmcp.store.upkeep import Upkeep
-from pgmcp.types import ANONYMOUS, Attachment, Cursor, NodeId, SessionKey
+from pgmcp.types import ANONYMOUS, Attachment, Cursor, NewSession, NodeId, Principal, SessionKey, StreamId
 from tests.harness.stores import IDS, Session, Store, Watcher, opened, outcome, request, store
 
 PAUSE = """
@@ -149,3 +151,59 @@ async def test_a_dead_sink_stays_where_somebody_works_with_the_session(
     await Upkeep(node.database, IDS).prune()
     assert await holder.fetchval("select not pgmcp.in_use($1)", session.key)
     assert not await holder.fetchval(IDLE)
+
+
+ME = Principal("client", "https://issuer", "me")
+LEFT = """
+create schema pause;
+create function pause.left(value text, length integer) returns text language plpgsql as $$ begin
+    perform pg_advisory_xact_lock_shared(4711);
+    return pg_catalog.left(value, length);
+end $$
+"""
+
+
+@pytest.mark.parametrize("rpc_id", ["1", None], ids=["request", "message"])
+async def test_what_is_accepted_while_room_is_made_keeps_its_session(
+    database: str, hands: list[asyncpg.Connection], monkeypatch: pytest.MonkeyPatch, rpc_id: str | None
+) -> None:
+    """Another one makes room; here there is none."""
+    holder, opener, eyes = hands
+    await holder.execute(LEFT)
+    await opener.execute("set search_path = pause, pg_catalog")
+    async with store(database, max_sessions_per_caller=2) as node, store(database, max_sessions_per_caller=2) as other:
+        first, second = await opened(node, ME), await opened(node, ME)
+        kept = request(second, None, principal=ME)
+        await node.inbox.accept([kept])
+        persist = other.database.persist
+
+        async def slowly(name: str, *args: object, **how: Any) -> list[asyncpg.Record]:
+            if name.startswith("make_room"):
+                return list(await opener.fetch(statement(name, "pgmcp"), *args))
+            return await persist(name, *args, **how)
+
+        monkeypatch.setattr(other.database, "persist", slowly)
+        async with holder.transaction():
+            await holder.execute("select pg_advisory_xact_lock(4711)")
+            making = asyncio.ensure_future(other.inbox.make_room(ME))
+            await Watcher(eyes).until_waiting("make_room", making)
+            message = request(first, rpc_id, principal=ME)
+            await node.inbox.accept([message])
+        assert isinstance(await outcome(making), TooManySessions)
+        assert [each.key for each in await node.inbox.claim(first.ownership)] == [message.key]
+        assert [each.key for each in await node.inbox.claim(second.ownership)] == [kept.key]
+
+
+async def test_room_is_made_once(database: str) -> None:
+    """A repeat after a lost reply finds that there is room."""
+    async with store(database, max_sessions_per_caller=2) as node:
+        first, second = await opened(node, ME), await opened(node, ME)
+        assert isinstance(await outcome(node.inbox.open_session(new())), TooManySessions)
+        assert await node.inbox.make_room(ME) == [first.key]
+        assert await node.inbox.make_room(ME) == []
+        assert await opened(node, ME)
+        assert await node.inbox.make_room(ME) == [second.key]
+
+
+def new() -> NewSession:
+    return NewSession(IDS.token(), ME, "streamable", StreamId(IDS.uuid()))

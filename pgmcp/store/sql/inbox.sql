@@ -1,19 +1,20 @@
 -- name: open_session
 -- The first owner creates a session with its standalone stream; a repeat finds its own row. $8 and $9 bound the sessions
--- in all and those of one caller that has a name. Each term has epochs of its own: after a loss of commits the key of a
--- session may come up once more.
+-- in all (null: that is far away) and those of one caller that has a name. Each term has epochs of its own: after a loss of
+-- commits the key of a session may come up once more.
 with counted as materialized (
-    select count(*) as everybody,
-        count(*) filter (
-            where principal_client = $4
-              and (principal_issuer, principal_subject) is not distinct from ($5::text, $6::text)
-        ) as own
-    from {schema}.sessions
+    select case when $8::bigint is not null then (select count(*) from {schema}.sessions) end as everybody,
+        case when $4::text is not null then (
+            select count(*) from {schema}.sessions s
+            where s.principal_client = $4
+              and left(coalesce(s.principal_subject, s.principal_client), 100) = left(coalesce($6, $4), 100)
+              and (s.principal_issuer, s.principal_subject) is not distinct from ($5::text, $6::text)
+        ) else 0 end as own
 ), made as (
     insert into {schema}.sessions
         (session_id, owner, transport, principal_client, principal_issuer, principal_subject, epoch)
     select $1, $2, $3, $4, $5, $6, coalesce((select 1000000 * h.term from {schema}.history h), 0) + 1
-    from counted where everybody < $8 and own < $9
+    from counted where coalesce(everybody < $8, true) and own < $9
       and not exists (select from {schema}.spent_states where state = sha256(convert_to($1, 'UTF8')))  -- it has ended
     on conflict (session_id) do nothing
     returning id, epoch
@@ -26,6 +27,66 @@ with counted as materialized (
     select id, epoch from {schema}.sessions where session_id = $1 and owner = $2
 )
 select found.id, found.epoch, counted.everybody, counted.own from counted left join found on true;
+
+-- name: make_room_of_caller
+-- fence: DELETE locks the row FOR UPDATE; only then in_use() looks, with a snapshot of its own. While a caller ($1, $2, $3)
+-- has $4 sessions, the one that was used longest ago ends, if nothing of it runs or is carried. Use is noted once a minute
+-- or so: of the hundred that were noted first, the last request decides. A repeat finds that there is room.
+with crowd as materialized (
+    select count(*) as own
+    from {schema}.sessions s
+    where s.principal_client = $1
+      and left(coalesce(s.principal_subject, s.principal_client), 100) = left(coalesce($3, $1), 100)
+      and (s.principal_issuer, s.principal_subject) is not distinct from ($2::text, $3::text)
+), unused as materialized (
+    select s.id, s.last_active_at
+    from crowd, {schema}.sessions s
+    where crowd.own >= $4::bigint
+      and s.principal_client = $1
+      and left(coalesce(s.principal_subject, s.principal_client), 100) = left(coalesce($3, $1), 100)
+      and (s.principal_issuer, s.principal_subject) is not distinct from ($2::text, $3::text)
+      and not exists (select from {schema}.requests r where r.session + 0 = s.id and r.finished_at is null)
+      and not exists (select from {schema}.streams st where st.session = s.id and st.sink is not null)
+    order by s.last_active_at
+    limit 100
+), chosen as materialized (
+    select s.id
+    from unused u join {schema}.sessions s on s.id = u.id and s.last_active_at = u.last_active_at
+    order by greatest(u.last_active_at, (
+        select greatest(r.accepted_at, r.finished_at) from {schema}.requests r
+        where r.session = u.id order by r.position desc limit 1
+    )), s.id
+    limit 1
+    for update of s skip locked
+), ended as (
+    delete from {schema}.sessions s using chosen where s.id = chosen.id and not {schema}.in_use(chosen.id) returning s.id
+)
+select crowd.own < $4::bigint as room, exists (select from unused) as some, (select id from ended) as ended from crowd;
+
+-- name: make_room
+-- fence: as make_room_of_caller. While there are $1 sessions in all, one whose client has not ended its handshake, nor was
+-- heard of for $2 seconds, ends.
+with crowd as materialized (
+    select count(*) as everybody from {schema}.sessions
+), unused as materialized (
+    select s.id
+    from crowd, {schema}.sessions s
+    where crowd.everybody >= $1::bigint
+      and s.last_active_at < clock_timestamp() - make_interval(secs => $2)
+      and not exists (select from {schema}.journal j where j.session = s.id and j.kind = 'initialized')
+      and not exists (select from {schema}.requests r where r.session + 0 = s.id and r.finished_at is null)
+      and not exists (select from {schema}.streams st where st.session = s.id and st.sink is not null)
+    order by s.last_active_at, s.id
+    limit 1
+), chosen as materialized (
+    select s.id
+    from unused u join {schema}.sessions s on s.id = u.id
+    where s.last_active_at < clock_timestamp() - make_interval(secs => $2)
+    for update of s skip locked
+), ended as (
+    delete from {schema}.sessions s using chosen where s.id = chosen.id and not {schema}.in_use(chosen.id) returning s.id
+)
+select crowd.everybody < $1::bigint as room, exists (select from unused) as some, (select id from ended) as ended from crowd;
 
 -- name: find_session
 select id, owner, epoch, protocol_version, false as orphaned
