@@ -1,8 +1,9 @@
 """Which history of the database this node follows, and what happens when that becomes another one.
 
 When a standby is promoted, or a backup restored, commits may be missing that the former primary had confirmed. Numbers
-that were given out in them must never be given out again for something else. So each history begins an *term*: before
-anything else is done in it, one statement (``begin_term``) makes all epochs and event numbers jump.
+that were given out in them must never be given out again for something else. So each history begins a *term*: before
+anything else is done in it, all epochs and event numbers jump. The term is announced in one row, the sessions move to
+it piece by piece, and then it begins; anybody goes on where another one stopped: no single deadline must cover it all.
 
 Invariants:
 - Every connection of a node is checked before it is used: no statement of a node runs in a history before its term was
@@ -32,6 +33,9 @@ logger = logging.getLogger(__name__)
 JUMP = 1_000_000
 """How far epochs and event numbers jump from term to term; more than one session or stream ever uses of them."""
 
+PIECE = 500
+"""Sessions that move to a term in one statement; fewer after one did not get through."""
+
 _NO_TABLES = (asyncpg.UndefinedTableError, asyncpg.InvalidSchemaNameError)
 _NOT_ALLOWED = (asyncpg.InsufficientPrivilegeError, asyncpg.FeatureNotSupportedError, asyncpg.UndefinedFunctionError)
 
@@ -42,6 +46,8 @@ class _Found:
     term: int
     mark: str
     present: str
+    next: tuple[UUID, int] | None
+    """The term that is announced for the present history, and has not begun."""
 
 
 class History:
@@ -57,6 +63,7 @@ class History:
         self._known: _Found | None = None
         self._open: WeakKeyDictionary[asyncpg.Connection, UUID] = WeakKeyDictionary()
         self._warned = False
+        self._piece = PIECE
         self.on_change: Callable[[], None] = _nothing
         """Called when the term has become another one."""
 
@@ -105,7 +112,9 @@ class History:
         if row["standby"]:
             message = "it is a standby, which takes no writes"
             raise ConnectionError(message)
-        return _Found(row["id"], row["term"], row["mark"], row["present"])
+        announced = row["next_mark"] == row["present"] and row["next_term"] > row["term"]
+        following = (row["next_id"], row["next_term"]) if announced else None
+        return _Found(row["id"], row["term"], row["mark"], row["present"], following)
 
     def _over(self, found: _Found) -> bool:
         if self._known is None:
@@ -121,13 +130,31 @@ class History:
         if not found.mark and not self._forked(found):
             await connection.execute(statement("begin_history", self._schema), found.id, found.present)
             return
-        term = max(found.term, self.term) + 1
-        given = (found.id, self._ids.uuid(), term, found.present)
-        if await connection.fetch(statement("begin_term", self._schema), *given):
-            logger.warning("the database follows another history since its primary changed: term %d begins", term)
+        if found.next is None:
+            term = max(found.term, self.term) + 1
+            given = (found.id, self._ids.uuid(), term, found.present)
+            if await connection.fetch(statement("announce_term", self._schema), *given):
+                logger.warning("the database follows another history since its primary changed: term %d begins", term)
+            return
+        following, term = found.next
+        first = True
+        while await self._move(connection, following, first=first) >= self._piece:
+            first = False
+        if await connection.fetch(statement("begin_term", self._schema), found.id, following):
+            logger.info("all sessions have moved to term %d", term)
+
+    async def _move(self, connection: asyncpg.Connection, following: UUID, *, first: bool) -> int:
+        """Move one piece of the sessions to an announced term; how many that were."""
+        try:
+            looked: int = await connection.fetchval(statement("move_to_term", self._schema), following, self._piece)
+        except BaseException:  # the connection's deadline, most likely: not even one piece fits into it
+            if first:
+                self._piece = max(1, self._piece // 2)
+            raise
+        return looked
 
     def _note(self, found: _Found) -> None:
-        before, self._known = self._known, found
+        before, self._known, self._piece = self._known, found, PIECE
         if before is None or before.id == found.id:
             return
         for connection, term in list(self._open.items()):

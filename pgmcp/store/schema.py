@@ -52,17 +52,16 @@ XACT = text("(pg_current_xact_id()::text)::bigint")
 TIME = DateTime(timezone=True)
 
 VERSION_TABLE = "alembic_version"
-OLDEST = "0009"
+OLDEST = "0008"
 """The oldest revision with everything that this build's statements use."""
 
 VIEWS = ("live_nodes", "live_sessions", "live_requests", "live_streams", "takeover_history")
-PUBLISHING = (
+FUNCTIONS = (
     "publish_resource_updated(text)",
     "publish_tools_list_changed()",
     "publish_prompts_list_changed()",
     "publish_resources_list_changed()",
 )
-FUNCTIONS = (*PUBLISHING, "in_use(bigint)")
 
 
 def _session_key(*, primary: bool = False) -> Column[int]:
@@ -129,11 +128,6 @@ sessions = Table(
     Column("last_active_at", TIME, nullable=False, server_default=NOW),
     Column("expires_at", TIME),
     CheckConstraint("state in ('live', 'ending')", name="state"),
-    Index(
-        "sessions_caller_idx",
-        text("left(coalesce(principal_subject, principal_client), 100)"),
-        postgresql_where=text("principal_client is not null"),
-    ),
     CheckConstraint("transport in ('streamable', 'sse')", name="transport"),
     postgresql_with={"fillfactor": "80"},
 )
@@ -256,6 +250,11 @@ history = Table(
     Column("mark", Text, nullable=False),
     Column("position", BigInteger, nullable=False, server_default=text("0")),
     Column("began_at", TIME, nullable=False, server_default=NOW),
+    Column("next_id", Uuid),
+    Column("next_term", BigInteger),
+    Column("next_mark", Text),
+    Column("next_position", BigInteger),
+    Column("next_session", BigInteger),
 )
 
 secrets = Table(

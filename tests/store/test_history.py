@@ -14,12 +14,17 @@ import pytest
 from pgmcp.clock import Clock
 from pgmcp.errors import DatabaseUnavailable, Fenced, OutOfStep
 from pgmcp.settings import Settings
+from pgmcp.store import history
 from pgmcp.store.database import Database
 from pgmcp.store.history import JUMP
+from pgmcp.store.statements import statement
 from pgmcp.types import Entry, Ownership
 from tests.harness.stores import IDS, Store, answer, opened, outcome, request, store
 
 ELSEWHERE = "7000000000000000000/00000001"
+MANY = 10_000
+"""Sessions, which one statement does not move within the deadline of the test."""
+
 BACKENDS = "from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()"
 
 
@@ -81,6 +86,67 @@ async def test_all_numbers_jump_once_however_many_nodes_come_at_once(database, h
             session.standalone: 1 + JUMP,
         }
         assert (await opened(first)).ownership.epoch == 1 + JUMP
+
+
+async def test_a_term_begins_in_pieces_and_whoever_comes_goes_on(database, hand, monkeypatch):
+    """Neither a deadline nor a crash in the middle undoes or repeats what was moved."""
+    async with store(database) as node:
+        for _ in range(7):
+            await opened(node)
+        monkeypatch.setattr(history, "PIECE", 2)
+        move, pieces = history.History._move, []
+
+        async def broken(self, connection, following, **how):
+            pieces.append(await move(self, connection, following, **how))
+            if len(pieces) == 2:
+                connection.terminate()  # as its deadline does
+            return pieces[-1]
+
+        monkeypatch.setattr(history.History, "_move", broken)
+        await promote(hand)
+        with pytest.raises(DatabaseUnavailable):
+            async with store(database):
+                pass
+        found = await row(hand)
+        assert (found["term"], found["mark"], found["next_term"]) == (0, ELSEWHERE, 1)
+        moved = await hand.fetchval("select count(*) from pgmcp.sessions where epoch = $1", 1 + JUMP)
+        assert moved == 4
+        async with store(database):
+            await arrived(node, 1)
+        assert pieces == [2, 2, 2, 1]
+        assert {each["epoch"] for each in await hand.fetch("select epoch from pgmcp.sessions")} == {1 + JUMP}
+        assert {each["next_seq"] for each in await hand.fetch("select next_seq from pgmcp.streams")} == {1 + JUMP}
+        assert (await row(hand))["next_id"] is None
+
+
+async def test_another_failover_while_a_term_begins(database, hand, monkeypatch):
+    """What had moved moves on; an owner's numbers are those of the newest term."""
+    async with store(database) as node:
+        for _ in range(5):
+            await opened(node)
+        await promote(hand)
+        elsewhere = "7000000000000000000/00000002"
+        text = statement("announce_term", "pgmcp")
+        await hand.fetch(text, (await row(hand))["id"], IDS.uuid(), 1, elsewhere)
+        await hand.fetch(statement("move_to_term", "pgmcp"), (await row(hand))["next_id"], 3)
+        await arrived(node, 1)
+        epochs = [each["epoch"] for each in await hand.fetch("select epoch from pgmcp.sessions")]
+        assert epochs == [1 + JUMP] * 5
+
+
+async def test_a_term_begins_within_short_deadlines_however_many_sessions_there_are(database, hand):
+    await hand.execute(
+        f"""
+        insert into pgmcp.sessions (session_id, owner, transport)
+            select 's' || n, gen_random_uuid(), 'streamable' from generate_series(1, {MANY}) n;
+        insert into pgmcp.streams (id, session, kind) select gen_random_uuid(), id, 'standalone' from pgmcp.sessions;
+        """
+    )
+    async with store(database, statement_timeout=0.75) as node:
+        await promote(hand)
+        await node.database.persist("ready_nodes", node.node, patience=60)
+        assert node.database.history.term == 1
+    assert await hand.fetchval("select count(*) from pgmcp.sessions where epoch = $1", 1 + JUMP) == MANY
 
 
 async def test_nothing_of_the_former_era_is_written(database, hand):

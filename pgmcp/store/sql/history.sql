@@ -1,7 +1,7 @@
 -- name: history
 -- Which history the server follows: every promotion of a standby and every restore of a backup begins another timeline.
 -- The name of the WAL file that is being written tells it at once (the control file only after the next checkpoint).
-select h.id, h.term, h.mark, pg_is_in_recovery() as standby,
+select h.id, h.term, h.mark, h.next_id, h.next_term, h.next_mark, pg_is_in_recovery() as standby,
     case when not pg_is_in_recovery() then
         (select c.system_identifier from pg_control_system() c)::text || '/' || left(pg_walfile_name(pg_current_wal_lsn()), 8)
     end as present
@@ -11,26 +11,53 @@ from {schema}.history h;
 -- The first node notes which history it found.
 update {schema}.history set mark = $2 where id = $1 and mark = '';
 
--- name: begin_term
--- fence: whoever finds another history than the row says ($1, compare-and-set) makes all numbers of the former one
--- impossible in the same statement: epochs, so that no ownership of it can write, and the numbers of events. $2 is the
--- row's next id, $3 the next term, $4 the history's mark. What waits unclaimed up to "position" may have been claimed.
-with changed as materialized (
-    update {schema}.history h
-    set id = $2, term = $3, mark = $4, began_at = clock_timestamp(),
-        position = (select coalesce(max(r.position), 0) from {schema}.requests r)
-    from (select o.id, o.term from {schema}.history o where o.id = $1 for update) o
-    where h.id = o.id
-    returning (h.term - o.term) * 1000000 as jump
+-- name: announce_term
+-- Whoever finds another history than the row says ($1, compare-and-set) notes that its term begins: the row's next id,
+-- the term's number, the history's mark. Until it has begun no connection to this history is used. What waits unclaimed up
+-- to "position" may have been claimed.
+update {schema}.history
+set next_id = $2, next_term = $3, next_mark = $4, next_session = 0,
+    next_position = (select coalesce(max(r.position), 0) from {schema}.requests r)
+where id = $1 and (next_mark is distinct from $4 or next_term <= term)
+returning next_term;
+
+-- name: move_to_term
+-- fence: sessions' rows FOR UPDATE, in id order. One piece ($2 sessions) of the work that makes all numbers of the former
+-- history impossible: epochs, so that no ownership of it can write, and the numbers of events. Each session moves once,
+-- with its streams: its epoch tells its term. Where the last piece ended is in the row, so anybody goes on after a crash.
+with going as materialized (
+    select h.next_term, h.next_session from {schema}.history h
+    where h.next_id = $1 and h.next_term > h.term
+    for update
+), looked as materialized (
+    select o.id from going g cross join lateral (
+        select s.id from {schema}.sessions s where s.id > g.next_session order by s.id limit $2
+    ) o
 ), held as materialized (
-    select s.id, changed.jump from changed, {schema}.sessions s order by s.id for update of s
+    select s.id, (g.next_term - s.epoch / 1000000) * 1000000 as jump
+    from going g, {schema}.sessions s
+    where s.id in (select l.id from looked l) and s.epoch < g.next_term * 1000000
+    order by s.id
+    for update of s
 ), epochs as (
     update {schema}.sessions s set epoch = s.epoch + held.jump from held where s.id = held.id
 ), numbers as (
     update {schema}.streams st set next_seq = st.next_seq + held.jump from held
     where st.session = held.id and not st.closed
+), moved as (
+    update {schema}.history h set next_session = l.last
+    from (select max(id) as last from looked) l
+    where h.next_id = $1 and l.last is not null
 )
-select jump from changed;
+select count(*) as looked from looked;
+
+-- name: begin_term
+-- All sessions have moved: the term begins, unless it has ($1 and $2, compare-and-set).
+update {schema}.history
+set id = next_id, term = next_term, mark = next_mark, position = next_position, began_at = clock_timestamp(),
+    next_id = null, next_term = null, next_mark = null, next_session = null, next_position = null
+where id = $1 and next_id = $2
+returning term;
 
 -- name: stands
 -- The numbers of streams' next events.
