@@ -24,12 +24,14 @@ TICKS = os.sysconf("SC_CLK_TCK")
 
 
 @contextmanager
-def postgres() -> Iterator[EmbeddedPostgres]:
+def postgres(**settings: str) -> Iterator[EmbeddedPostgres]:
     """An embedded PostgreSQL with the schema of this build: durable, on the disk of the temporary folder."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # cleans up, as Ctrl-C does
     folder = Path(tempfile.mkdtemp(prefix="pgmcp-bench-"))
     folder.chmod(0o711)
-    server = EmbeddedPostgres(folder / "postgres", settings={"shared_buffers": "128MB", "max_wal_size": "2GB"})
+    server = EmbeddedPostgres(
+        folder / "postgres", settings={"shared_buffers": "128MB", "max_wal_size": "2GB", **settings}
+    )
     try:
         with server:
             migrations.upgrade(server.url, SCHEMA)

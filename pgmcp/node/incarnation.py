@@ -24,7 +24,7 @@ from pgmcp.ports import Publications
 from pgmcp.session import news
 from pgmcp.session.adapter import Adapter
 from pgmcp.session.adapters.bus import PostgresSubscriptionBus
-from pgmcp.session.host import Host
+from pgmcp.session.host import TOUCH_EVERY, Host
 from pgmcp.settings import Settings
 from pgmcp.store.database import Database
 from pgmcp.store.inbox import TableInbox
@@ -165,6 +165,7 @@ class Incarnation:
             asyncio.create_task(self._every(settings.poll, self.herald.poll)),
             asyncio.create_task(self._every(settings.idle_poll, self.host.survey)),
             asyncio.create_task(self._every(EVERY, self._sweep)),
+            asyncio.create_task(self._every(TOUCH_EVERY, self.host.note_activity)),
             asyncio.create_task(self._every(settings.idle_poll, self._look_at_schema)),
         ]
 

@@ -58,8 +58,9 @@ class Birth:
 
 @dataclass(slots=True)
 class Resident:
-    """An actor on its host: whether its inbox has to be looked at, and whether that is done."""
+    """An actor on its host: whether its inbox has to be looked at, whether that is done, and whether it was active."""
 
     actor: Actor
     dirty: bool = False
     taking: bool = False
+    active: bool = False

@@ -5,6 +5,12 @@ looked keeps a *floor*: what was not visible then was written by a transaction t
 new. PostgreSQL's own snapshot tells which (``requests.xact`` is the transaction that inserted the row), so nothing is
 passed over in whatever order transactions commit, and a neighbour that never ends costs one look-up.
 
+The statements are written so that the planner has one way to find a row, whatever statistics say: a plan is made while
+tables are small, is kept, and must not read an index from end to end when that is full of what is over. An index is
+read whole for its order (of a merge join, of ``order by``), or because its partial condition is asked for. So rows are
+found by ``id = any(array[...])`` or in a ``lateral (... offset 0)``, and conditions of partial indexes are asked for in
+other words.
+
 Invariant: a floor says only what was *visible*. What was visible and still matters is remembered beside it, by its id.
 """
 

@@ -53,6 +53,7 @@ class SessionRow:
     restores: int = 0
     settled: Established | None = None
     version: int = 0
+    used_at: float = 0.0
     created_at: float = 0.0
 
     @property
