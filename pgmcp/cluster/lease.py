@@ -29,6 +29,7 @@ from enum import StrEnum
 from pgmcp.clock import Clock
 from pgmcp.errors import DatabaseUnavailable, Fenced
 from pgmcp.ports import LeaseTable
+from pgmcp.service import Service
 from pgmcp.settings import Settings
 
 AGAIN = 0.2
@@ -47,7 +48,7 @@ class LeaseState(StrEnum):
     FENCED = "fenced"
 
 
-class Lease:
+class Lease(Service):
     """One incarnation's right to act.
 
     Args:
@@ -88,6 +89,14 @@ class Lease:
         if self._trusted_until is None:
             return 0.0
         return max(0.0, self._clock.boottime() - self._trusted_until)
+
+    async def start(self) -> None:
+        """Renew for the first time.
+
+        Raises:
+            DatabaseUnavailable: it failed.
+        """
+        await self.renew()
 
     async def renew(self) -> None:
         """Try one renewal.
@@ -154,7 +163,7 @@ class Lease:
         """
         while not self.trusted:
             if self._fenced:
-                message = "This node was declared dead; it joins again under a new id."
+                message = "This node's stay in the cluster is over; it joins again under a new id."
                 raise Fenced(message)
             await self._clock.wait(self._changed, self._settings.renew)
 

@@ -19,6 +19,7 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 from pgmcp.clock import Clock
 from pgmcp.errors import PgmcpError
 from pgmcp.ports import Publications
+from pgmcp.service import Faults, Service
 from pgmcp.types import LISTS, Change, Horizon, Publication
 
 logger = logging.getLogger(__name__)
@@ -30,13 +31,14 @@ ABSENT = KEPT / 2
 """Seconds without a look after which publications may have been missed."""
 
 
-class Herald:
+class Herald(Service):
     """One incarnation's reader of publications.
 
     Args:
         table: where they are.
         tell: takes publications, each once.
         missed: called after a gap, with the lists of which changes may have been missed.
+        faults: counts the times that a listener broke it.
     """
 
     def __init__(
@@ -46,14 +48,16 @@ class Herald:
         *,
         tell: Callable[[Sequence[Publication]], Awaitable[None]],
         missed: Callable[[Collection[Change]], Awaitable[None]],
+        faults: Faults,
     ) -> None:
+        self._faults = faults
         self._table, self._clock, self._tell, self._missed = table, clock, tell, missed
         self._horizon: Horizon | None = None
         self._looked_at = 0.0
-        self._gap = self._again = False
-        self._looking: asyncio.Task[None] | None = None
+        self._gap = False
+        self._wanted = asyncio.Event()
 
-    async def begin(self) -> None:
+    async def start(self) -> None:
         """Look for the first time: from now on publications are told.
 
         Raises:
@@ -71,24 +75,22 @@ class Herald:
         Args:
             gap: publications may have been missed.
         """
-        if self._horizon is None:
-            return
-        self._again, self._gap = True, self._gap or gap
-        if self._looking is None:
-            self._looking = asyncio.create_task(self._run())
+        if self._horizon is not None:
+            self._gap = self._gap or gap
+            self._wanted.set()
 
-    async def _run(self) -> None:
-        try:
-            while self._again:
-                self._again = False
+    async def run(self) -> None:
+        """Look whenever that is wanted, for ever."""
+        while True:
+            await self._wanted.wait()
+            self._wanted.clear()
+            try:
                 await self._look()
-        except PgmcpError as error:
-            logger.info("publications are looked for again later: %s", error)
-        except Exception:
-            logger.exception("publications were not told")
-            self._gap = True
-        finally:
-            self._looking = None
+            except PgmcpError as error:
+                logger.info("publications are looked for again later: %s", error)
+            except Exception as error:  # noqa: BLE001 - it is noted, and made up for by the next look
+                self._faults.note("telling publications", error)
+                self._gap = True
 
     async def _look(self) -> None:
         now = self._clock.boottime()
@@ -104,9 +106,3 @@ class Herald:
             await self._missed(LISTS if news.more else LISTS & {each.change for each in news.publications})
         else:
             await self._tell(news.publications)
-
-    async def close(self) -> None:
-        """Stop looking."""
-        if self._looking is not None:
-            self._looking.cancel()
-            await asyncio.wait({self._looking})

@@ -20,6 +20,7 @@ from pgmcp.clock import Clock, Ids
 from pgmcp.cluster.lease import Lease
 from pgmcp.errors import PgmcpError
 from pgmcp.ports import Takeovers
+from pgmcp.service import Faults, Service, Tasks
 from pgmcp.types import NodeId, Ownership, SessionFacts, SessionKey
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ SHARE = 0.05
 """Seconds that a sweep pauses after so many, for other nodes to take theirs."""
 
 
-class Takeover:
+class Takeover(Service):
     """One incarnation's part in taking over what others left.
 
     Args:
@@ -52,6 +53,7 @@ class Takeover:
         wake: tells the owner of a session that it has messages.
         own: called with each session that this node has taken.
         sweep_every: seconds between sweeps that nobody asked for.
+        faults: counts unexpected errors of a single session.
     """
 
     def __init__(
@@ -67,14 +69,22 @@ class Takeover:
         wake: Callable[[NodeId, SessionKey], None],
         own: Callable[[Ownership], None],
         sweep_every: float,
+        faults: Faults,
     ) -> None:
         self._node, self._table, self._lease, self._clock, self._ids = node, table, lease, clock, ids
         self._room, self._tell, self._wake, self._own = room, tell, wake, own
         self._sweep_every = sweep_every
         self._orphans = asyncio.Event()
-        self._touched: dict[SessionKey, asyncio.Task[None]] = {}
+        self._touched: set[SessionKey] = set()
+        self._tasks = Tasks("taking over a session that a client asked for", faults)
 
-    async def watch(self) -> None:
+    async def run(self) -> None:
+        """Look for dead nodes, and take their sessions."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._watch())
+            group.create_task(self._sweep_for_ever())
+
+    async def _watch(self) -> None:
         """Look for dead nodes, for ever."""
         while True:
             await self._clock.sleep(self._ids.jitter(WATCH))
@@ -99,7 +109,7 @@ class Takeover:
         """There are sessions without an owner: sweep soon."""
         self._orphans.set()
 
-    async def sweep_for_ever(self) -> None:
+    async def _sweep_for_ever(self) -> None:
         """Take orphans that somebody waits for, when told that there are some and every ``sweep_every`` seconds."""
         while True:
             if await self._clock.wait(self._orphans, self._ids.jitter(self._sweep_every)):
@@ -128,9 +138,8 @@ class Takeover:
     def touch(self, session: SessionKey) -> None:
         """A client needs this orphan here, now."""
         if session not in self._touched:
-            task = asyncio.create_task(self._take(session))
-            self._touched[session] = task
-            task.add_done_callback(lambda _: self._touched.pop(session, None))
+            self._touched.add(session)
+            self._tasks.spawn(self._take(session)).add_done_callback(lambda _: self._touched.discard(session))
 
     async def _take(self, session: SessionKey) -> None:
         try:
@@ -153,10 +162,6 @@ class Takeover:
         else:
             self._wake(facts.owner, facts.session)
 
-    async def close(self) -> None:
+    async def stop(self) -> None:
         """Take nothing more."""
-        tasks = list(self._touched.values())
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
+        await self._tasks.close()

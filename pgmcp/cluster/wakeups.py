@@ -12,6 +12,7 @@ dirty ids are kept, at most ``BOUND`` for a node, then they turn into ``*``.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from uuid import UUID
 from pgmcp.clock import Clock
 from pgmcp.errors import PgmcpError
 from pgmcp.ports import Notifier
+from pgmcp.service import Service
 from pgmcp.types import PUBLISHED, NodeId, Ownership, SessionKey, StreamId, Wake
 
 EVERYTHING, ORPHANS = "*", "o"
@@ -49,7 +51,7 @@ class _Dirty:
         return text if len(text) <= LIMIT else EVERYTHING
 
 
-class Wakeups:
+class Wakeups(Service):
     """A node's outgoing wake-ups.
 
     Args:
@@ -61,7 +63,7 @@ class Wakeups:
     def __init__(self, node: NodeId, notifier: Notifier, clock: Clock, hear: Callable[[Wake], None]) -> None:
         self._node, self._notifier, self._clock, self._hear = node, notifier, clock, hear
         self._dirty: dict[NodeId | None, _Dirty] = {}
-        self._flusher: asyncio.Task[None] | None = None
+        self._marked = asyncio.Event()
 
     def inbox(self, node: NodeId, session: SessionKey) -> None:
         """Tell an owner that a session's inbox has messages."""
@@ -97,20 +99,26 @@ class Wakeups:
 
     def _mark(self, node: NodeId | None, word: str) -> None:
         self._dirty.setdefault(node, _Dirty()).add(word)
-        if self._flusher is None:
-            self._flusher = asyncio.create_task(self._flush())
+        self._marked.set()
+
+    async def run(self) -> None:
+        """Send what is dirty as soon as something is, for ever."""
+        while True:
+            await self._marked.wait()
+            self._marked.clear()
+            await self._flush()
 
     async def _flush(self) -> None:
-        try:
-            while self._dirty:
-                going, self._dirty = self._dirty, {}
-                try:
-                    await self._notifier.notify([(node, dirty.payload()) for node, dirty in going.items()])
-                except PgmcpError:
-                    self._put_back(going)
-                    await self._clock.sleep(RETRY)
-        finally:
-            self._flusher = None
+        while self._dirty:
+            going, self._dirty = self._dirty, {}
+            try:
+                await self._notifier.notify([(node, dirty.payload()) for node, dirty in going.items()])
+            except PgmcpError:
+                self._put_back(going)
+                await self._clock.sleep(RETRY)
+            except BaseException:
+                self._put_back(going)  # the last ones are sent when it stops
+                raise
 
     def _put_back(self, going: dict[NodeId | None, _Dirty]) -> None:
         for node, dirty in going.items():
@@ -118,12 +126,11 @@ class Wakeups:
             for word in dirty.words:
                 later.add(word)
 
-    async def close(self) -> None:
-        """Send what is dirty, as far as it goes within a second, and stop."""
-        if self._flusher is not None:
-            await asyncio.wait({self._flusher}, timeout=LAST)
-            if self._flusher is not None:
-                self._flusher.cancel()
+    async def stop(self) -> None:
+        """Send what is dirty, as far as it goes within a second."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LAST):
+                await self._flush()
 
 
 def parse(payload: str) -> Wake:

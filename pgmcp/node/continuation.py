@@ -12,6 +12,7 @@ import logging
 from pgmcp.clock import Clock
 from pgmcp.cluster.lease import Lease
 from pgmcp.errors import Fenced, PgmcpError
+from pgmcp.service import Service
 from pgmcp.session.host import Host
 from pgmcp.store.history import JUMP, History
 from pgmcp.store.secrets import KeyRing
@@ -25,7 +26,7 @@ LOOK = 1.0
 """Seconds after which a writer that waits looks again."""
 
 
-class Continuation:
+class Continuation(Service):
     """What holds an incarnation's writers while the term changes.
 
     Args:

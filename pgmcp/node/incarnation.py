@@ -1,7 +1,11 @@
 """One stay of a node in the cluster.
 
-An incarnation has an id, a line, a lease, the actors that it owns and the streams that it carries. When the cluster has
-declared it dead, all of that is muted and dropped at once.
+An incarnation has an id, a line, a lease, the actors that it owns and the streams that it carries. Its services start
+in order, run as one group and stop in reverse.
+
+Failure handling: when the cluster has declared it dead, all of that is muted and dropped at once. So it is when one of
+its services fails in a way that nobody expected; then the row says that the node left, its sessions go to other nodes
+or are taken back by the node's next incarnation.
 """
 
 from __future__ import annotations
@@ -10,7 +14,6 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Collection, Sequence
-from typing import Any
 
 from pgmcp.clock import Clock, Ids
 from pgmcp.cluster.drain import Drain
@@ -21,6 +24,7 @@ from pgmcp.cluster.wakeups import Wakeups, parse
 from pgmcp.errors import DatabaseUnavailable, PgmcpError
 from pgmcp.node.continuation import Continuation
 from pgmcp.ports import Publications
+from pgmcp.service import Faults, Rounds, Service, failure
 from pgmcp.session import news
 from pgmcp.session.adapter import Adapter
 from pgmcp.session.adapters.bus import PostgresSubscriptionBus
@@ -44,11 +48,16 @@ logger = logging.getLogger(__name__)
 CAPACITY = 10_000
 """Sessions that a node may own."""
 
+LIMIT = 10.0
+"""Seconds that one service may take to stop."""
 
-class Incarnation:
+
+class Incarnation(Service):
     """One stay of a node in the cluster, from joining to leaving or being declared dead.
 
     Args:
+        revision: the schema's.
+        faults: counts unexpected errors; the first one of a service ends the incarnation.
         busy: how many exchanges without a session this node still answers; a drain waits for them.
     """
 
@@ -64,12 +73,15 @@ class Incarnation:
         clock: Clock,
         ids: Ids,
         *,
+        revision: str,
+        faults: Faults,
         busy: Callable[[], int],
     ) -> None:
         self.node_id = NodeId(ids.uuid())
         self._settings, self._database, self._clock, self._ids = settings, database, clock, ids
+        self._revision, self.faults = revision, faults
         self.over = asyncio.Event()
-        self.outgrown = False
+        self.outgrown = self.failed = False
         self.line = Line(
             settings,
             self.node_id,
@@ -90,7 +102,7 @@ class Incarnation:
         self.log = TableLog(database, self.node_id, clock, acting)
         takeovers = TableTakeovers(database, self.node_id, acting)
         self._bus = bus
-        self.herald = Herald(publications, clock, tell=self._tell, missed=self._missed)
+        self.herald = Herald(publications, clock, tell=self._tell, missed=self._missed, faults=faults)
         self.host = Host(
             adapter,
             inbox=self.inbox,
@@ -103,6 +115,7 @@ class Incarnation:
             trusted=acting,
             heard=self.wakeups.stream,
             ended=self.wakeups.ended,
+            faults=faults,
         )
         self._continuation.watch(self.host)
         self.takeover = Takeover(
@@ -116,6 +129,7 @@ class Incarnation:
             wake=self.wakeups.inbox,
             own=self.host.take_on,
             sweep_every=settings.poll,
+            faults=faults,
         )
         self.edge = Edge(
             inbox=self.inbox,
@@ -136,9 +150,29 @@ class Incarnation:
         self._drain = Drain(
             self.host, takeovers, clock, waiting=lambda: self.tails.patient + busy(), told=self.wakeups.handed
         )
-        self._tasks: list[asyncio.Task[None]] = []
+        self._membership: dict[str, Service] = {
+            "the line": self.line,
+            "the lease": self.lease,
+            "the continuation": self._continuation,
+            "the wake-ups": self.wakeups,
+        }
+        self._work: dict[str, Service] = {
+            "the host": self.host,
+            "the takeover": self.takeover,
+            "the herald": self.herald,
+            "the look for messages": self._rounds(settings.poll, self.host.poll),
+            "the look while deaf": self._rounds(settings.poll, self._look_while_deaf),
+            "the look for publications": self._rounds(settings.poll, self.herald.poll),
+            "the survey": self._rounds(settings.idle_poll, self.host.survey),
+            "the note of activity": self._rounds(TOUCH_EVERY, self.host.note_activity),
+            "the retention": self._rounds(EVERY, self._sweep),
+            "the look at the schema": self._rounds(settings.idle_poll, self._look_at_schema),
+        }
 
-    async def join(self, schema_revision: str) -> None:
+    def _rounds(self, seconds: float, work: Callable[[], Awaitable[None]]) -> Rounds:
+        return Rounds(seconds, work, self._clock, self._ids, allowed=lambda: self.lease.trusted)
+
+    async def start(self) -> None:
         """Enter the cluster: row, line, first renewal, ready.
 
         Raises:
@@ -147,27 +181,53 @@ class Incarnation:
         """
         settings = self._settings
         address = settings.address or f"{settings.host}:{settings.port}"
-        record = NodeRecord(self.node_id, settings.node_name, address, VERSION, schema_revision, CAPACITY)
+        record = NodeRecord(self.node_id, settings.node_name, address, VERSION, self._revision, CAPACITY)
         await join(self._database, record)
-        await self.line.open()
-        await self.lease.renew()
-        await self.herald.begin()
+        for service in (self._membership | self._work).values():
+            await service.start()
         if not await self.line.set_state(NodeState.READY):
             message = "This node's row vanished while it joined; it tries again."
             raise DatabaseUnavailable(message)
-        self._tasks = [
-            asyncio.create_task(self.lease.run()),
-            asyncio.create_task(self._continuation.run()),
-            asyncio.create_task(self.takeover.watch()),
-            asyncio.create_task(self.takeover.sweep_for_ever()),
-            asyncio.create_task(self._every(settings.poll, self.host.poll)),
-            asyncio.create_task(self._every(settings.poll, self._look_while_deaf)),
-            asyncio.create_task(self._every(settings.poll, self.herald.poll)),
-            asyncio.create_task(self._every(settings.idle_poll, self.host.survey)),
-            asyncio.create_task(self._every(EVERY, self._sweep)),
-            asyncio.create_task(self._every(TOUCH_EVERY, self.host.note_activity)),
-            asyncio.create_task(self._every(settings.idle_poll, self._look_at_schema)),
-        ]
+
+    async def run(self) -> None:
+        """Live until the cluster declares this node dead, or something fails that nobody expected."""
+        async with asyncio.TaskGroup() as group:
+            services = (self._membership | self._work).items()
+            tasks = [group.create_task(self._supervised(duty, service), name=duty) for duty, service in services]
+            await self.over.wait()
+            for task in tasks:
+                task.cancel()
+
+    async def _supervised(self, duty: str, service: Service) -> None:
+        error = await failure(service)
+        if not self.over.is_set():
+            self.faults.note(duty, error or RuntimeError("it ended, and nobody had asked for that"))
+            self.failed = True
+            self.lease.fence()
+
+    async def stop(self) -> None:
+        """Leave, in order: nobody is told anything more, work stops, the row says that we left, the line is cut."""
+        self.over.set()
+        dead = self.lease.state is LeaseState.FENCED and not self.failed
+        self.edge.leave(at_once=True)
+        if not dead and not self.failed:
+            await self.host.export()
+        self.host.mute()
+        await self._stop(self._work)
+        if not dead:
+            with contextlib.suppress(PgmcpError):
+                await self.line.set_state(NodeState.LEFT)
+                self.wakeups.orphans()
+        await self._stop(self._membership)
+
+    async def _stop(self, services: dict[str, Service]) -> None:
+        """Stop services in reverse; one that cannot be stopped is in nobody's way."""
+        for duty, service in reversed(services.items()):
+            try:
+                async with asyncio.timeout(LIMIT):
+                    await service.stop()
+            except Exception as error:  # noqa: BLE001 - it is noted
+                self.faults.note(f"the end of {duty}", error)
 
     async def announce(self) -> None:
         """Say that this node leaves: nobody gives it sessions any more."""
@@ -187,26 +247,10 @@ class Incarnation:
         """Whether somebody wrote into this node's row that it should leave."""
         return await own_state(self._database, self.node_id) is NodeState.DRAINING
 
-    async def leave(self) -> None:
-        """Stop everything: exchanges end with their final chunk, actors are muted, the row says that we left."""
-        for task in self._tasks:
-            task.cancel()
-        self.edge.leave(at_once=True)
-        await self.herald.close()
-        await self.takeover.close()
-        fenced = self.lease.state is LeaseState.FENCED
-        if not fenced:
-            await self.host.export()
-        await self.host.close()
-        if not fenced:
-            with contextlib.suppress(PgmcpError):
-                await self.line.set_state(NodeState.LEFT)
-                self.wakeups.orphans()
-        await self.wakeups.close()
-        await self.line.close()
-
     def _on_fenced(self) -> None:
-        logger.warning("node %s was declared dead by the cluster; it joins again", self.node_id)
+        if not self.failed:
+            logger.warning("node %s was declared dead by the cluster; it joins again", self.node_id)
+        self.host.mute()  # first: what an actor may not store any more would end its session
         self.edge.leave(at_once=True)
         self.over.set()
 
@@ -256,12 +300,3 @@ class Incarnation:
         for session in await self._upkeep.expire():
             self.wakeups.ended(session)
         await self._upkeep.prune()
-
-    async def _every(self, seconds: float, work: Callable[[], Any]) -> None:
-        while True:
-            await self._clock.sleep(self._ids.jitter(seconds))
-            if self.lease.trusted:
-                try:
-                    await work()
-                except PgmcpError as error:
-                    logger.info("%s is tried again later: %s", work.__name__, error)

@@ -19,12 +19,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from pgmcp.clock import Clock, Ids
 from pgmcp.cluster.drain import PAUSE
 from pgmcp.cluster.lease import LeaseState
-from pgmcp.errors import NodeNotReady, PgmcpError, SchemaError, SettingsError
+from pgmcp.errors import NodeNotReady, PgmcpError, SettingsError
 from pgmcp.node.incarnation import Incarnation
+from pgmcp.node.keeper import REJOIN, Keeper
 from pgmcp.node.signals import Signals
 from pgmcp.ops.access import AccessLog
 from pgmcp.ops.health import health_routes
 from pgmcp.ops.logs import mask_session_ids
+from pgmcp.service import Faults, Rounds, Service, failure
 from pgmcp.session.adapter import Shared
 from pgmcp.session.adapters.target import target_of
 from pgmcp.settings import Settings
@@ -42,9 +44,6 @@ from pgmcp.web.parting import Parting
 from pgmcp.web.streamable import Streamable
 
 logger = logging.getLogger(__name__)
-
-REJOIN = 0.5
-"""Seconds between attempts to join again."""
 
 
 class Node:
@@ -70,9 +69,9 @@ class Node:
         self._target = target_of(served, settings.mcp_path)
         self._admission = Admission(self._clock)
         self._modern = Modern(self._stateless, self._admission, security=host_rules(settings), settings=settings)
-        self._incarnation: Incarnation | None = None
         self._revision, self._started, self._draining = "", False, False
-        self._absent = "joining"
+        self.faults = Faults()
+        self._keeper = Keeper(self._new_incarnation, self._clock, self.faults, lambda: self._draining)
         self.failure: PgmcpError | None = None
         self.shut: Callable[[], Awaitable[None]] = _nothing
         """Closes the port on which the node is served, when it has drained; set by whoever runs the HTTP server."""
@@ -118,10 +117,10 @@ class Node:
             NodeNotReady: the node is joining or leaving.
         """
         self._check_started()
-        if self._incarnation is None:
+        if self._keeper.present is None:
             message = "This node is not part of the cluster now; try again or ask another one."
             raise NodeNotReady(message)
-        return self._incarnation
+        return self._keeper.present
 
     async def _stateless(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer an exchange without a session, in whatever state the node is in the cluster."""
@@ -165,17 +164,25 @@ class Node:
             await ring.load()
         shared = Shared(self._states, self.settings.single_use_states, json_only=self.settings.response == "json")
         await stack.enter_async_context(self._target.adapter.lifespan(shared))
-        await self._enter()
-        stack.push_async_callback(self._exit)
-        keeper = asyncio.create_task(self._keep())
-        obedience = asyncio.create_task(self._obey())
-        refreshing = asyncio.create_task(self._refresh())
-        stack.push_async_callback(asyncio.wait, {keeper, obedience, refreshing})
-        for task in (refreshing, obedience, keeper):
+        await self._keeper.start()
+        stack.push_async_callback(self._keeper.stop)
+        services: dict[str, Service] = {
+            "the keeper": self._keeper,
+            "the look for orders": Rounds(self.settings.poll, self._obey, self._clock, self._ids),
+            "the look for keys": Rounds(REFRESH, self._refresh, self._clock, self._ids),
+        }
+        tasks = [asyncio.create_task(self._begun_again(*each), name=each[0]) for each in services.items()]
+        stack.push_async_callback(asyncio.wait, tasks)
+        for task in tasks:
             stack.callback(task.cancel)
 
-    async def _enter(self) -> None:
-        incarnation = Incarnation(
+    async def _begun_again(self, duty: str, service: Service) -> None:
+        while (error := await failure(service)) is not None:
+            self.faults.note(duty, error)
+            await self._clock.sleep(REJOIN)
+
+    def _new_incarnation(self) -> Incarnation:
+        return Incarnation(
             self.settings,
             self._database,
             self._box,
@@ -185,51 +192,24 @@ class Node:
             self._target.bus,
             self._clock,
             self._ids,
+            revision=self._revision,
+            faults=self.faults,
             busy=lambda: self._modern.busy,
         )
-        try:
-            await incarnation.join(self._revision)
-        except BaseException:
-            await incarnation.leave()
-            raise
-        self._incarnation = incarnation
-        logger.info("node %s (%s) joined", self.settings.node_name, incarnation.node_id)
-
-    async def _exit(self) -> None:
-        incarnation, self._incarnation = self._incarnation, None
-        if incarnation is not None:
-            await incarnation.leave()
 
     async def _publish(self, publication: Publication) -> None:
         """Store a publication and wake every node; what is stored and wakes nobody is found by their next poll."""
         await self._publications.publish(publication)
-        if self._incarnation is not None:
-            self._incarnation.wakeups.published()
-
-    async def _keep(self) -> None:
-        """Replace an incarnation that was declared dead."""
-        while True:
-            if self._incarnation is not None:
-                await self._incarnation.over.wait()
-                await self._exit()
-            if self._draining:
-                return
-            try:
-                await self._enter()
-            except PgmcpError as error:
-                self._absent = "schema" if isinstance(error, SchemaError) else "joining"
-                logger.warning("joining again failed: %s", error)
-                await self._clock.sleep(REJOIN)
+        if self._keeper.present is not None:
+            self._keeper.present.wakeups.published()
 
     async def _refresh(self) -> None:
-        """Read the key rings anew now and then."""
-        while True:
-            await self._clock.sleep(self._ids.jitter(REFRESH))
-            for ring in (self._box, self._states):
-                try:
-                    await ring.load()
-                except PgmcpError as error:
-                    logger.warning("the cluster's keys are read again later: %s", error)
+        """Read the key rings anew."""
+        for ring in (self._box, self._states):
+            try:
+                await ring.load()
+            except PgmcpError as error:
+                logger.warning("the cluster's keys are read again later: %s", error)
 
     async def drain(self) -> None:
         """Leave in an orderly way (G10): unready, then nobody's owner, then nobody's edge.
@@ -238,12 +218,12 @@ class Node:
         """
         self._draining = True
         logger.info("node %s drains", self.settings.node_name)
-        if self._incarnation is not None:
-            await self._incarnation.announce()
+        if self._keeper.present is not None:
+            await self._keeper.present.announce()
         await self._clock.sleep(self.settings.drain_notice)
         self._target.adapter.end_streams()
-        if self._incarnation is not None:
-            await self._incarnation.drain(self.shut)
+        if self._keeper.present is not None:
+            await self._keeper.present.drain(self.shut)
         else:
             await self._finish()
         self._target.adapter.end_streams()  # those that began since
@@ -259,32 +239,34 @@ class Node:
         """End every exchange at once with its final chunk, so that the HTTP server can stop."""
         self._target.adapter.end_streams()
         self._modern.cut()
-        if self._incarnation is not None:
-            self._incarnation.edge.leave(at_once=True)
+        if self._keeper.present is not None:
+            self._keeper.present.edge.leave(at_once=True)
 
     async def _obey(self) -> None:
         """Obey an operator who wrote into the node's row that it should leave."""
-        while True:
-            await self._clock.sleep(self.settings.poll)
-            with contextlib.suppress(PgmcpError):
-                if not self._draining and self._incarnation and await self._incarnation.asked_to_drain():
-                    signal.raise_signal(signal.SIGTERM)
+        present = self._keeper.present
+        if present is not None and not self._draining and await present.asked_to_drain():
+            signal.raise_signal(signal.SIGTERM)
 
     def stalled(self) -> float:
         """See ``Pulse.stalled``."""
-        if self._incarnation is None:
+        if self._keeper.present is None:
             return 0.0
-        return self._clock.boottime() - self._incarnation.lease.ticked_at - self.settings.renew
+        return self._clock.boottime() - self._keeper.present.lease.ticked_at - self.settings.renew
+
+    def failing(self) -> bool:
+        """See ``Pulse.failing``."""
+        return self._keeper.failing
 
     def unready(self) -> str | None:
         """See ``Pulse.unready``."""
         if self._draining:
             return "draining"
-        if self._incarnation is None:
-            return self._absent
-        if self._incarnation.outgrown:
+        if self._keeper.present is None:
+            return self._keeper.absent
+        if self._keeper.present.outgrown:
             return "schema"
-        lease = self._incarnation.lease
+        lease = self._keeper.present.lease
         if lease.state is LeaseState.SUSPENDED and lease.suspended_for < self.settings.hold:
             return None
         return None if lease.trusted else str(lease.state)

@@ -1,8 +1,8 @@
 """Liveness and readiness.
 
-``/livez`` says that the event loop and the renew loop tick; it never asks the database, or an outage would restart
-every node. ``/readyz`` says that the node should get traffic; an outage makes it 503 only after the hold, or balancers
-would empty the cluster.
+``/livez`` says that the event loop and the renew loop tick, and that the node does not fail again and again for reasons
+of its own; it never asks the database, or an outage would restart every node. ``/readyz`` says that the node should get
+traffic; an outage makes it 503 only after the hold, or balancers would empty the cluster.
 """
 
 from __future__ import annotations
@@ -24,6 +24,10 @@ class Pulse(Protocol):
         """Seconds since the renew loop ticked."""
         ...
 
+    def failing(self) -> bool:
+        """Whether the node fails again and again, so that only a new process may help."""
+        ...
+
     def unready(self) -> str | None:
         """Why the node should get no traffic now; None when it should."""
         ...
@@ -37,6 +41,8 @@ def health_routes(pulse: Callable[[], Pulse]) -> list[HTTPRouteHandler]:
         seconds = pulse().stalled()
         if seconds > STALLED:
             return Response({"status": f"the renew loop has not ticked for {seconds:.1f} s"}, status_code=503)
+        if pulse().failing():
+            return Response({"status": "the node fails again and again; its log says why"}, status_code=503)
         return Response({"status": "alive"})
 
     @get("/readyz", sync_to_thread=False, include_in_schema=False)

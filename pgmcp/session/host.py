@@ -23,6 +23,7 @@ from typing import Any
 from pgmcp.clock import Clock, Ids
 from pgmcp.errors import DatabaseUnavailable, Fenced, PgmcpError
 from pgmcp.ports import Inbox, Log, SecretBox, Takeovers
+from pgmcp.service import Faults, Service, Tasks
 from pgmcp.session import terms
 from pgmcp.session.actor import Actor
 from pgmcp.session.adapter import Adapter
@@ -45,13 +46,14 @@ RESTORES = 8
 """Sessions that are restored at the same time."""
 
 
-class Host:
+class Host(Service):
     """The live server sessions of one incarnation of a node.
 
     Args:
         trusted: asked before messages are handed over; returns when the node may act, raises ``Fenced``.
         heard: called with sink and stream after an event was stored.
         ended: called with each session that this host has ended.
+        faults: counts unexpected errors of a single session; the rounds find what was left undone.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Host:
         trusted: Callable[[], Coroutine[Any, Any, None]],
         heard: Callable[[NodeId, StreamId], None],
         ended: Callable[[SessionKey], None],
+        faults: Faults,
     ) -> None:
         self._hooks, self._inbox, self._log = adapter.hooks, inbox, log
         self._delivery = Delivery(box, clock, trusted)
@@ -75,7 +78,7 @@ class Host:
         self._trusted, self._heard, self._ended = trusted, heard, ended
         self._residents: dict[SessionKey, Resident] = {}
         self._restoring: set[SessionKey] = set()
-        self._looking: asyncio.Task[None] | None = None
+        self._wanted = asyncio.Event()
         self._missing: set[Ownership] = set()
         self._again: set[Ownership] = set()
         self._holding = False
@@ -83,7 +86,7 @@ class Host:
         """Whether the database follows another history, and what lives here was not yet brought in line with it."""
         self._birth = Birth(adapter, inbox, log, clock, ids, heard, self._over)
         self._room = asyncio.Semaphore(RESTORES)
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks("work for one session", faults)
 
     @property
     def sessions(self) -> int:
@@ -116,7 +119,7 @@ class Host:
         resident = self._residents.get(session)
         if session not in self._restoring and (resident is None or resident.actor.ownership.epoch < ownership.epoch):
             self._restoring.add(session)
-            self._spawn(self._restore(ownership))
+            self._tasks.spawn(self._restore(ownership))
 
     async def _restore(self, ownership: Ownership) -> None:
         session = ownership.session
@@ -178,25 +181,26 @@ class Host:
         resident = self._residents.get(session)
         if resident is None:
             if session not in self._restoring:
-                self._look()  # the reply to a takeover was lost, or a restore failed
+                self.look()  # the reply to a takeover was lost, or a restore failed
             return
         resident.dirty = resident.active = True
         if not resident.taking:
             resident.taking = True
-            self._spawn(self._take(session, resident))
+            self._tasks.spawn(self._take(session, resident))
 
-    def _look(self) -> None:
-        """Poll now, unless that is being done."""
-        if self._looking is None:
-            self._looking = asyncio.create_task(self._polled())
+    def look(self) -> None:
+        """Poll now; once more if that is being done."""
+        self._wanted.set()
 
-    async def _polled(self) -> None:
-        try:
-            await self.poll()
-        except PgmcpError as error:
-            logger.info("messages are looked for again later: %s", error)
-        finally:
-            self._looking = None
+    async def run(self) -> None:
+        """Poll whenever that is wanted, for ever."""
+        while True:
+            await self._wanted.wait()
+            self._wanted.clear()
+            try:
+                await self.poll()
+            except PgmcpError as error:
+                logger.info("messages are looked for again later: %s", error)
 
     def wake_all(self) -> None:
         """Wake-ups may have been lost: look at every inbox."""
@@ -208,7 +212,7 @@ class Host:
         resident = self._residents.pop(session, None)
         if resident is not None:
             resident.actor.mute()
-            self._spawn(resident.actor.stop())
+            self._tasks.spawn(resident.actor.stop())
 
     async def poll(self) -> None:
         """Look for messages that no wake-up announced, and for takeovers whose reply was lost.
@@ -317,17 +321,17 @@ class Host:
         for resident in list(self._residents.values()):
             await resident.actor.state.export(self._hooks)
 
-    async def close(self) -> None:
-        """Mute every actor, then stop them all."""
-        residents, self._residents = self._residents, {}
-        for resident in residents.values():
+    def mute(self) -> None:
+        """Have no actor say another word."""
+        for resident in self._residents.values():
             resident.actor.mute()
+
+    async def stop(self) -> None:
+        """Mute every actor, then stop them all."""
+        self.mute()
+        residents, self._residents = self._residents, {}
         await asyncio.gather(*(resident.actor.stop() for resident in residents.values()))
-        tasks = [*self._tasks, *([self._looking] if self._looking else [])]
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
+        await self._tasks.close()
 
     async def _take(self, session: SessionKey, resident: Resident) -> None:
         try:
@@ -368,7 +372,7 @@ class Host:
             self._anew(actor)
         else:
             self.drop(session)
-            self._spawn(self._end(actor.ownership))
+            self._tasks.spawn(self._end(actor.ownership))
 
     def _anew(self, actor: Actor) -> None:
         """Restore a session from the tables in the place of its actor, which is muted."""
@@ -376,7 +380,7 @@ class Host:
         self.drop(session)
         if session not in self._restoring:
             self._restoring.add(session)
-            self._spawn(self._follow(actor))
+            self._tasks.spawn(self._follow(actor))
 
     async def _follow(self, actor: Actor) -> None:
         """Restore a session when nothing of its former actor is on its way to the tables any more."""
@@ -389,8 +393,3 @@ class Host:
 
     async def _end(self, ownership: Ownership) -> None:
         await end(ownership, self._inbox, self._clock, self._settings.poll, self._ended)
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)

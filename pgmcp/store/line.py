@@ -25,6 +25,7 @@ import asyncpg
 
 from pgmcp.clock import Clock, Ids
 from pgmcp.errors import DatabaseUnavailable
+from pgmcp.service import Service
 from pgmcp.settings import Settings
 from pgmcp.store.database import TROUBLE, Database
 from pgmcp.store.statements import statement
@@ -47,7 +48,7 @@ def channel(schema: str, node: NodeId | None) -> str:
     return f"pgmcp_{scope}_{'all' if node is None else node.hex}"
 
 
-class Line:
+class Line(Service):
     """One node's line; also its ``LeaseTable``.
 
     Args:
@@ -79,15 +80,14 @@ class Line:
         self._turn = asyncio.Lock()
         self._lost, self._echo = asyncio.Event(), asyncio.Event()
         self._expected = ""
-        self._keeper: asyncio.Task[None] | None = None
 
     @property
     def up(self) -> bool:
         """Whether wake-ups can be heard."""
         return self._connection is not None
 
-    async def open(self) -> None:
-        """Connect and listen; from now on the line is kept open.
+    async def start(self) -> None:
+        """Connect and listen.
 
         Raises:
             DatabaseUnavailable: PostgreSQL cannot be reached within the deadlines.
@@ -97,14 +97,9 @@ class Line:
         except (*TROUBLE, asyncpg.PostgresError, ValueError) as error:
             message = f"The line to PostgreSQL cannot be opened ({type(error).__name__}: {error}). Check --listen-url."
             raise DatabaseUnavailable(message) from error
-        self._keeper = asyncio.create_task(self._keep())
 
-    async def close(self) -> None:
+    async def stop(self) -> None:
         """Stop listening and hang up."""
-        if self._keeper is not None:
-            self._keeper.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._keeper
         self._drop()
 
     async def renew(self) -> float | None:
@@ -160,7 +155,8 @@ class Line:
         self._connection, self._started_at = connection, started
         self._on_reset()
 
-    async def _keep(self) -> None:
+    async def run(self) -> None:
+        """Probe the line, and open it again when it is lost, for ever."""
         tries = 0
         while True:
             if await self._alive():

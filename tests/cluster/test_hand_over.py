@@ -108,7 +108,7 @@ async def test_a_session_given_to_a_node_that_leaves_before_it_hears_of_it_is_ta
     await first.node.drain()
     assert await scene.owner() == ("n2", 2)
     await scene.tables.execute("update pgmcp.nodes set state = 'ready' where node_id = $1", third.incarnation.node_id)
-    await second.incarnation.leave()
+    await second.leave()
     assert await scene.count(third) == "2", "what the first node exported is still there"
     assert await scene.owner() == ("n3", 3)
 

@@ -292,7 +292,7 @@ async def test_after_a_takeover_a_session_is_told_once_more(database: str) -> No
 async def test_an_idle_session_that_moves_hears_nothing_when_nothing_was_published(database: str) -> None:
     async with three(database) as (nodes, tables), RawSession() as session:
         await session.open(nodes[0].url)
-        await nodes[0].node._exit()
+        await nodes[0].leave()
         await session.call(nodes[1].url, "ping")
         assert await tables.value("select max(epoch) from pgmcp.sessions") == 2
         count = (

@@ -100,7 +100,7 @@ async def test_a_node_that_leaves_exports_what_its_server_remembers(database: st
     async with two(database, memory.server) as (nodes, _), RawSession() as session:
         await session.open(nodes[0].url)
         await counted(session, nodes[0].url)
-        await nodes[0].node._exit()
+        await nodes[0].leave()
         assert await counted(session, nodes[1].url) == {"memory": 2, "kept": 2, "restored": True}
     assert memory.restored == [1]
 
@@ -118,7 +118,7 @@ async def test_an_export_that_fails_costs_only_the_memory(database: str) -> None
     async with two(database, served) as (nodes, _), RawSession() as session:
         await session.open(nodes[0].url)
         await counted(session, nodes[0].url)
-        await nodes[0].node._exit()
+        await nodes[0].leave()
         assert await counted(session, nodes[1].url) == {"memory": 1, "kept": 2, "restored": True}
 
 
@@ -140,7 +140,7 @@ async def test_log_level_and_subscriptions_go_along(database: str) -> None:
 
 
 def owned(node: RunningNode) -> int:
-    return node.node._incarnation.host.sessions if node.node._incarnation else 0
+    return node.node._keeper.present.host.sessions if node.node._keeper.present else 0
 
 
 async def test_a_new_build_with_another_name_goes_on(database: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -149,7 +149,7 @@ async def test_a_new_build_with_another_name_goes_on(database: str, caplog: pyte
     memory = Memory(hooks=False)
     async with two(database, lambda: memory.server(next(names))) as (nodes, _), RawSession() as session:
         await session.open(nodes[0].url)
-        await nodes[0].node._exit()
+        await nodes[0].leave()
         assert (await counted(session, nodes[1].url))["restored"]
     assert "goes on with another serverInfo" in caplog.text
 
@@ -246,7 +246,7 @@ async def test_the_same_node_may_get_its_sessions_back_under_its_new_id(database
         await counted(session, nodes[0].url)
         former = nodes[0].incarnation
         await bury(tables, nodes[0])
-        await eventually(lambda: nodes[0].node._incarnation not in {None, former}, "it is back")
+        await eventually(lambda: nodes[0].node._keeper.present not in {None, former}, "it is back")
         await eventually(lambda: nodes[0].incarnation.lease.trusted, "and trusted")
         assert await counted(session, nodes[0].url) == {"memory": 1, "kept": 2, "restored": True}
 
@@ -307,7 +307,7 @@ async def test_a_post_that_is_repeated_over_a_death_joins_the_first(database: st
         call = {"name": name, "arguments": {"text": "x"}}
         first = await session.request(nodes[0].url, "tools/call", call, request_id=7)
         await eventually(lambda: gate.ran, "it runs")
-        await nodes[0].node._exit()  # its streams end, its sessions are taken over
+        await nodes[0].leave()  # its streams end, its sessions are taken over
         await first.rest()
         again = await session.request(nodes[1].url, "tools/call", call, request_id=7)
         if name == "safe":
@@ -369,7 +369,7 @@ async def test_a_takeover_whose_reply_was_lost_is_found_also_without_work(databa
         await session.open(nodes[0].url)
         await session.call(nodes[0].url, "resources/subscribe", {"uri": WATCHED})
         standalone = await session.get(nodes[1].url)
-        await nodes[0].node._exit()
+        await nodes[0].leave()
         host = nodes[1].incarnation.host
         await eventually(lambda: host._residents and not host._restoring, "it is taken and restored")
         (key,) = host._residents
@@ -400,7 +400,7 @@ async def test_what_a_restore_that_failed_had_taken_on_is_inherited_again(
         await session.open(nodes[0].url)
         call = await session.request(nodes[1].url, "tools/call", {"name": "unsafe", "arguments": {"text": "x"}})
         await eventually(lambda: gate.ran, "it runs")
-        await nodes[0].node._exit()
+        await nodes[0].leave()
         answer = await call.response(1)
         assert answer["error"]["data"] == {"reason": "owner_lost", "outcome": "unknown", "runs": 1}
         assert (gate.ran, failing) == (["x"], [])

@@ -41,6 +41,11 @@ class RunningNode:
         """The node's present incarnation."""
         return self.node.incarnation()
 
+    async def leave(self) -> None:
+        """Leave the cluster for good; what is served without a session goes on."""
+        self.node._draining = True
+        await self.node._keeper.stop()
+
 
 @contextlib.asynccontextmanager
 async def cluster(

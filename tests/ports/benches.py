@@ -131,8 +131,8 @@ class TableBench(Bench):
             on_payload=heard.append, on_reset=lambda: None, on_lost=lambda: None, database=made.database,
         )  # fmt: skip
         await join(made.database, NodeRecord(made.node, "node", "", "1", "", 1))
-        await line.open()
-        self._stack.push_async_callback(line.close)
+        await line.start()
+        self._stack.push_async_callback(line.stop)
         self._lines[made.node] = line
         await line.renew()
         if ready:
@@ -153,7 +153,7 @@ class TableBench(Bench):
         )  # fmt: skip
 
     async def hang_up(self, node: Ports) -> None:
-        await self._lines[node.node].close()
+        await self._lines[node.node].stop()
 
         async def gone() -> bool:
             text = (

@@ -18,6 +18,7 @@ from pgmcp.cluster.lease import Lease, LeaseState
 from pgmcp.cluster.takeover import Takeover
 from pgmcp.cluster.wakeups import Wakeups, parse
 from pgmcp.errors import PgmcpError
+from pgmcp.service import Faults
 from pgmcp.session.host import Host
 from pgmcp.settings import Settings
 from pgmcp.types import NodeState, Wake
@@ -134,7 +135,7 @@ class SimNode:
         self.store = memory_store(cluster, self.clock, ids, running=self.clock.running, gate=self._acting)
         self.node = self.store.node
         self.store.wire.takes["renew"] = ROUND_TRIP  # what else happens at once comes before
-        self.keys = Keys(self.clock)
+        self.keys, self.faults = Keys(self.clock), Faults()
         self.lease = Lease(self.store.lease, settings, self.clock, self._on_fenced)
         self.wakeups = Wakeups(self.node, self.store.notifier, self.clock, self._hear)
         self.host = Host(
@@ -149,6 +150,7 @@ class SimNode:
             trusted=self._acting,
             heard=self.wakeups.stream,
             ended=self.wakeups.ended,
+            faults=self.faults,
         )
         self.takeover = Takeover(
             self.node,
@@ -161,6 +163,7 @@ class SimNode:
             wake=self.wakeups.inbox,
             own=self.host.take_on,
             sweep_every=settings.poll,
+            faults=self.faults,
         )
         self._ids, self._line_up, self._opening = ids, False, False
         self.over = asyncio.Event()
@@ -187,8 +190,9 @@ class SimNode:
             await self.clock.sleep(0.5)
         self._tasks += [
             asyncio.create_task(self.lease.run()),
-            asyncio.create_task(self.takeover.watch()),
-            asyncio.create_task(self.takeover.sweep_for_ever()),
+            asyncio.create_task(self.takeover.run()),
+            asyncio.create_task(self.wakeups.run()),
+            asyncio.create_task(self.host.run()),
             asyncio.create_task(self._every(self._settings.poll, self.host.poll)),
             asyncio.create_task(self._every(self._settings.poll, self._look_while_deaf)),
             asyncio.create_task(self._every(self._settings.idle_poll, self.host.survey)),
@@ -212,8 +216,8 @@ class SimNode:
         """Stop everything, as a node does that was declared dead or leaves."""
         for task in self._tasks:
             task.cancel()
-        await self.takeover.close()
-        await self.host.close()
+        await self.takeover.stop()
+        await self.host.stop()
 
     async def leave(self) -> None:
         """Leave in an orderly way."""
@@ -224,6 +228,7 @@ class SimNode:
         except PgmcpError:
             return
         self.wakeups.orphans()
+        await self.wakeups.stop()
 
     # -- wake-ups and the line ---------------------------------------------------------------------------------------
 

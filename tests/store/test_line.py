@@ -34,6 +34,17 @@ class Ears:
     heard: list[str] = field(default_factory=list)
     resets: int = 0
     losses: int = 0
+    running: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        await self.line.start()
+        self.running = asyncio.create_task(self.line.run())
+
+    async def stop(self) -> None:
+        if self.running is not None:
+            self.running.cancel()
+            await asyncio.wait({self.running})
+        await self.line.stop()
 
     async def until_heard(self, payload: str) -> None:
         async def there() -> bool:
@@ -84,9 +95,9 @@ async def hand(database: str) -> AsyncIterator[asyncpg.Connection]:
 @pytest.fixture
 async def listening(database: str) -> AsyncIterator[Ears]:
     found = ears(database, deadline=4, trust=12, ttl=20)  # a line that is given up hears nothing meanwhile
-    await found.line.open()
+    await found.start()
     yield found
-    await found.line.close()
+    await found.stop()
 
 
 async def say(hand: asyncpg.Connection, node: NodeId | None, payload: str) -> None:
@@ -181,19 +192,19 @@ async def test_the_reset_comes_when_listen_is_in_force(database: str, hand: asyn
         heard_from.append(asyncio.ensure_future(say(hand, gone.node, f"at {len(in_force)}")))
 
     gone.line._on_reset = reset
-    await gone.line.open()
+    await gone.start()
     try:
         await gone.until_heard("at 1")
         await hand.fetch(f"select pg_terminate_backend(pid) {LINES}")
         await gone.until_heard("at 2")
     finally:
-        await gone.line.close()
+        await gone.stop()
 
 
 async def test_a_black_hole_is_noticed_in_eight_seconds(database: str, hand: asyncpg.Connection) -> None:
     async with proxied(database) as (proxy, address):
         found = ears(address)
-        await found.line.open()
+        await found.start()
         try:
             proxy.black_hole = True
             start = time.monotonic()
@@ -210,14 +221,14 @@ async def test_a_black_hole_is_noticed_in_eight_seconds(database: str, hand: asy
             await say(hand, found.node, "again")
             await found.until_heard("again")
         finally:
-            await found.line.close()
+            await found.stop()
 
 
 async def test_a_renewal_gives_a_black_hole_up_at_its_deadline(database: str) -> None:
     async with proxied(database) as (proxy, address):
         found = ears(address)
         await join(database, found.node)
-        await found.line.open()
+        await found.start()
         try:
             assert await found.line.renew()
             proxy.black_hole = True
@@ -226,7 +237,7 @@ async def test_a_renewal_gives_a_black_hole_up_at_its_deadline(database: str) ->
                 await found.line.renew()
             assert time.monotonic() - start < 3
         finally:
-            await found.line.close()
+            await found.stop()
 
 
 async def test_a_proxy_that_stalls_after_connect_holds_nobody_for_ever(database: str) -> None:
@@ -236,10 +247,10 @@ async def test_a_proxy_that_stalls_after_connect_holds_nobody_for_ever(database:
         proxy.stalling = True
         start = time.monotonic()
         with pytest.raises(DatabaseUnavailable):
-            await found.line.open()
+            await found.start()
         assert time.monotonic() - start < 3
         proxy.stalling = False
-        await found.line.open()
+        await found.start()
         try:
             proxy.stalling = True
             seen = proxy.connected
@@ -256,7 +267,7 @@ async def test_a_proxy_that_stalls_after_connect_holds_nobody_for_ever(database:
             await found.until_resets(2)
             assert found.line.up
         finally:
-            await found.line.close()
+            await found.stop()
 
 
 async def test_a_probe_is_nobodys_payload(listening: Ears, hand: asyncpg.Connection) -> None:
@@ -277,7 +288,7 @@ async def test_a_payload_that_the_node_cannot_read_leaves_the_line_up(database: 
         kept(payload)
 
     found.line._on_payload = picky
-    await found.line.open()
+    await found.start()
     try:
         await say(hand, found.node, "nonsense")
         await say(hand, found.node, "sense")
@@ -285,12 +296,12 @@ async def test_a_payload_that_the_node_cannot_read_leaves_the_line_up(database: 
         assert found.resets == 1
         assert len(lost) == 1
     finally:
-        await found.line.close()
+        await found.stop()
 
 
 async def test_renewals_and_states_hit_live_rows_only(database: str, hand: asyncpg.Connection) -> None:
     found = ears(database)
-    await found.line.open()
+    await found.start()
     try:
         assert not await found.line.renew()
         await join(database, found.node)
@@ -303,12 +314,12 @@ async def test_renewals_and_states_hit_live_rows_only(database: str, hand: async
         assert not await found.line.renew()
         assert not await found.line.set_state(NodeState.READY)
     finally:
-        await found.line.close()
+        await found.stop()
 
 
 async def test_a_renewal_that_postgres_refuses_is_only_a_failed_one(database: str, hand: asyncpg.Connection) -> None:
     found = ears(database)
-    await found.line.open()
+    await found.start()
     try:
         await hand.execute(
             "create function pgmcp.refuse() returns trigger language plpgsql as "
@@ -318,17 +329,17 @@ async def test_a_renewal_that_postgres_refuses_is_only_a_failed_one(database: st
         with pytest.raises(DatabaseUnavailable):
             await found.line.renew()
     finally:
-        await found.line.close()
+        await found.stop()
 
 
 @pytest.mark.parametrize("ending", ["close", "lost"])
 async def test_nothing_is_left_of_a_closed_line(database: str, hand: asyncpg.Connection, ending: str) -> None:
     found = ears(database)
-    await found.line.open()
+    await found.start()
     if ending == "lost":
         await hand.fetch(f"select pg_terminate_backend(pid) {LINES}")
-    await found.line.close()
-    await found.line.close()
+    await found.stop()
+    await found.stop()
     assert not found.line.up
 
     async def gone() -> bool:

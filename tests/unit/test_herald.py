@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 
 import pytest
 
 from pgmcp.cluster.publications import ABSENT, Herald
 from pgmcp.errors import DatabaseUnavailable
+from pgmcp.service import Faults
 from pgmcp.types import LISTS, Change, Horizon, News, Publication
 from tests.harness.clock import FakeClock, settle
 
@@ -47,8 +48,8 @@ class Scene:
         self.table, self.clock = Table(), FakeClock()
         self.told: list[Publication] = []
         self.gaps: list[set[Change]] = []
-        self.broken = False
-        self.herald = Herald(self.table, self.clock, tell=self.tell, missed=self.missed)
+        self.broken, self.faults = False, Faults()
+        self.herald = Herald(self.table, self.clock, tell=self.tell, missed=self.missed, faults=self.faults)
 
     async def tell(self, publications: Sequence[Publication]) -> None:
         if self.broken:
@@ -66,18 +67,20 @@ class Scene:
 
 
 @pytest.fixture
-async def scene() -> Scene:
+async def scene() -> AsyncIterator[Scene]:
     made = Scene()
-    await made.herald.begin()
+    await made.herald.start()
     made.gaps.clear()
-    return made
+    running = asyncio.create_task(made.herald.run())
+    yield made
+    running.cancel()
 
 
 async def test_nothing_is_told_before_it_has_begun() -> None:
     scene = Scene()
     await scene.publish(TOOLS, updated("a"))
     assert scene.table.reads == []
-    await scene.herald.begin()
+    await scene.herald.start()
     assert (scene.told, scene.gaps) == ([], [{Change.TOOLS}])
 
 
@@ -153,11 +156,5 @@ async def test_a_listener_that_breaks_it_is_made_up_for(scene: Scene, caplog: py
     scene.broken = False
     await scene.publish()
     assert scene.gaps == [{Change.TOOLS}]
-    assert "were not told" in caplog.text
-
-
-async def test_it_closes_in_the_middle(scene: Scene) -> None:
-    scene.herald.look()
-    await scene.herald.close()
-    assert scene.told == []
-    await Scene().herald.close()
+    assert scene.faults.counts == {"telling publications": 1}
+    assert "RuntimeError" in caplog.text

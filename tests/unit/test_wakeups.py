@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 
 import pytest
 from hypothesis import given
@@ -47,11 +47,22 @@ class Scene:
     def __init__(self) -> None:
         self.notes, self.clock, self.heard = Notes(), FakeClock(), list[Wake]()
         self.wakeups = Wakeups(ME, self.notes, self.clock, self.heard.append)
+        self.running: asyncio.Task[None] | None = None
+
+    async def stop(self) -> None:
+        """Stop as an incarnation does."""
+        if self.running is not None:
+            self.running.cancel()
+            await asyncio.wait({self.running})
+        await self.wakeups.stop()
 
 
 @pytest.fixture
-async def scene() -> Scene:
-    return Scene()
+async def scene() -> AsyncIterator[Scene]:
+    made = Scene()
+    made.running = asyncio.create_task(made.wakeups.run())
+    yield made
+    await made.stop()
 
 
 async def test_what_is_for_this_node_stays_in_the_process(scene: Scene) -> None:
@@ -130,7 +141,7 @@ async def test_an_outage_keeps_a_bounded_number_of_ids(scene: Scene) -> None:
 
 async def test_the_last_ones_go_out_before_it_closes(scene: Scene) -> None:
     scene.wakeups.inbox(OTHER, SessionKey(1))
-    await scene.wakeups.close()
+    await scene.stop()
     assert scene.notes.sent == [[(OTHER, "i1")]]
 
 
@@ -139,7 +150,7 @@ async def test_it_closes_though_the_database_is_away(scene: Scene, monkeypatch: 
     scene.notes.free.clear()
     scene.wakeups.inbox(OTHER, SessionKey(1))
     async with asyncio.timeout(5):
-        await scene.wakeups.close()
+        await scene.stop()
     await settle()
     assert scene.notes.running == 0
 
