@@ -23,6 +23,7 @@ from pgmcp.cluster.takeover import Takeover
 from pgmcp.cluster.wakeups import Wakeups, parse
 from pgmcp.errors import DatabaseUnavailable, PgmcpError
 from pgmcp.node.continuation import Continuation
+from pgmcp.node.rereading import Rereading
 from pgmcp.ports import Publications
 from pgmcp.service import Faults, Rounds, Service, failure
 from pgmcp.session import news
@@ -117,7 +118,7 @@ class Incarnation(Service):
             ended=self.wakeups.ended,
             faults=faults,
         )
-        self._continuation.watch(self.host)
+        self._continuation.watch(self.host, self.herald)
         self.takeover = Takeover(
             self.node_id,
             takeovers,
@@ -150,6 +151,7 @@ class Incarnation(Service):
         self._drain = Drain(
             self.host, takeovers, clock, waiting=lambda: self.tails.patient + busy(), told=self.wakeups.handed
         )
+        self._rereading = Rereading(self.host, self.tails, self.herald, self.takeover, clock, ids)
         self._membership: dict[str, Service] = {
             "the line": self.line,
             "the lease": self.lease,
@@ -160,6 +162,7 @@ class Incarnation(Service):
             "the host": self.host,
             "the takeover": self.takeover,
             "the herald": self.herald,
+            "the rereading": self._rereading,
             "the look for messages": self._rounds(settings.poll, self.host.poll),
             "the look while deaf": self._rounds(settings.poll, self._look_while_deaf),
             "the look for publications": self._rounds(settings.poll, self.herald.poll),
@@ -257,9 +260,10 @@ class Incarnation(Service):
     def _on_line_lost(self) -> None:
         self.lease.hurry()
 
-    def _on_line_open(self) -> None:
-        self._hear(Wake(everything=True))
-        self.herald.look(gap=True)
+    def _on_line_open(self, *, crashed: bool) -> None:
+        if crashed:
+            self.herald.look(gap=True)  # its horizon names transactions by ids that may have been given out anew
+        self._rereading.begin()
 
     async def _tell(self, publications: Sequence[Publication]) -> None:
         await news.tell(self.host.news, publications)
@@ -271,11 +275,10 @@ class Incarnation(Service):
 
     def _hear(self, wake: Wake) -> None:
         if wake.everything:
-            self.host.wake_all()
-            self.tails.wake_all()
-        if wake.everything or wake.published:
+            self._rereading.begin()
+        if wake.published:
             self.herald.look()
-        if wake.everything or wake.orphans:
+        if wake.orphans:
             self.takeover.orphaned()
         for ownership in wake.handed:
             self.host.take_on(ownership)
@@ -289,7 +292,7 @@ class Incarnation(Service):
 
     async def _look_while_deaf(self) -> None:
         if not self.line.up:
-            self._hear(Wake(everything=True))
+            self._rereading.begin()
 
     async def _look_at_schema(self) -> None:
         if not self.outgrown and await outgrown(self._database):

@@ -202,11 +202,6 @@ class Host(Service):
             except PgmcpError as error:
                 logger.info("messages are looked for again later: %s", error)
 
-    def wake_all(self) -> None:
-        """Wake-ups may have been lost: look at every inbox."""
-        for session in list(self._residents):
-            self.wake(session)
-
     def drop(self, session: SessionKey) -> None:
         """A session is over: stop its actor without another word."""
         resident = self._residents.pop(session, None)
@@ -240,17 +235,26 @@ class Host(Service):
         """
         if self.unsettled:
             return
-        before = [resident.actor.ownership for resident in self._residents.values()]
-        owned = await self._inbox.owned()
-        for ownership in before:
-            if ownership not in owned:
-                self.drop(ownership.session)
+        owned = await self.drop_strangers()
         missing = owned - {resident.actor.ownership for resident in self._residents.values()}
         for ownership in missing & self._missing:  # one that is just being opened is missing once
             self.take_on(ownership)
         self._missing = missing
         for session in await put_back(self._inbox, self._residents):
             self.wake(session)
+
+    async def drop_strangers(self) -> set[Ownership]:
+        """Drop the sessions that are over or went elsewhere; those that are this node's.
+
+        Raises:
+            DatabaseUnavailable: not now.
+        """
+        before = [resident.actor.ownership for resident in self._residents.values()]
+        owned = await self._inbox.owned()
+        for ownership in [] if self.unsettled else before:
+            if ownership not in owned:
+                self.drop(ownership.session)
+        return owned
 
     async def go_on(self, jump: int, lasts: Callable[[], bool]) -> None:
         """Bring what lives here in line with a database that follows another history: see ``terms.go_on``."""
@@ -262,7 +266,7 @@ class Host(Service):
             if session in owned:
                 self.take_on(owned[session])
         self._again |= {owned[session] for session in self._restoring & owned.keys()}  # what restores them is fenced
-        self.wake_all()
+        self.look()
 
     async def note_activity(self) -> None:
         """Write down which sessions were active since the last time.

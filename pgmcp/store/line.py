@@ -1,9 +1,10 @@
 """The line: the node's one direct connection, for LISTEN, renewals and self-probes, and nothing else.
 
 Invariants:
-- LISTEN is committed before ``on_reset`` says "read everything again": nothing falls between.
+- LISTEN is committed before ``on_reset`` is called: nothing falls between.
 - The callback only marks ids; it never blocks, so that this backend never holds back the notification queue.
-- Every call has a deadline. A line on which one failed is aborted, not closed: closing waits for the dead peer.
+- Every call has a deadline, in time in which the event loop ran: a node that was slow itself does not blame the line. A
+  line on which a call failed is aborted, not closed: closing waits for the dead peer.
 
 Failure handling: a lost line is reopened with a backoff of at most half a second, for as long as the node runs.
 Meanwhile the node polls and renews on the pool; where that fails too, it stays trusted until its trust ends. A line
@@ -16,10 +17,10 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from datetime import datetime
 from hashlib import sha256
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import asyncpg
 
@@ -33,9 +34,14 @@ from pgmcp.types import NodeId, NodeState
 
 logger = logging.getLogger(__name__)
 
+Result = TypeVar("Result")
+
 PROBE = "probe:"
 PROBE_EVERY = 5.0
 """Seconds between self-probes."""
+
+LAG = 0.1
+"""Seconds by which a deadline that passes later than it should shows that the event loop stood."""
 
 REOPEN = (0.05, 0.1, 0.2, 0.5)
 KEEPALIVES = {"tcp_keepalives_idle": "5", "tcp_keepalives_interval": "2", "tcp_keepalives_count": "3"}
@@ -48,6 +54,19 @@ def channel(schema: str, node: NodeId | None) -> str:
     return f"pgmcp_{scope}_{'all' if node is None else node.hex}"
 
 
+class OnReset(Protocol):
+    """What is called when the line is open."""
+
+    def __call__(self, *, crashed: bool) -> None:
+        """Look at the tables.
+
+        Args:
+            crashed: PostgreSQL may have crashed since the line was open before: transactions that nobody waited for are
+                lost, and their ids are given out anew.
+        """
+        ...
+
+
 class Line(Service):
     """One node's line; also its ``LeaseTable``.
 
@@ -55,7 +74,7 @@ class Line(Service):
         settings: where to connect, and the deadlines.
         node: whose channel and row this is.
         on_payload: called with each wake-up's payload.
-        on_reset: called after each (re)opening, when LISTEN is in force: read everything again.
+        on_reset: called after each (re)opening, when LISTEN is in force: wake-ups may have been lost.
         on_lost: called when the line is lost.
         database: the pool, for renewals while the line is down.
     """
@@ -68,7 +87,7 @@ class Line(Service):
         ids: Ids,
         *,
         on_payload: Callable[[str], None],
-        on_reset: Callable[[], None],
+        on_reset: OnReset,
         on_lost: Callable[[], None],
         database: Database,
     ) -> None:
@@ -77,6 +96,7 @@ class Line(Service):
         self._database = database
         self._connection: asyncpg.Connection | None = None
         self._started_at: datetime | None = None
+        self._recovered_at: datetime | None = None
         self._turn = asyncio.Lock()
         self._lost, self._echo = asyncio.Event(), asyncio.Event()
         self._expected = ""
@@ -135,7 +155,6 @@ class Line(Service):
         connection = await self._database.connect(
             self._settings.line_url,
             timeout=seconds,
-            command_timeout=self._settings.deadline,
             server_settings=KEEPALIVES
             | {
                 "tcp_user_timeout": str(USER_TIMEOUT_MS),
@@ -148,12 +167,13 @@ class Line(Service):
         try:
             for node in (self._node, None):
                 await connection.add_listener(channel(self._settings.schema_name, node), self._on_notification)
-            started = await connection.fetchval(statement("line_started", self._settings.schema_name))
+            (started,) = await connection.fetch(statement("line_started", self._settings.schema_name))
         except BaseException:
             connection.terminate()
             raise
-        self._connection, self._started_at = connection, started
-        self._on_reset()
+        self._connection, self._started_at = connection, started["backend_start"]
+        before, self._recovered_at = self._recovered_at, started["recovered_at"]
+        self._on_reset(crashed=before != self._recovered_at)
 
     async def run(self) -> None:
         """Probe the line, and open it again when it is lost, for ever."""
@@ -183,7 +203,11 @@ class Line(Service):
             await self._ask("probe", channel(self._settings.schema_name, self._node), self._expected)
         except DatabaseUnavailable:
             return False
-        return await self._clock.wait(self._echo, self._settings.deadline)
+        try:
+            await self._in_time(self._echo.wait())
+        except TimeoutError:
+            return False
+        return True
 
     async def _ask(self, name: str, *args: object) -> list[asyncpg.Record]:
         connection = self._connection
@@ -191,13 +215,38 @@ class Line(Service):
             message = "The line to PostgreSQL is down; it is being reopened."
             raise DatabaseUnavailable(message)
         try:
-            async with asyncio.timeout(self._settings.deadline), self._turn:
-                rows: list[asyncpg.Record] = await connection.fetch(statement(name, self._settings.schema_name), *args)
-                return rows
+            return await self._in_time(self._fetch(connection, name, *args))
         except (*TROUBLE, asyncpg.PostgresError) as error:
             self._lost.set()
             message = f"The line to PostgreSQL did not answer ({type(error).__name__}: {error})."
             raise DatabaseUnavailable(message) from error
+
+    async def _fetch(self, connection: asyncpg.Connection, name: str, *args: object) -> list[asyncpg.Record]:
+        async with self._turn:
+            rows: list[asyncpg.Record] = await connection.fetch(statement(name, self._settings.schema_name), *args)
+            return rows
+
+    async def _in_time(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """Await what takes no longer than the deadline.
+
+        When the event loop itself stood meanwhile, what is awaited may lie in the socket: then it is looked once more.
+
+        Raises:
+            TimeoutError: it took longer.
+        """
+        deadline, begun = self._settings.deadline, self._clock.boottime()
+        task = asyncio.create_task(work)
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody asks one that was late
+        try:
+            done, _ = await asyncio.wait({task}, timeout=deadline)
+            if not done and self._clock.boottime() - begun > deadline + LAG:
+                done, _ = await asyncio.wait({task}, timeout=deadline)
+            if not done:
+                message = f"no answer within {deadline:g} s"
+                raise TimeoutError(message)
+        finally:
+            task.cancel()
+        return task.result()
 
     def _drop(self) -> None:
         connection, self._connection = self._connection, None

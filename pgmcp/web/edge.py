@@ -171,7 +171,7 @@ class Edge:
         lost: Callable[[], Awaitable[Sequence[bytes]]] = _nothing,
     ) -> Exchange:
         """An exchange that carries a stream to the caller; ``affinity`` as the method of that name gave it."""
-        tail.session = session
+        self.tails.belongs(tail, session)
         resumable = version is not None and is_version_at_least(version, RESUMES) and self.settings.response != "json"
         tail.patient = kind is StreamKind.REQUEST and not resumable
         return Exchange(

@@ -36,6 +36,7 @@ class Tails:
 
     def __init__(self) -> None:
         self._by_stream: dict[StreamId, set[Tail]] = {}
+        self._by_session: dict[SessionKey, set[Tail]] = {}
         self._posts: Counter[str] = Counter()
         self._leaving = False
 
@@ -60,6 +61,20 @@ class Tails:
             tails.discard(tail)
             if not tails:
                 del self._by_stream[stream]
+            self._leave_session(tail)
+
+    def belongs(self, tail: Tail, session: SessionKey) -> None:
+        """Note which session the stream of a tail is of, when that is known."""
+        self._leave_session(tail)
+        tail.session = session
+        self._by_session.setdefault(session, set()).add(tail)
+
+    def _leave_session(self, tail: Tail) -> None:
+        if tail.session is not None:
+            tails = self._by_session[tail.session]
+            tails.discard(tail)
+            if not tails:
+                del self._by_session[tail.session]
 
     @contextmanager
     def post(self, session_id: str, most: int) -> Iterator[bool]:
@@ -78,15 +93,10 @@ class Tails:
             for tail in self._by_stream.get(stream, ()):
                 tail.moved.set()
 
-    def wake_all(self) -> None:
-        """Wake-ups may have been lost: every exchange looks."""
-        for tail in self:
-            tail.moved.set()
-
     def end(self, sessions: frozenset[SessionKey]) -> None:
         """End the exchanges of sessions that are over."""
-        for tail in self:
-            if tail.session in sessions:
+        for session in sessions:
+            for tail in self._by_session.get(session, ()):
                 tail.ended = True
                 tail.moved.set()
 

@@ -234,13 +234,18 @@ class SimNode:
 
     def _hear(self, wake: Wake) -> None:
         if wake.everything:
-            self.host.wake_all()
+            self.host.look()
+            self._spawn(self._drop_strangers())
         if wake.everything or wake.orphans:
             self.takeover.orphaned()
         for session in wake.inboxes:
             self.host.wake(session)
         for session in wake.ended:
             self.host.drop(session)
+
+    async def _drop_strangers(self) -> None:
+        with contextlib.suppress(PgmcpError):
+            await self.host.drop_strangers()
 
     def _hear_payload(self, payload: str) -> None:
         if not self.store.wire.is_cut and not self.gone:

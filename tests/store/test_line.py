@@ -33,6 +33,7 @@ class Ears:
     node: NodeId
     heard: list[str] = field(default_factory=list)
     resets: int = 0
+    crashes: int = 0
     losses: int = 0
     running: asyncio.Task[None] | None = None
 
@@ -64,8 +65,9 @@ def ears(address: str, node: NodeId | None = None, **settings: Any) -> Ears:
 
     heard: list[str] = []
 
-    def reset() -> None:
+    def reset(*, crashed: bool) -> None:
         found.resets += 1
+        found.crashes += crashed
 
     def lost() -> None:
         found.losses += 1
@@ -187,7 +189,7 @@ async def test_the_reset_comes_when_listen_is_in_force(database: str, hand: asyn
     in_force: list[int] = []
     heard_from: list[asyncio.Task[None]] = []
 
-    def reset() -> None:
+    def reset(**_: object) -> None:
         in_force.append(gone.resets)
         heard_from.append(asyncio.ensure_future(say(hand, gone.node, f"at {len(in_force)}")))
 

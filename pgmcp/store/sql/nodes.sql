@@ -34,7 +34,10 @@ where node_id = $1 and state in ('joining', 'ready', 'draining')
 returning state;
 
 -- name: line_started
-select backend_start from pg_stat_activity where pid = pg_backend_pid();
+-- PostgreSQL resets its statistics when it has recovered from a crash, and only then by itself.
+select a.backend_start, s.stats_reset as recovered_at
+from pg_stat_activity a, pg_stat_archiver s
+where a.pid = pg_backend_pid();
 
 -- name: notify
 -- Ids only. A transaction that only notifies is never flushed, so the instance-wide lock is held for microseconds.

@@ -1,0 +1,68 @@
+"""Reading again what wake-ups may have been lost of: after the line was lost, while it is down, and when told so.
+
+Invariants:
+- It costs statements by what has moved, not by what lives here: one for the inboxes of all sessions, one for the
+  sessions that are over, one for publications, and the grouped reads of the streams that are open.
+- The streams are read ``SOME`` at a time, spread over ``SPREAD`` seconds: a node that was behind is not given all of it
+  at once, and nodes whose lines were lost together do not ask together.
+
+Failure handling: what cannot be asked now is asked by the next poll, or by the next reading, which comes every two
+seconds while the line is down.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from pgmcp.clock import Clock, Ids
+from pgmcp.cluster.publications import Herald
+from pgmcp.cluster.takeover import Takeover
+from pgmcp.errors import PgmcpError
+from pgmcp.service import Service
+from pgmcp.session.host import Host
+from pgmcp.web.tails import Tails
+
+logger = logging.getLogger(__name__)
+
+SOME = 100
+"""Streams that are read together."""
+
+SPREAD = 1.0
+"""Seconds over which the reads of many streams are spread, at most."""
+
+
+class Rereading(Service):
+    """One incarnation's way to make up for lost wake-ups."""
+
+    def __init__(self, host: Host, tails: Tails, herald: Herald, takeover: Takeover, clock: Clock, ids: Ids) -> None:
+        self._host, self._tails, self._herald, self._takeover = host, tails, herald, takeover
+        self._clock, self._ids = clock, ids
+        self._wanted = asyncio.Event()
+
+    def begin(self) -> None:
+        """Read again soon; once more if that is being done."""
+        self._wanted.set()
+
+    async def run(self) -> None:
+        """Read again whenever that is wanted, for ever."""
+        while True:
+            await self._wanted.wait()
+            self._wanted.clear()
+            self._herald.look()
+            self._takeover.orphaned()
+            self._host.look()
+            try:
+                await self._host.drop_strangers()
+            except PgmcpError as error:
+                logger.info("sessions that are over are looked for again later: %s", error)
+            await self._wake_streams()
+
+    async def _wake_streams(self) -> None:
+        tails = list(self._tails)
+        groups = [tails[start : start + SOME] for start in range(0, len(tails), SOME)]
+        for number, group in enumerate(groups):
+            if number:
+                await self._clock.sleep(self._ids.jitter(SPREAD / len(groups)))
+            for tail in group:
+                tail.moved.set()
