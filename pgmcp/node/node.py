@@ -23,6 +23,7 @@ from pgmcp.errors import NodeNotReady, PgmcpError, SettingsError
 from pgmcp.node.incarnation import Incarnation
 from pgmcp.node.keeper import REJOIN, Keeper
 from pgmcp.node.signals import Signals
+from pgmcp.node.watchdog import Watchdog, watched
 from pgmcp.ops.access import AccessLog
 from pgmcp.ops.health import health_routes
 from pgmcp.ops.logs import mask_session_ids
@@ -71,6 +72,7 @@ class Node:
         self._modern = Modern(self._stateless, self._admission, security=host_rules(settings), settings=settings)
         self._revision, self._started, self._draining = "", False, False
         self.faults = Faults()
+        self.watchdog: Watchdog | None = None
         self._keeper = Keeper(self._new_incarnation, self._clock, self.faults, lambda: self._draining)
         self.failure: PgmcpError | None = None
         self.shut: Callable[[], Awaitable[None]] = _nothing
@@ -156,6 +158,7 @@ class Node:
 
     async def _start(self, stack: contextlib.AsyncExitStack) -> None:
         """Start the node's services in order; the stack stops them in reverse."""
+        self.watchdog = stack.enter_context(watched(self._clock))
         stack.callback(self._target.bus.attach(self._publish))
         stack.push_async_callback(self._database.close)
         await self._database.open()

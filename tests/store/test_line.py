@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import asyncpg
 import pytest
+import uvloop
 
 from pgmcp.clock import Clock, Ids
 from pgmcp.cluster.wakeups import LIMIT
@@ -224,6 +225,51 @@ async def test_a_black_hole_is_noticed_in_eight_seconds(database: str, hand: asy
             await found.until_heard("again")
         finally:
             await found.stop()
+
+
+@pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+def test_a_lag_of_its_own_loop_loses_no_line(database: str, loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
+    """The answer lies in the socket when the deadline passes: the loop has not looked there."""
+
+    async def scene() -> None:
+        found = ears(database, deadline=0.3)
+        await join(database, found.node)
+        await found.start()
+        try:
+            assert await found.line.renew()
+            for _ in range(5):
+                asked = asyncio.create_task(found.line.renew())
+                await asyncio.sleep(0)
+                await asyncio.sleep(0)
+                time.sleep(0.6)  # noqa: ASYNC251 - that is the lag
+                assert await asked
+            assert (found.losses, found.resets) == (0, 1)
+        finally:
+            await found.stop()
+
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(scene())
+
+
+@pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+def test_a_lag_of_its_own_loop_fails_no_probe(
+    database: str, loop: Callable[[], asyncio.AbstractEventLoop], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pgmcp.store.line.PROBE_EVERY", 0.01)
+
+    async def scene() -> None:
+        found = ears(database, deadline=0.3)
+        await found.start()
+        try:
+            for _ in range(20):
+                await asyncio.sleep(0.005)
+                time.sleep(0.35)  # noqa: ASYNC251 - that is the lag
+            assert (found.losses, found.resets) == (0, 1)
+        finally:
+            await found.stop()
+
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(scene())
 
 
 async def test_a_renewal_gives_a_black_hole_up_at_its_deadline(database: str) -> None:

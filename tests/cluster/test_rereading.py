@@ -1,0 +1,134 @@
+"""What a lost line costs: by what has moved, not by what lives on the node."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import Counter
+from collections.abc import AsyncIterator
+from typing import Any
+from unittest.mock import AsyncMock, Mock
+
+import pytest
+from mcp.server.subscriptions import ToolsListChanged
+
+from pgmcp import Cluster
+from pgmcp.clock import Ids
+from pgmcp.node import rereading
+from pgmcp.node.rereading import Rereading
+from pgmcp.types import StreamId
+from pgmcp.web.tails import Tails
+from tests.harness.clients import RawExchange, RawSession
+from tests.harness.clock import FakeClock, settle
+from tests.harness.cluster import RunningNode, cluster, eventually, everything, tables_of
+
+MANY = 25
+LINES = "from pg_stat_activity where datname = current_database() and application_name like '% line'"
+LISTED, UPDATED = "notifications/tools/list_changed", "notifications/resources/updated"
+
+
+@contextlib.asynccontextmanager
+async def listeners(node: RunningNode, count: int) -> AsyncIterator[list[RawExchange]]:
+    """Sessions that subscribe and listen."""
+    async with contextlib.AsyncExitStack() as stack:
+        streams: list[RawExchange] = []
+        for _ in range(count):
+            session = await stack.enter_async_context(RawSession())
+            await session.open(node.url)
+            await session.call(node.url, "resources/subscribe", {"uri": "test://watched-resource"})
+            streams.append(await session.get(node.url))
+        yield streams
+
+
+@contextlib.contextmanager
+def statements(node: RunningNode, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Count what a node asks PostgreSQL."""
+    database, counted = node.node._database, Counter[str]()
+    fetch = database.fetch
+
+    async def counting(name: str, *args: object, **more: Any) -> Any:
+        counted[name] += 1
+        return await fetch(name, *args, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(database, "fetch", counting)
+        yield counted
+
+
+async def told_of_nothing_else(streams: list[RawExchange], database: str) -> None:
+    """What is published next is the next thing that each stream brings."""
+    await Cluster(database).publish(ToolsListChanged())
+    for stream in streams:
+        await stream.message(LISTED)
+        assert [message["method"] for message in stream.messages] == [LISTED]
+
+
+def bounded(counted: Counter[str], readings: int) -> None:
+    """A reading takes a few statements, however many sessions live here."""
+    assert not counted["claim"]
+    assert counted["unclaimed"] <= readings
+    assert counted["owned"] <= readings
+    assert counted["read_streams"] <= 3 * readings, "grouped"
+
+
+async def test_a_lost_line_costs_by_what_has_moved(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with (
+        cluster(database, everything, 1, poll=60, idle_poll=120) as (node,),
+        tables_of(database) as tables,
+        listeners(node, MANY) as streams,
+    ):
+        line = node.incarnation.line
+        with statements(node, monkeypatch) as counted:
+            before = line._connection
+            await tables.rows(f"select pg_terminate_backend(pid) {LINES}")
+            await eventually(lambda: line._connection not in {None, before}, "the line is open again")
+            await eventually(lambda: counted["owned"] and counted["unclaimed"] and counted["read_streams"], "it reads")
+            assert not any(resident.active for resident in await idle(node)), "that is no use of a session"
+            assert not counted["append"], "nobody is told anything"
+            await told_of_nothing_else(streams, database)
+        bounded(counted, readings=2)
+
+
+async def idle(node: RunningNode) -> list[Any]:
+    residents = list(node.incarnation.host._residents.values())
+    for resident in residents:
+        resident.active = False
+    node.incarnation._rereading.begin()
+    await eventually(lambda: not node.incarnation._rereading._wanted.is_set(), "it reads again")
+    return residents
+
+
+async def test_a_deaf_node_costs_by_what_has_moved(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its line stays down; what it cannot hear it finds by looking."""
+    async with cluster(database, everything, 1, poll=0.3) as (node,), listeners(node, MANY) as streams:
+        line = node.incarnation.line
+
+        async def refused() -> None:
+            raise OSError
+
+        with monkeypatch.context() as patch, statements(node, monkeypatch) as counted:
+            patch.setattr(line, "_connect", refused)
+            line._lost.set()
+            await eventually(lambda: not line.up, "the line is down")
+            await eventually(lambda: counted["read_streams"] >= 3, "it looks")
+            assert not counted["claim"]
+            assert not counted["append"]
+            assert counted["read_streams"] <= 3 * counted["owned"] + 3, "grouped"
+            await told_of_nothing_else(streams, database)
+
+
+async def test_many_streams_are_read_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rereading, "SOME", 10)
+    clock, tails, looks = FakeClock(), Tails(), Mock()
+    reading = Rereading(looks.host, tails, looks.herald, looks.takeover, clock, Ids())
+    looks.host.drop_strangers = AsyncMock()
+    with contextlib.ExitStack() as stack:
+        ears = [stack.enter_context(tails.subscribe(StreamId(Ids().uuid()))) for _ in range(35)]
+        running = asyncio.create_task(reading.run())
+        reading.begin()
+        await settle()
+        assert sum(ear.moved.is_set() for ear in ears) == 10
+        await clock.advance(rereading.SPREAD)
+        assert all(ear.moved.is_set() for ear in ears)
+        running.cancel()
+        await asyncio.wait({running})
