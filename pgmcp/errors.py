@@ -61,6 +61,10 @@ class SessionBusy(PgmcpError):
     """A session has as many requests in flight, or streams open, as it may have."""
 
 
+class StreamTaken(PgmcpError):
+    """Several connections take one stream from each other; it stays with the one that has it."""
+
+
 class Fenced(PgmcpError):
     """A write came from an ownership that is over; nothing was stored."""
 

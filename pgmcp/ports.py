@@ -188,6 +188,9 @@ class Log(Protocol):
 
         Raises:
             SessionUnknown: as in ``Inbox.find``.
+            SessionBusy: the session has too many streams open.
+            StreamTaken: sinks on living nodes have replaced each other ``REPLACEMENTS`` times within
+                ``REPLACED_WITHIN`` seconds, and this is one more (standalone streams only).
         """
         ...
 

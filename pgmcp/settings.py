@@ -80,7 +80,9 @@ class Settings(BaseSettings):
     max_exchanges: int = Field(5_000, gt=0, description="Exchanges of 2026-07-28 that a node may have open.")
     max_waiting_events: int = Field(256, gt=0, description="Standalone notifications that wait for a listener.")
     read_timeout: float = Field(30.0, gt=0, description="Seconds for which a client may take to send its body.")
-    write_timeout: float = Field(30.0, gt=0, description="Seconds for which a client may not read from its stream.")
+    write_timeout: float = Field(
+        30.0, gt=0, description="Seconds for which a client may take nothing of what it is sent."
+    )
     idle_timeout: float = Field(1800.0, gt=0, description="Seconds after which an unused session ends.")
     max_age: float = Field(7 * 86400.0, gt=0, description="Seconds after which any session ends.")
     retention: float = Field(300.0, gt=0, description="Seconds for which finished streams can be fetched again.")

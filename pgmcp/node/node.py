@@ -38,6 +38,7 @@ from pgmcp.store.wrapping import wrapping_of
 from pgmcp.types import Publication
 from pgmcp.web.admission import Admission
 from pgmcp.web.application import Application, host_rules
+from pgmcp.web.connection import Bounded
 from pgmcp.web.edge import Edge
 from pgmcp.web.legacy import SseMessages, SseStream
 from pgmcp.web.modern import Eras, Modern
@@ -108,8 +109,8 @@ class Node:
         return Application(self.endpoints(), self._target.routes, litestar, self.running, self.wrapped)
 
     def wrapped(self, app: ASGIApp) -> ASGIApp:
-        """An application whose connections end while the node drains, behind the access log if it is wanted."""
-        parting = Parting(app, lambda: self._draining)
+        """An application whose clients read in time and part while the node drains, logged if that is wanted."""
+        parting = Parting(Bounded(app, self.settings.write_timeout), lambda: self._draining)
         return AccessLog(parting, self._clock) if self.settings.access_log else parting
 
     def incarnation(self) -> Incarnation:

@@ -18,13 +18,15 @@ from collections.abc import Awaitable, Callable, Sequence
 import asyncpg
 
 from pgmcp.clock import Clock
-from pgmcp.errors import Fenced, OutOfStep, PgmcpError, SessionBusy, SessionUnknown
+from pgmcp.errors import Fenced, OutOfStep, PgmcpError, SessionBusy, SessionUnknown, StreamTaken
 from pgmcp.store.database import Database
 from pgmcp.store.group import Group
 from pgmcp.store.inbox import facts_of
 from pgmcp.types import (
     PAGE,
     PAGE_BYTES,
+    REPLACED_WITHIN,
+    REPLACEMENTS,
     Attachment,
     Cursor,
     Entry,
@@ -42,6 +44,11 @@ from pgmcp.types import (
 
 LAST_EVENTS, LAST_BYTES = 1024, 64 * 1024
 """How many closing events are kept for their readers on this node, and how large one of them may be."""
+
+TAKEN = (
+    f"Other connections that listen to this session have replaced each other {REPLACEMENTS} times within "
+    f"{REPLACED_WITHIN:g} s. Listen with one connection only, or end the one that has the stream and come back later."
+)
 
 
 class TableLog:
@@ -131,18 +138,21 @@ class TableLog:
             while True:
                 seen = await self._database.fetch("sink_epoch", session_id, stream)
                 most, epoch = self._settings.max_streams, seen[0]["sink_epoch"] if seen else None
-                rows = await self._database.fetch("attach", session_id, *who, stream, self._node, most, epoch)
+                bounds = (most, epoch, REPLACEMENTS, REPLACED_WITHIN)
+                rows = await self._database.fetch("attach", session_id, *who, stream, self._node, *bounds)
                 if not rows or rows[0]["full"] or not rows[0]["moved"]:
                     return rows  # else another one attached in between, and this one is the newer
 
         rows = await self._database.retry(once, patience=self._resume_hold)
-        if rows and rows[0]["full"] and rows[0]["stream"] is None:
-            message = f"This session has {self._settings.max_streams} streams open; close one before you open another."
-            raise SessionBusy(message)
         if not rows:
             message = "Session not found"
             raise SessionUnknown(message)
         row = rows[0]
+        if row["stream"] is None and row["full"]:
+            message = f"This session has {self._settings.max_streams} streams open; close one before you open another."
+            raise SessionBusy(message)
+        if row["stream"] is None and row["displaces"]:
+            raise StreamTaken(TAKEN)
         facts = facts_of(row, row["session"])
         if row["stream"] is None:
             return facts

@@ -13,6 +13,7 @@ Invariants:
 - ``publications.xact`` and ``requests.xact`` are the transaction that wrote the row: with a snapshot they tell which
   rows a reader has not seen, in whatever order transactions commit. The partial indexes on the latter are made so that
   whoever looks above a floor finds no other index that fits, whatever statistics say: others lead through what is over.
+- ``streams.replaced_at`` has the last replacements of a sink on a living node, and nothing on nearly every row.
 - At most one request of a session with a given JSON-RPC id is open (``requests_open_rpc_id``).
 - Revisions are four digits that ascend. A build fits a database whose revision is not older than its ``OLDEST``, while
   it knows the revision in ``schema_range.needs``, which only contract steps raise.
@@ -21,6 +22,7 @@ Invariants:
 from __future__ import annotations
 
 from sqlalchemy import (
+    ARRAY,
     BigInteger,
     Boolean,
     CheckConstraint,
@@ -52,7 +54,7 @@ XACT = text("(pg_current_xact_id()::text)::bigint")
 TIME = DateTime(timezone=True)
 
 VERSION_TABLE = "alembic_version"
-OLDEST = "0008"
+OLDEST = "0009"
 """The oldest revision with everything that this build's statements use."""
 
 VIEWS = ("live_nodes", "live_sessions", "live_requests", "live_streams", "takeover_history")
@@ -157,6 +159,7 @@ streams = Table(
     Column("closed", Boolean, nullable=False, server_default=text("false")),
     Column("closed_at", TIME),
     Column("created_at", TIME, nullable=False, server_default=NOW),
+    Column("replaced_at", ARRAY(TIME)),
     CheckConstraint("kind in ('request', 'standalone')", name="kind"),
     Index("streams_session_idx", "session"),
     Index("streams_closed_at_idx", "closed_at", postgresql_where=text("closed_at is not null")),

@@ -29,7 +29,7 @@ from starlette.types import Receive
 from pgmcp.clock import Clock
 from pgmcp.errors import NodeNotReady, SessionBusy
 from pgmcp.types import Principal
-from pgmcp.web.call import Watch
+from pgmcp.web.connection import Watch
 
 SLOTS = 16
 """Young exchanges of a node; with fewer, groups of writes get small and many sessions lose throughput."""

@@ -1,17 +1,16 @@
-"""One HTTP exchange as it arrives: the request, and the two ends of its connection."""
+"""One HTTP exchange as it arrives: the request, and its connection."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from mcp.server.auth.middleware.bearer_auth import AuthenticatedUser, authorization_context
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import Receive, Send
 
 from pgmcp.types import ANONYMOUS, Principal
+from pgmcp.web.connection import Connection
 from pgmcp.web.wire import Refusal
 
 OWNER = "pgmcp_node"
@@ -25,8 +24,7 @@ class Call:
     """One exchange; identity, if any, was put into the request's scope before it came here."""
 
     request: Request
-    receive: Receive
-    send: Send
+    connection: Connection
 
     def header(self, name: str) -> str:
         """A header's value without blanks around it (not every HTTP parser strips them); empty when it is missing."""
@@ -110,35 +108,4 @@ class Call:
 
     async def send_response(self, response: Response) -> None:
         """Answer with a whole response."""
-        await response(self.request.scope, self.receive, self.send)
-
-
-def abort(receive: Receive) -> None:
-    """Drop a connection: a server's orderly close would wait for ever until the client reads what is buffered."""
-    transport = getattr(getattr(receive, "__self__", None), "transport", None)  # uvicorn's
-    if transport is not None:  # uvloop's is no asyncio.Transport
-        transport.abort()
-
-
-class Watch:
-    """Notices a client's disconnect while something else is awaited; the body of its request was read before.
-
-    Args:
-        on_gone: called when the client has gone.
-    """
-
-    def __init__(self, receive: Receive, on_gone: Callable[[], None]) -> None:
-        self._receive, self._on_gone = receive, on_gone
-        self._task: asyncio.Task[None] | None = None
-
-    def __enter__(self) -> None:
-        self._task = asyncio.create_task(self._watch())
-
-    def __exit__(self, *_: object) -> None:
-        if self._task is not None:
-            self._task.cancel()
-
-    async def _watch(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
-            continue
-        self._on_gone()
+        await response(self.request.scope, self.connection.receive, self.connection.send)

@@ -74,7 +74,7 @@ class Edge:
         limits = self.settings
         return self.admission.turn(
             (call.principal, session_id),
-            call.receive,
+            call.connection.receive,
             asks=bool(post.requests),
             most=limits.max_streams,
             patience=limits.hold,
@@ -135,6 +135,9 @@ class Edge:
         Args:
             session_id: a session of Streamable HTTP; None: the HTTP+SSE session that the stream belongs to.
             stream: None: the session's standalone stream.
+
+        Raises:
+            PgmcpError: as in ``Log.attach``.
         """
         attached = await self.log.attach(session_id, call.principal, stream)
         facts = attached.facts if isinstance(attached, Attachment) else attached
@@ -183,8 +186,7 @@ class Edge:
             lease=self.lease,
             settings=self.settings,
             clock=self.clock,
-            receive=call.receive,
-            send=call.send,
+            connection=call.connection,
             priming=version is not None and is_version_at_least(version, RESUMES),
             notes_all=notes_all,
             lost=lost,

@@ -13,7 +13,7 @@ from uuid import UUID
 
 from mcp.server.transport_security import TransportSecurityMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from pgmcp.errors import (
     ClusterFull,
@@ -25,11 +25,13 @@ from pgmcp.errors import (
     PgmcpError,
     SessionBusy,
     SessionUnknown,
+    StreamTaken,
     TooManySessions,
 )
 from pgmcp.settings import Settings
 from pgmcp.types import StreamId
 from pgmcp.web.call import Call
+from pgmcp.web.connection import connection_of
 from pgmcp.web.edge import Edge
 from pgmcp.web.wire import INTERNAL_ERROR, INVALID_REQUEST, Refusal
 
@@ -38,6 +40,7 @@ logger = logging.getLogger(__name__)
 _STATUS: tuple[tuple[type[PgmcpError], int, int], ...] = (
     (SessionUnknown, 404, INVALID_REQUEST),
     (DuplicateRequest, 400, INVALID_REQUEST),
+    (StreamTaken, 409, INVALID_REQUEST),
     (SessionBusy, 429, INVALID_REQUEST),
     (TooManySessions, 429, INVALID_REQUEST),
     (ClusterFull, 503, INTERNAL_ERROR),
@@ -49,7 +52,7 @@ _STATUS: tuple[tuple[type[PgmcpError], int, int], ...] = (
 
 
 class Front(ABC):
-    """An ASGI application for one path.
+    """An ASGI application for one path, behind ``Bounded``.
 
     Args:
         security: Host and Origin rules.
@@ -70,20 +73,13 @@ class Front(ABC):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one exchange."""
-        started = False
-
-        async def noting(message: Message) -> None:
-            nonlocal started
-            started = True
-            await send(message)
-
-        call = Call(Request(scope, receive), receive, noting)
+        call = Call(Request(scope, receive), connection_of(scope))
         try:
             await self._checked(call)
         except ClientDisconnect:
             logger.debug("a client went before it had sent its whole body")
         except (Refusal, PgmcpError) as error:
-            if started:
+            if call.connection.started:
                 raise
             await call.refuse(_refusal(error))
 

@@ -2,10 +2,12 @@
 
 Invariants:
 - Nothing is written that is not in the log, and nothing twice: the cursor only moves forward (G2, G3).
-- Trust is asked for before each write of events; without it the client gets comments only (G9).
+- Trust is asked for before each piece of an event that is written, when there is nothing left to wait for, neither the
+  database nor the client (G9). Without it the client gets comments only.
 - A disconnect of the client ends the exchange and nothing else: the request runs on (disconnecting is not cancelling,
-  2025-11-25 "Sending Messages to the Server" 6).
-- An exchange ends with the final chunk whenever the node ends it: clients count an abrupt end as a failure.
+  2025-11-25 "Sending Messages to the Server" 6). So does a client that does not read (``Connection``).
+- An exchange ends with the final chunk whenever the node ends it: clients count an abrupt end as a failure. Only what
+  was cut in the middle ends abruptly.
 
 Failure handling: while the database is away reads wait, and comments keep the connection open. A stream that has a
 newer sink, or whose session is over, ends the exchange.
@@ -15,23 +17,19 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-
-from starlette.types import Receive, Send
 
 from pgmcp.clock import Clock
 from pgmcp.cluster.lease import Lease
 from pgmcp.errors import DatabaseUnavailable, NodeNotReady, PgmcpError, SessionUnknown
 from pgmcp.ports import Log
 from pgmcp.settings import Settings
-from pgmcp.types import Cursor, Event, Page, StreamId, StreamKind
-from pgmcp.web.call import Watch, abort
+from pgmcp.types import Event, Page, StreamId, StreamKind
+from pgmcp.web.connection import PIECE, Connection, Watch
+from pgmcp.web.pages import Pages
 from pgmcp.web.tails import Tail
 from pgmcp.web.wire import INTERNAL_ERROR, Refusal
-
-logger = logging.getLogger(__name__)
 
 SSE_HEADERS = {
     "content-type": "text/event-stream",
@@ -81,63 +79,27 @@ class Exchange:
         lease: Lease,
         settings: Settings,
         clock: Clock,
-        receive: Receive,
-        send: Send,
+        connection: Connection,
         priming: bool,
         notes_all: bool,
         lost: Callable[[], Awaitable[Sequence[bytes]]],
         headers: dict[str, str],
     ) -> None:
-        self._tail, self._sink_epoch, self._kind = tail, sink_epoch, kind
-        self._read = self._carried = after
+        self._tail, self._kind = tail, kind
+        self._carried = after
         self._poll = settings.poll if kind is StreamKind.REQUEST else settings.idle_poll
+        self._pages = Pages(tail, sink_epoch, after, log, clock, min(settings.poll, settings.keepalive))
         self._log, self._lease, self._settings, self._clock = log, lease, settings, clock
-        self._receive, self._send = receive, send
+        self._connection = connection
         self._priming, self._notes_all, self._headers = priming, notes_all, headers
         self._lost = lost
-        self._gone = False
-        self._reading: asyncio.Task[Page] | None = None
+        self._left = False
         self._written = self._noted = clock.boottime()
 
-    # -- reading ---------------------------------------------------------------------------------------------------
-
-    async def next_page(self, seconds: float, *, look: bool) -> Page | None:
-        """What comes next in the stream; None when nothing does within ``seconds``.
-
-        Args:
-            seconds: how long to wait for a wake-up.
-            look: read at once, before any wake-up.
-        """
-        if not look and not await self._clock.wait(self._tail.moved, seconds):
-            return None
-        self._tail.moved.clear()
-        if self._tail.over:
-            return Page(attached=False, closed=False)
-        page = await self._page()
-        if page is None:
-            return None
-        if page.events:
-            self._read = page.events[-1].seq
-            if page.more:
-                self._tail.moved.set()
-        return page
-
-    async def _page(self) -> Page | None:
-        """Read on; None when the database takes longer than comments may wait. The same read is awaited again then."""
-        again = self._reading is not None
-        if self._reading is None:
-            cursor = Cursor(self._tail.stream, self._sink_epoch, self._read)
-            self._reading = asyncio.create_task(self._log.read(cursor))
-        done, _ = await asyncio.wait({self._reading}, timeout=min(self._settings.poll, self._settings.keepalive))
-        if not done:
-            return None
-        reading, self._reading = self._reading, None
-        if again:
-            self._tail.moved.set()  # what moved while it was read, it may have missed
-        try:
-            return reading.result()
-        except DatabaseUnavailable:
-            return None
+    @property
+    def _gone(self) -> bool:
+        """Whether the client has left, or was dropped."""
+        return self._left or self._connection.gone
 
     # -- plain JSON ------------------------------------------------------------------------------------------------
 
@@ -167,7 +129,7 @@ class Exchange:
 
     async def answer_auto(self, *, batch: bool) -> None:
         """Send plain JSON if that is soon enough and all there is, else server-sent events."""
-        first = await self.next_page(AUTO_WAIT, look=False)
+        first = await self._pages.next(AUTO_WAIT, look=False)
         if first is not None and first.closed and all(_is_answer(event) for event in first.events):
             await self.send_json(first.events, batch=batch)
         else:
@@ -177,7 +139,7 @@ class Exchange:
         answers: list[Event] = []
         with self._watching():
             while not self._gone:
-                page = await self.next_page(self._poll, look=False)
+                page = await self._pages.next(self._poll, look=False)
                 if page is None:
                     self._tail.moved.set()
                     continue
@@ -204,8 +166,8 @@ class Exchange:
         await self._lease.acting()
         body = answers[0].message if not batch else b"[" + b",".join(event.message for event in answers) + b"]"
         await self._start(200, {"content-type": "application/json", "content-length": str(len(body))})
-        await self._send({"type": "http.response.body", "body": body})
-        self._carried = self._read
+        if await self._put(body, inside=True, more=False):
+            self._carried = self._pages.after
 
     # -- server-sent events ----------------------------------------------------------------------------------------
 
@@ -227,18 +189,14 @@ class Exchange:
         with self._watching():
             finished = await self._carry(first, look=look)
         if not self._gone:
-            await self._send({"type": "http.response.body", "body": b"" if finished else self._farewell})
+            await self._connection.send({"type": "http.response.body", "body": b"" if finished else self._farewell})
 
     async def _carry(self, page: Page | None, *, look: bool) -> bool:
         """Write what comes; whether the stream itself has ended."""
         while not self._gone and self._lease.suspended_for < SUSPENDED:
-            if page is not None and page.events and not self._lease.trusted:
-                await self._comment(await self._lease.trusted_within(self._settings.keepalive))
-                continue
             if page is not None:
-                if page.events and not await self._noted_before(page.events[-1].seq):
+                if page.events and not await self._write_events(page.events):
                     return False
-                await self._write_events(page.events)
                 if page.closed or not page.attached:
                     return page.closed or await self._said_lost()
             page = await self._next_or_comment(look=look)
@@ -249,7 +207,7 @@ class Exchange:
         """Say what can be said for a stream that the database has lost; whether there was anything to say."""
         lost = [] if self._gone or self._tail.over else await self._lost()
         for answer in lost:  # without an id: it stands in no log
-            await self._write(b"event: message\r\ndata: %s\r\n\r\n" % answer)
+            await self._put(b"event: message\r\ndata: %s\r\n\r\n" % answer)
         return bool(lost)
 
     @property
@@ -274,13 +232,13 @@ class Exchange:
             return True
         self._noted = self._clock.boottime()
         try:
-            return await self._log.release(Cursor(self._tail.stream, self._sink_epoch, seq), keep=True)
+            return await self._log.release(self._pages.cursor(seq), keep=True)
         except DatabaseUnavailable:
             return False  # the client resumes from what it has
 
     async def _next_or_comment(self, *, look: bool) -> Page | None:
         silent = self._clock.boottime() - self._written
-        page = await self.next_page(min(self._poll, max(0.0, self._settings.keepalive - silent)), look=look)
+        page = await self._pages.next(min(self._poll, max(0.0, self._settings.keepalive - silent)), look=look)
         if page is not None:
             return page
         await self._comment(self._clock.boottime() - self._written < self._settings.keepalive)
@@ -291,49 +249,84 @@ class Exchange:
         if not needless:
             await self._write(b": \r\n\r\n")
 
-    async def _write_events(self, events: Sequence[Event]) -> None:
-        if not events:
-            return
-        await self._write(
-            b"".join(
-                b"event: message\r\nid: %s\r\ndata: %s\r\n\r\n"
-                % (event_id(self._tail.stream, event.seq).encode(), event.message)
-                for event in events
+    async def _write_events(self, events: Sequence[Event]) -> bool:
+        """Write events, small ones together; whether all of them were written."""
+        if not await self._may_write() or not await self._noted_before(events[-1].seq):
+            return False
+        frames = bytearray()
+        for event, following in zip(events, [*events[1:], None], strict=True):
+            frames += b"event: message\r\nid: %s\r\ndata: %s\r\n\r\n" % (
+                event_id(self._tail.stream, event.seq).encode(),
+                event.message,
             )
-        )
-        self._carried = events[-1].seq
+            if following is None or len(frames) + len(following.message) > PIECE:
+                if not await self._put(bytes(frames)):
+                    return False
+                self._carried = event.seq
+                frames.clear()
+        return True
+
+    async def _put(self, text: bytes, *, inside: bool = False, more: bool = True) -> bool:
+        """Write what may be written with trust only, piece by piece; whether all of it was written.
+
+        Args:
+            inside: nothing else, no comment either, may come before it.
+            more: whether the body goes on after it.
+        """
+        for start in range(0, len(text), PIECE):
+            if not await self._may_write(inside=inside or start > 0):
+                return False
+            end = start + PIECE
+            self._written = self._clock.boottime()
+            await self._connection.send(
+                {"type": "http.response.body", "body": text[start:end], "more_body": more or end < len(text)}
+            )
+        return not self._gone
+
+    async def _may_write(self, *, inside: bool = False) -> bool:
+        """Return True when an event may be written at once: trust is asked for last (G9). False: never any more.
+
+        Args:
+            inside: what is being written cannot stop here; without trust for too long, the connection is cut.
+        """
+        while not self._gone and self._lease.suspended_for < SUSPENDED:
+            await self._connection.ready()
+            if self._lease.trusted:
+                return not self._gone
+            if await self._lease.trusted_within(self._settings.keepalive):
+                continue
+            if not inside:
+                await self._comment(needless=False)
+                if self._tail.over:
+                    return False
+        if inside:
+            self._connection.abort()
+        return False
 
     async def _write(self, chunk: bytes) -> None:
         self._written = self._clock.boottime()
-        try:
-            async with asyncio.timeout(self._settings.write_timeout):
-                await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
-        except TimeoutError:
-            logger.info("a client has not read from its stream for %s s", self._settings.write_timeout)
-            self._on_gone()  # it can resume; what it did not read is in the log
-            abort(self._receive)
+        await self._connection.send({"type": "http.response.body", "body": chunk, "more_body": True})
 
     async def _start(self, status: int, headers: dict[str, str]) -> None:
         pairs = [(name.encode(), value.encode()) for name, value in (headers | self._headers).items()]
-        await self._send({"type": "http.response.start", "status": status, "headers": pairs})
+        await self._connection.send({"type": "http.response.start", "status": status, "headers": pairs})
 
     # -- the client's side -----------------------------------------------------------------------------------------
 
     def _watching(self) -> Watch:
-        return Watch(self._receive, self._on_gone)
+        return Watch(self._connection.receive, self._on_gone)
 
     def _on_gone(self) -> None:
-        self._gone = True
+        self._left = True
         self._tail.moved.set()
 
     async def release(self) -> None:
         """Let go of the stream: note how far it was carried."""
-        if self._reading is not None:
-            self._reading.cancel()
+        self._pages.close()
         carried = 0 if self._gone and self._kind is StreamKind.REQUEST else self._carried
         with suppress(PgmcpError, TimeoutError):
             async with asyncio.timeout(DROP):
-                await self._log.release(Cursor(self._tail.stream, self._sink_epoch, carried))
+                await self._log.release(self._pages.cursor(carried))
 
 
 def _is_answer(event: Event) -> bool:

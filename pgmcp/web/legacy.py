@@ -19,7 +19,7 @@ from urllib.parse import quote
 from mcp.server.transport_security import TransportSecurityMiddleware
 from starlette.responses import PlainTextResponse
 
-from pgmcp.errors import PgmcpError, SessionUnknown
+from pgmcp.errors import PgmcpError, SessionUnknown, StreamTaken
 from pgmcp.settings import Settings
 from pgmcp.types import Attachment, Cursor, StreamKind
 from pgmcp.web.call import LAST_EVENT_ID, Call
@@ -67,7 +67,7 @@ class SseStream(Endpoint):
         try:
             stream, after = cursor(last)
             attached = await edge.attach(call, None, stream)
-        except (Refusal, SessionUnknown):
+        except (Refusal, SessionUnknown, StreamTaken):
             return None, 0  # an EventSource that is refused never comes back
         if not isinstance(attached, Attachment):
             return None, 0

@@ -14,7 +14,6 @@ drain limit, and ends ``subscriptions/listen`` streams with their result.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,10 +27,9 @@ from pgmcp.errors import NodeFull, NodeNotReady
 from pgmcp.settings import Settings
 from pgmcp.types import ANONYMOUS
 from pgmcp.web.admission import Admission, Guest
-from pgmcp.web.call import VERSION, Call, Watch, abort
+from pgmcp.web.call import VERSION, Call
+from pgmcp.web.connection import Watch
 from pgmcp.web.endpoint import Front
-
-logger = logging.getLogger(__name__)
 
 WAITING = 500
 """Exchanges of one caller that may wait for their turn."""
@@ -103,12 +101,12 @@ class Modern(Front):
         """See ``Front.take``."""
         limits = self._settings
         with self._opened(call) as exchange:
-            answer = _Answer(call, body, limits.write_timeout, exchange.scope.cancel)
+            answer = _Answer(call, body, exchange.scope.cancel)
             with exchange.scope:
                 async with self._admission.turn(
-                    guest(call), call.receive, asks=True, most=WAITING, patience=limits.hold
+                    guest(call), call.connection.receive, asks=True, most=WAITING, patience=limits.hold
                 ):
-                    with Watch(call.receive, exchange.scope.cancel):
+                    with Watch(call.connection.receive, exchange.scope.cancel):
                         await self._server(call.request.scope, answer.receive, answer.send)
             if exchange.cut:
                 await answer.end()
@@ -129,8 +127,8 @@ class Modern(Front):
 class _Answer:
     """What the SDK sees of a connection: the body that was read already, and a client that reads in time or is gone."""
 
-    def __init__(self, call: Call, body: bytes, patience: float, on_gone: Callable[[], None]) -> None:
-        self._call, self._body, self._patience, self._on_gone = call, body, patience, on_gone
+    def __init__(self, call: Call, body: bytes, on_gone: Callable[[], None]) -> None:
+        self._connection, self._body, self._on_gone = call.connection, body, on_gone
         self._read = self._started = self._ended = False
 
     async def receive(self) -> Message:
@@ -144,11 +142,8 @@ class _Answer:
         """Pass on what is to be sent, to a client that reads it in time."""
         self._started = True
         self._ended = message["type"] == "http.response.body" and not message.get("more_body", False)
-        with anyio.move_on_after(self._patience) as limit:
-            await self._call.send(message)
-        if limit.cancelled_caught:
-            logger.info("a client has not read from its stream for %s s", self._patience)
-            abort(self._call.receive)
+        await self._connection.send(message)
+        if self._connection.gone:
             self._on_gone()
 
     async def end(self) -> None:

@@ -18,6 +18,7 @@ from starlette.requests import Request
 
 from pgmcp.web.admission import Guest
 from pgmcp.web.call import Call
+from pgmcp.web.connection import Connection
 from pgmcp.web.modern import guest, is_modern
 from tests.cluster.test_identity import bearer, server
 from tests.harness.clients import RawSession
@@ -266,7 +267,7 @@ def test_each_caller_has_a_line_and_so_has_each_address_where_nobody_is_known():
         if who:
             token = AccessToken(token="t", client_id="c", scopes=[], subject=who)
             scope["user"] = AuthenticatedUser(token)
-        return guest(Call(Request(scope), None, None))
+        return guest(Call(Request(scope), Connection(None, None, 1)))
 
     assert line("10.0.0.1") == line("10.0.0.1") != line("10.0.0.2")
     assert line("10.0.0.1", "ada") == line("10.0.0.2", "ada") != line("10.0.0.1", "bob")

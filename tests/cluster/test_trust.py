@@ -302,3 +302,38 @@ async def test_comments_go_on_while_the_database_does_not_answer(database):
         assert call.error is None
         assert [message["params"]["progress"] for message in call.messages[:-1]] == list(range(1, 11))
         assert "result" in call.messages[-1]
+
+
+async def test_trust_that_ends_while_a_delivery_is_noted(database):
+    """It is asked for last: nothing is written after a round trip that lasted longer than the trust before it."""
+    async with (
+        cluster(database, everything, 2, **SHORT) as nodes,
+        tables_of(database) as tables,
+        RawSession() as session,
+    ):
+        await session.open(nodes[0].url)
+        listening = await session.get(nodes[1].url)
+        await listening.next()
+        log = nodes[1].incarnation.log
+        release, noting, go_on = log.release, asyncio.Event(), asyncio.Event()
+
+        async def late(cursor, *, keep=False):
+            held = await release(cursor, keep=keep)
+            noting.set()
+            await go_on.wait()
+            return held
+
+        log.release = late
+        with Cut(nodes[1], nodes[0]):
+            await session.call(nodes[0].url, "resources/subscribe", {"uri": WATCHED})
+            await session.call_tool(nodes[0].url, "touch_watched_resource", text="x")
+            async with asyncio.timeout(5):
+                await noting.wait()
+            await falls(nodes[1], LeaseState.SUSPENDED)
+            go_on.set()
+            before = listening.comments
+            await eventually(lambda: listening.comments > before + 2, "comments come", 3)
+            assert await drained(listening) is None, "no event without trust"
+        await listening.message(UPDATED)
+        del log.release
+        assert await tables.value("select count(*) from pgmcp.events where topic is not null") == 1

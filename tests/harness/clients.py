@@ -94,12 +94,16 @@ class SseParser:
     def __init__(self) -> None:
         self.comments = 0
         self._decode = codecs.getincrementaldecoder("utf-8")().decode
-        self._rest = ""
+        self._rest = [""]
         self._fields: dict[str, Any] = {}
 
     def feed(self, piece: bytes) -> list[SseEvent]:
         """Return the events that this piece completes."""
-        *lines, self._rest = _LINE_END.split(self._rest + self._decode(piece))
+        self._rest.append(self._decode(piece))
+        if "\n" not in self._rest[-1] and "\r" not in self._rest[-1] and not self._rest[0].endswith("\r"):
+            return []  # a long line is joined once
+        *lines, rest = _LINE_END.split("".join(self._rest))
+        self._rest = [rest]
         return [event for line in lines if (event := self._line(line)) is not None]
 
     def _line(self, line: str) -> SseEvent | None:

@@ -29,6 +29,7 @@ class Talker:
         server = MCPServer("talker")
         server.tool()(self.hold)
         server.tool()(self.flood)
+        server.tool()(self.large)
         server.tool()(self.update)
         server.tool()(self.change)
         server.tool()(self.note)
@@ -50,6 +51,10 @@ class Talker:
         for number in range(count):
             await ctx.session.send_notification(log(f"{number} ".ljust(size, "x")), related_request_id=ctx.request_id)
         return "flooded"
+
+    async def large(self, size: int) -> str:
+        """Answer with many bytes at once."""
+        return "x" * size
 
     async def update(self, uris: list[str], ctx: Context) -> str:
         """Say on the standalone stream that resources have changed."""

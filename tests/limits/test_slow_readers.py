@@ -7,6 +7,7 @@ import json
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -19,14 +20,18 @@ TIMEOUT = 0.5
 
 
 @asynccontextmanager
-async def deaf(node: RunningNode, session: RawSession, head: str, body: bytes = b"") -> AsyncIterator[socket.socket]:
-    """Send an exchange and read nothing of what comes."""
+async def deaf(
+    node: RunningNode, session: RawSession, head: str, body: bytes = b"", *, tight: bool = False
+) -> AsyncIterator[socket.socket]:
+    """Send an exchange and read nothing of what comes; ``tight``: the node's kernel keeps nearly nothing of it."""
     at = urlsplit(node.url)
     client = socket.socket()
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     client.setblocking(False)
     loop = asyncio.get_running_loop()
     await loop.sock_connect(client, (at.hostname, at.port))
+    if tight:
+        await eventually(lambda: tightened(client), "the node has the connection")
     lines = [
         head,
         f"host: {at.netloc}",
@@ -47,13 +52,26 @@ def call(name: str, request_id: object, **arguments: object) -> bytes:
     return json.dumps({"jsonrpc": "2.0", "id": request_id, "method": "tools/call", "params": params}).encode()
 
 
-def buffered(nodes: list[RunningNode]) -> int:
-    """Bytes that wait in the transports of this process."""
+def transports() -> set[Any]:
+    """The transports of this process."""
     selector = asyncio.get_running_loop()._selector  # type: ignore[attr-defined]
     handles = [key.data for key in selector.get_map().values()]
-    transports = {handle._callback.__self__ for pair in handles for handle in pair or () if handle is not None
-                  if hasattr(getattr(handle._callback, "__self__", None), "get_write_buffer_size")}  # fmt: skip
-    return sum(transport.get_write_buffer_size() for transport in transports)
+    return {handle._callback.__self__ for pair in handles for handle in pair or () if handle is not None
+            if hasattr(getattr(handle._callback, "__self__", None), "get_write_buffer_size")}  # fmt: skip
+
+
+def buffered(nodes: list[RunningNode]) -> int:
+    """Bytes that wait in the transports of this process."""
+    return sum(transport.get_write_buffer_size() for transport in transports())
+
+
+def tightened(client: socket.socket) -> bool:
+    """Make the kernel's buffer of the other end of a connection as small as it can be."""
+    for transport in transports():
+        if transport.get_extra_info("peername") == client.getsockname():
+            transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+            return True
+    return False
 
 
 async def first_event(node: RunningNode, session: RawSession, tables) -> str:
@@ -155,3 +173,47 @@ async def test_a_page_has_a_bound_in_bytes(database, talker):
         async with deaf(node, session, head):
             await eventually(lambda: buffered([node]) > 0, "the first page is there")
             assert buffered([node]) < 8 << 20
+
+
+@both
+@pytest.mark.parametrize("response", ["sse", "json", "auto"])
+async def test_one_large_answer_that_nobody_reads(database, talker, edge, response):
+    """It goes out in pieces, each with a deadline, the last one too: nothing of it stays with the node."""
+    size = 1 << 20
+    async with (
+        cluster(database, talker, 2, write_timeout=TIMEOUT, response=response) as nodes,
+        tables_of(database) as tables,
+        RawSession() as session,
+    ):
+        await session.open(nodes[0].url)
+        asked = call("large", "big", size=size)
+        async with deaf(nodes[edge], session, "POST /mcp HTTP/1.1", asked, tight=True):
+            answered = "select count(*) from pgmcp.requests where rpc_id = '\"big\"' and finished_at is not null"
+            await eventually(lambda: tables.value(answered), "the answer is there")
+            await eventually(lambda: len(nodes[edge].incarnation.tails) == 0, "the exchange ends", TIMEOUT + 4)
+            await eventually(lambda: buffered(nodes) == 0, "nothing waits for the client any more", 3)
+            sinks = "select count(*) from pgmcp.streams where sink is not null"
+            await eventually(lambda: zero(tables, sinks), "its stream is free")
+        resumed = await session.get(nodes[1 - edge].url, await first_event(nodes[edge], session, tables))
+        assert len((await resumed.response("big"))["result"]["content"][0]["text"]) == size
+
+
+@pytest.mark.parametrize("response", ["sse", "json"])
+async def test_a_client_that_reads_slowly_gets_all_of_a_large_answer(database, talker, response):
+    """The deadline is one for progress, not for a piece: this client takes longer than the deadline for each."""
+    size, patience = 80_000, 0.25
+    async with (
+        cluster(database, talker, 1, write_timeout=patience, response=response) as [node],
+        RawSession() as session,
+    ):
+        await session.open(node.url)
+        loop = asyncio.get_running_loop()
+        asked = call("large", "big", size=size)
+        async with deaf(node, session, "POST /mcp HTTP/1.1", asked, tight=True) as client:
+            start, got = loop.time(), 0
+            while got < 2 * size:  # as text and as structured content
+                await asyncio.sleep(patience / 6)
+                piece = await asyncio.wait_for(loop.sock_recv(client, 4096), 5)
+                assert piece, f"cut after {got} bytes and {loop.time() - start} s"
+                got += len(piece)
+            assert loop.time() - start > 4 * patience

@@ -7,8 +7,20 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from pgmcp.errors import OutOfStep
-from pgmcp.types import ANONYMOUS, PAGE, Attachment, Claimed, Cursor, Entry, SessionFacts, StreamId, StreamKind
+from pgmcp.errors import OutOfStep, StreamTaken
+from pgmcp.types import (
+    ANONYMOUS,
+    PAGE,
+    REPLACEMENTS,
+    Attachment,
+    Claimed,
+    Cursor,
+    Entry,
+    NodeState,
+    SessionFacts,
+    StreamId,
+    StreamKind,
+)
 from tests.harness.stores import IDS, Session, answer, opened, outcome, request
 from tests.ports.benches import Bench, Pair, Ports
 
@@ -144,3 +156,41 @@ async def test_a_dropped_sink_reads_nothing_more(scene: Scene) -> None:
     assert await scene.note(1) is None
     assert (await scene.attach(scene.edge)).next_seq == 2
     assert (await scene.bench.counts())["events"] == 1
+
+
+async def listens(node: Ports, session: Session) -> int | None:
+    """Listen to the session's standalone stream; the turn as its sink, None when it was refused."""
+    attachment = await outcome(node.log.attach(session.session_id, ANONYMOUS, None))
+    if isinstance(attachment, StreamTaken):
+        return None
+    assert isinstance(attachment, Attachment)
+    return attachment.sink_epoch
+
+
+async def test_listeners_that_displace_each_other_are_refused(scene: Scene) -> None:
+    first, *others = [await listens(node, scene.session) for node in (scene.owner, scene.edge) * (REPLACEMENTS + 1)]
+    assert first == 2
+    assert others == [*range(3, REPLACEMENTS + 3), *[None] * (REPLACEMENTS + 1)]
+    # the stream stays with the last of them, and is free when that has let go
+    stream, holder = scene.session.standalone, (scene.owner, scene.edge)[REPLACEMENTS % 2]
+    assert (await holder.log.read(Cursor(stream, REPLACEMENTS + 2, 0))).attached
+    await holder.log.release(Cursor(stream, REPLACEMENTS + 2, 0))
+    assert await listens(scene.owner, scene.session) == REPLACEMENTS + 3
+
+
+async def test_of_many_listeners_at_once_few_displace_others(scene: Scene) -> None:
+    turns = await asyncio.gather(*(listens(node, scene.session) for node in (scene.owner, scene.edge) * 4))
+    assert sorted(turn for turn in turns if turn is not None) == list(range(2, REPLACEMENTS + 3))
+
+
+async def test_who_comes_back_after_a_broken_connection_displaces_nobody(scene: Scene) -> None:
+    for turn in range(2, 2 + 3 * REPLACEMENTS):
+        assert await listens(scene.edge, scene.session) == turn
+        await scene.edge.log.release(Cursor(scene.session.standalone, turn, 0))
+
+
+async def test_the_sinks_of_dead_nodes_are_not_displaced(scene: Scene) -> None:
+    for turn in range(2, 2 + 2 * REPLACEMENTS):
+        passing = await scene.bench.node()
+        assert await listens(passing, scene.session) == turn
+        await passing.lease.set_state(NodeState.LEFT)

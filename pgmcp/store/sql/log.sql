@@ -113,8 +113,10 @@ select st.sink_epoch from {schema}.sessions s join {schema}.streams st on st.ses
 where s.session_id = $1::text and $2::uuid is null;
 
 -- name: attach
--- Newest sink wins. $8 is the epoch of the sink that it takes the stream from, which was seen just before: what arrives
--- late must not take it from a newer one ("moved"). $5 null means the session's standalone stream; $1 null, the HTTP+SSE session of the stream $5.
+-- Newest sink wins, unless listeners displace each other: a standalone stream whose sinks, on living nodes, were replaced
+-- $9 times within $10 seconds stays where it is. $8 is the epoch of the sink that it takes the stream from, which was seen
+-- just before: what arrives late must not take it from a newer one ("moved"). $5 null means the session's standalone
+-- stream; $1 null, the HTTP+SSE session of the stream $5.
 with guard as materialized (
     select set_config('lock_timeout', '250ms', true)
 ), held as materialized (
@@ -127,7 +129,7 @@ with guard as materialized (
           is not distinct from ($2::text, $3::text, $4::text)
     for key share of s
 ), target as materialized (
-    select st.id, st.sink, st.sink_epoch is distinct from $8::bigint as moved, (
+    select st.id, st.sink, st.kind, st.replaced_at, st.sink_epoch is distinct from $8::bigint as moved, (
         select count(*) from {schema}.streams o
         where o.session = held.id and o.sink is not null and o.id <> st.id  -- one that moves is not one more
     ) >= $7 as full
@@ -136,22 +138,32 @@ with guard as materialized (
         select w.id from {schema}.streams w where w.session = held.id and w.kind = 'standalone'
     ))
     for no key update of st
+), judged as materialized (
+    -- after the lock: whoever waited for it sees the sink that came meanwhile
+    select t.id, t.sink, t.full, t.moved, t.kind = 'standalone' and exists (
+        select from {schema}.node_states n where n.node_id = t.sink and n.state in ('joining', 'ready', 'draining')
+    ) as displaces, array(
+        select at from unnest(t.replaced_at) at where at > clock_timestamp() - make_interval(secs => $10) order by at
+    ) as lately
+    from target t
 ), taken as (
     update {schema}.streams st
-    set sink = $6, sink_epoch = st.sink_epoch + 1
-    from target
-    where st.id = target.id and not target.full and not target.moved
+    set sink = $6, sink_epoch = st.sink_epoch + 1,
+        replaced_at = case when j.displaces then j.lately || clock_timestamp() else st.replaced_at end
+    from judged j
+    where st.id = j.id and not j.full and not j.moved and not (j.displaces and cardinality(j.lately) >= $9)
     returning st.id, st.kind, st.sink_epoch, st.next_seq, st.delivered_seq, st.floor_seq, st.closed
 )
 select
-    coalesce(target.full, false) as full, coalesce(target.moved, false) as moved,
+    coalesce(judged.full, false) as full, coalesce(judged.moved, false) as moved,
+    coalesce(judged.displaces, false) as displaces,
     held.id as session, held.session_id, held.owner, held.epoch, held.protocol_version,
     taken.id as stream, taken.kind, taken.sink_epoch, taken.next_seq, taken.delivered_seq, taken.floor_seq,
-    taken.closed, target.sink as replaced, (o.state in ('joining', 'ready', 'draining')) is not true as orphaned,
+    taken.closed, judged.sink as replaced, (o.state in ('joining', 'ready', 'draining')) is not true as orphaned,
     o.name as owner_name
 from held
 left join taken on true
-left join target on true
+left join judged on true
 left join {schema}.node_states o on o.node_id = held.owner;
 
 -- name: release

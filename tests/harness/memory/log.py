@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 
-from pgmcp.errors import Fenced, OutOfStep, SessionBusy, SessionUnknown
+from pgmcp.errors import Fenced, OutOfStep, SessionBusy, SessionUnknown, StreamTaken
 from pgmcp.types import (
     PAGE,
     PAGE_BYTES,
+    REPLACED_WITHIN,
+    REPLACEMENTS,
     Attachment,
     Cursor,
     Entry,
@@ -148,11 +150,21 @@ class MemoryLog:
             raise SessionBusy
         if stream.sink_epoch != seen:
             return None
+        self._displace(stream)
         replaced, stream.sink, stream.sink_epoch = stream.sink, self._node, stream.sink_epoch + 1
         return Attachment(
             facts, session.session_id, stream.id, stream.kind, stream.sink_epoch, stream.next_seq,
             stream.delivered_seq, stream.floor_seq, stream.closed, replaced,
         )  # fmt: skip
+
+    def _displace(self, stream: StreamRow) -> None:
+        if stream.kind is not StreamKind.STANDALONE or stream.sink is None or not self._cluster.lives(stream.sink):
+            return
+        now = self._cluster.now()
+        lately = [at for at in stream.replaced_at if at > now - REPLACED_WITHIN]
+        if len(lately) >= REPLACEMENTS:
+            raise StreamTaken
+        stream.replaced_at = [*lately, now]
 
     async def release(self, cursor: Cursor, *, keep: bool = False) -> bool:
         return await self._wire.persist("release", lambda: self._release(cursor, keep=keep))

@@ -73,6 +73,7 @@ class StreamRow:
     delivered_seq: int = 0
     floor_seq: int = 0
     closed: bool = False
+    replaced_at: list[float] = field(default_factory=list)
     events: dict[int, tuple[bytes, str | None]] = field(default_factory=dict)
 
 

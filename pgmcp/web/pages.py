@@ -1,0 +1,75 @@
+"""Pages: what an exchange reads of its stream, one page after the other."""
+
+from __future__ import annotations
+
+import asyncio
+
+from pgmcp.clock import Clock
+from pgmcp.errors import DatabaseUnavailable
+from pgmcp.ports import Log
+from pgmcp.types import Cursor, Page
+from pgmcp.web.tails import Tail
+
+
+class Pages:
+    """The pages of one stream, as long as its reader is the stream's sink.
+
+    Args:
+        tail: the ear on the stream.
+        sink_epoch: the reader's turn as the stream's sink.
+        after: the last event that is known already.
+        patience: seconds for which a page may be read before ``next`` returns without it.
+    """
+
+    def __init__(self, tail: Tail, sink_epoch: int, after: int, log: Log, clock: Clock, patience: float) -> None:
+        self._tail, self._sink_epoch, self._log, self._clock = tail, sink_epoch, log, clock
+        self._patience = patience
+        self._reading: asyncio.Task[Page] | None = None
+        self.after = after
+        """The last event that was read."""
+
+    def cursor(self, after: int) -> Cursor:
+        """This reader at a place of the stream."""
+        return Cursor(self._tail.stream, self._sink_epoch, after)
+
+    async def next(self, seconds: float, *, look: bool) -> Page | None:
+        """What comes next in the stream; None when nothing does within ``seconds``.
+
+        Args:
+            seconds: how long to wait for a wake-up.
+            look: read at once, before any wake-up.
+        """
+        if not look and not await self._clock.wait(self._tail.moved, seconds):
+            return None
+        self._tail.moved.clear()
+        if self._tail.over:
+            return Page(attached=False, closed=False)
+        page = await self._read()
+        if page is None:
+            return None
+        if page.events:
+            self.after = page.events[-1].seq
+            if page.more:
+                self._tail.moved.set()
+        return page
+
+    async def _read(self) -> Page | None:
+        """Read on; None when the database takes longer than comments may wait. The same read is awaited again then."""
+        again = self._reading is not None
+        if self._reading is None:
+            self._reading = asyncio.create_task(self._log.read(self.cursor(self.after)))
+        done, _ = await asyncio.wait({self._reading}, timeout=self._patience)
+        if not done:
+            return None
+        reading, self._reading = self._reading, None
+        if again:
+            self._tail.moved.set()  # what moved while it was read, it may have missed
+        try:
+            return reading.result()
+        except DatabaseUnavailable:
+            return None
+
+    def close(self) -> None:
+        """Read no more."""
+        if self._reading is not None:
+            self._reading.cancel()
