@@ -62,9 +62,12 @@ class Inbox(Protocol):
     async def accept(self, messages: Sequence[Message]) -> Accepted:
         """Commit the messages of one POST, all or none, ordered with every change of owner and with the end (G2).
 
+        The same POST once more joins the first, until its answers were written to the end; nothing of it is stored.
+
         Raises:
             SessionUnknown: as in ``find``.
-            DuplicateRequest: an unfinished request has the same id and another body.
+            DuplicateRequest: an id is in use by an unfinished request, or the same one whose answer nobody has got, of
+                another POST.
             SessionBusy: the session has too much in flight.
         """
         ...

@@ -3,7 +3,7 @@
 Invariants:
 - Accepting locks the session's row ``FOR KEY SHARE``: it is ordered with takeover, hand-over and DELETE, and the owner
   that it returns is the one that holds after it.
-- Messages of one POST are stored all or none. A request whose id is open joins the one that is there.
+- Messages of one POST are stored all or none. A POST that is there already is joined (see ``repeats``).
 - A request starts only after a committed claim under the owner's fence; a claim takes all that waits, in order.
 
 Failure handling: every statement finds its own rows when it is repeated, because the caller chose their ids.
@@ -21,7 +21,6 @@ import asyncpg
 from pgmcp.clock import Clock, Ids
 from pgmcp.errors import (
     ClusterFull,
-    DuplicateRequest,
     Fenced,
     OutOfStep,
     PgmcpError,
@@ -33,6 +32,7 @@ from pgmcp.settings import Settings
 from pgmcp.store.database import Database
 from pgmcp.store.floors import BOTTOM, Floor, Floors
 from pgmcp.store.group import Group
+from pgmcp.store.repeats import Fate, Known, fate
 from pgmcp.types import (
     Accepted,
     Claimed,
@@ -137,22 +137,21 @@ class TableInbox:
                 raise _unknown()
             if all(row["accepted"] for row in rows):
                 return Accepted(facts_of(rows[0], rows[0]["session"]), messages[0].stream, joined=False)
-            known = next((row for row in rows if row["known_id"] is not None), None)
-            if known is None and any(row["full"] for row in rows):
+            known = [_known(row) for row in rows if row["known_id"] is not None]
+            if not known and any(row["full"] for row in rows):
                 limit = self._settings.max_in_flight
                 message = f"This session has {limit} requests in flight; wait for answers before you send more."
                 raise SessionBusy(message)
-            if known is None:
+            if not known:
                 continue  # another edge is accepting the same request: the next look sees its row
-            if known["finished"] and known["attached"] and self._clock.boottime() < end:
-                await self._clock.sleep(0.01)
-                continue
-            if known["same"] and len(messages) == 1:
-                return Accepted(facts_of(known, known["session"]), StreamId(known["known_stream"]), joined=True)
-            if not known["finished"]:
-                message = "A request with this id is still running; use another id."
-                raise DuplicateRequest(message)
-            await self._database.persist("free_request_id", known["known_id"], patience=self._hold)
+            match fate(known, patient=self._clock.boottime() < end):
+                case Fate.JOIN:
+                    return Accepted(facts_of(rows[0], rows[0]["session"]), known[0].stream, joined=True)
+                case Fate.WAIT:
+                    await self._clock.sleep(0.01)
+                case Fate.FREE:
+                    for each in known:
+                        await self._database.persist("free_request_id", each.key, patience=self._hold)
 
     async def _send_accepts(self, posts: Sequence[Sequence[Message]]) -> list[list[asyncpg.Record] | PgmcpError]:
         flat = [message for messages in posts for message in messages]
@@ -360,6 +359,17 @@ def facts_of(row: asyncpg.Record, session: int) -> SessionFacts:
         row["protocol_version"],
         row["orphaned"],
         row.get("owner_name"),
+    )
+
+
+def _known(row: asyncpg.Record) -> Known:
+    return Known(
+        RequestKey(row["known_id"]),
+        None if row["known_stream"] is None else StreamId(row["known_stream"]),
+        row["same"],
+        row["finished"],
+        row["attached"],
+        row["whole"],
     )
 
 

@@ -101,7 +101,7 @@ class Edge:
 
         Raises:
             SessionUnknown: no such session for this caller.
-            DuplicateRequest: an unfinished request has the same id and another body.
+            DuplicateRequest: an unfinished request has the same id, and this is no repeat of its POST.
             DatabaseUnavailable: it could not be committed within the hold.
         """
         caller = Caller(self.adapter.describe(call.request.scope), can_ask=self.settings.response != "json").pack()
@@ -118,7 +118,7 @@ class Edge:
                     name=message.name,
                     body=message.body,
                     context=self.box.seal(caller, place(session_id, key)),
-                    stream=stream if message.rpc_id is not None else None,
+                    stream=stream if message.rpc_id is not None or post.batch else None,  # so that a repeat is known
                     transport=transport,
                 )
             )

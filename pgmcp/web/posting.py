@@ -87,10 +87,10 @@ class Posting:
                 )
                 await self._carry(exchange, batch=post.batch)
                 return
-        await self._join(accepted, session_id)
+        await self._join(accepted, session_id, batch=post.batch)
 
-    async def _join(self, accepted: Accepted, session_id: str) -> None:
-        """The same request is there already: carry its stream from the start, instead of whoever carried it."""
+    async def _join(self, accepted: Accepted, session_id: str, *, batch: bool) -> None:
+        """The same POST is there already: carry its stream from the start, instead of whoever carried it."""
         attached = await self._edge.attach(self._call, session_id, accepted.stream)
         if not isinstance(attached, Attachment):
             raise Refusal(409, "The request that has this id was just answered elsewhere; use another id")
@@ -106,7 +106,7 @@ class Posting:
                 sink_epoch=attached.sink_epoch,
             )
             tail.moved.set()  # what the stream holds already, nobody announces again
-            await self._carry(exchange, batch=False)
+            await self._carry(exchange, batch=batch)
 
     async def _lost(self, post: Post, stream: StreamId, term: int) -> list[bytes]:
         """Errors for requests that were accepted in a history of the database that is over, and are not in this one."""

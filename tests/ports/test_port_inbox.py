@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from pgmcp.errors import DuplicateRequest, Fenced, SessionUnknown
-from pgmcp.types import ANONYMOUS, Claimed, Cursor, Message, Principal, StreamId
+from pgmcp.types import ANONYMOUS, Attachment, Claimed, Cursor, Message, Principal, StreamId
 from tests.harness.stores import HELD, IDS, answer, opened, outcome, request
 from tests.ports.benches import Pair
 
@@ -143,6 +143,65 @@ async def test_a_refused_batch_leaves_no_notification(pair: Pair) -> None:
     batch = [request(pair.session), request(pair.session, None)]
     assert isinstance(await outcome(pair.two.inbox.accept(batch)), DuplicateRequest)
     assert [item.key for item in await pair.one.inbox.claim(pair.session.ownership)] == [first.key]
+
+
+def posted(pair: Pair, *rpc_ids: str | None, body: bytes = b"{}") -> list[Message]:
+    """A batch, as an edge makes it: all of it hangs off one stream."""
+    stream = StreamId(IDS.uuid())
+    return [request(pair.session, rpc_id, body, stream=stream) for rpc_id in rpc_ids]
+
+
+async def test_a_batch_that_is_there_is_joined_as_a_whole(pair: Pair) -> None:
+    first = posted(pair, "1", None, "2")
+    await pair.one.inbox.accept(first)
+    before = await pair.bench.counts()
+    for ids in (("1", None, "2"), ("2", "1", None)):
+        again = await pair.two.inbox.accept(posted(pair, *ids))
+        assert (again.stream, again.joined) == (first[0].stream, True)
+    for ids in (("1", "2"), ("1", None, None, "2"), ("1",), ("2", None), ("1", None, "2", "3"), ("3", "2")):
+        assert isinstance(await outcome(pair.two.inbox.accept(posted(pair, *ids))), DuplicateRequest), ids
+    other = [*posted(pair, "1", None), *posted(pair, "2", body=b"other")]
+    assert isinstance(await outcome(pair.two.inbox.accept(other)), DuplicateRequest)
+    assert await pair.bench.counts() == before
+    claimed = await pair.one.inbox.claim(pair.session.ownership)
+    assert sorted(item.key for item in claimed) == sorted(item.key for item in first)
+
+
+async def test_a_finished_batch_gives_its_answers_until_they_were_written(pair: Pair) -> None:
+    first = posted(pair, "1", None, "2")
+    stream = first[0].stream
+    assert stream is not None
+    await pair.two.inbox.accept(first)
+    claimed = await pair.one.inbox.claim(pair.session.ownership)
+    one, two = (item for item in claimed if item.rpc_id is not None)
+    await pair.one.log.append(answer(one, 1))
+    await pair.two.log.release(Cursor(stream, 1, 1))  # all that there was, and not all that there is to come
+    again = await pair.one.inbox.accept(posted(pair, "1", None, "2"))
+    assert (again.stream, again.joined) == (stream, True)
+    await pair.one.log.append(answer(two, 2))
+    again = await pair.one.inbox.accept(posted(pair, "1", None, "2"))
+    assert (again.stream, again.joined) == (stream, True)
+    for ids in (("1",), ("1", "2"), ("2", "3")):
+        assert isinstance(await outcome(pair.two.inbox.accept(posted(pair, *ids))), DuplicateRequest), ids
+    attached = await pair.two.log.attach(pair.session.session_id, ANONYMOUS, stream)
+    assert isinstance(attached, Attachment)
+    await pair.two.log.release(Cursor(stream, attached.sink_epoch, 2))
+    for ids in (("1", None, "2"), ("3",)):
+        assert (await pair.one.inbox.accept(posted(pair, *ids))).joined is False
+    assert (await pair.bench.counts())["requests"] == 7
+
+
+async def test_ids_of_a_finished_batch_serve_other_requests(pair: Pair) -> None:
+    first = posted(pair, "1", "2")
+    stream = first[0].stream
+    assert stream is not None
+    await pair.two.inbox.accept(first)
+    for seq, item in enumerate(await pair.one.inbox.claim(pair.session.ownership), start=1):
+        await pair.one.log.append(answer(item, seq))
+    await pair.two.log.release(Cursor(stream, 1, 0))  # nothing was carried
+    other = posted(pair, "2", "1", body=b"other")
+    assert (await pair.one.inbox.accept(other)).joined is False
+    assert isinstance(await outcome(pair.two.inbox.accept(posted(pair, "1", "2"))), DuplicateRequest)
 
 
 async def test_the_same_request_twice_in_one_group_leaves_no_stream(pair: Pair) -> None:

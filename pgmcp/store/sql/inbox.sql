@@ -110,6 +110,13 @@ with guard as materialized (
         limit 1
     ) r
     left join lateral (select t.sink from {schema}.streams t where t.id = r.stream offset 0) st on true
+), repeated as materialized (
+    -- POSTs that are there already, message for message
+    select k.post
+    from (select distinct post, stream from known) k
+    where not exists (select from known o where o.post = k.post and o.stream is distinct from k.stream)
+      and (select array_agg(r.body order by r.body) from {schema}.requests r where r.stream = any(array[k.stream]))
+          = (select array_agg(m.body order by m.body) from mine m where m.post = k.post)
 ), fresh as materialized (
     select m.*
     from mine m
@@ -139,7 +146,9 @@ select
     stored.id is not null or k.id = a.id
         or exists (select from {schema}.requests r where r.id = any(array[a.id])) as accepted,
     m.excess as full,
-    k.id as known_id, k.stream as known_stream, k.same, k.finished, k.attached
+    k.id as known_id, k.stream as known_stream, k.same, k.finished, k.attached,
+    -- on the one stream of HTTP+SSE each message stands for itself
+    k.same and (k.stream is null or exists (select from repeated t where t.post = a.post)) as whole
 from asked a
 left join mine m on m.n = a.n
 left join {schema}.node_states o on o.node_id = m.owner

@@ -167,12 +167,12 @@ left join judged on true
 left join {schema}.node_states o on o.node_id = held.owner;
 
 -- name: release
--- An edge notes how far it carried streams and, unless it keeps them ($5), lets go of them; an answer written to its end
--- frees its request's id.
+-- An edge notes how far it carried streams and, unless it keeps them ($5), lets go of them; a stream written to its end
+-- frees its requests' ids, all of them at once.
 with guard as materialized (
     select set_config('lock_timeout', '250ms', true), set_config('synchronous_commit', 'off', true)
 ), locked as materialized (
-    select st.id, st.next_seq, a.delivered, a.keeps
+    select st.id, st.next_seq, st.closed, a.delivered, a.keeps
     from guard, {schema}.streams st
     join unnest($1::uuid[], $2::bigint[], $3::bigint[], $5::boolean[]) as a (stream, sink_epoch, delivered, keeps)
         on st.id = any(array[a.stream])
@@ -182,7 +182,7 @@ with guard as materialized (
 ), freed as (
     update {schema}.requests r set open = false
     from locked l
-    where r.stream = any(array[l.id]) and r.open::integer = 1 and r.finished_at is not null and l.delivered >= l.next_seq - 1
+    where r.stream = any(array[l.id]) and r.open::integer = 1 and l.closed and l.delivered >= l.next_seq - 1
 )
 update {schema}.streams st
 set delivered_seq = greatest(st.delivered_seq, l.delivered), sink = case when l.keeps then st.sink end

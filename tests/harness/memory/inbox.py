@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from uuid import UUID
 
 from pgmcp.clock import Ids
 from pgmcp.errors import (
     ClusterFull,
-    DuplicateRequest,
     Fenced,
     OutOfStep,
     SessionBusy,
     SessionUnknown,
     TooManySessions,
 )
+from pgmcp.store.repeats import Fate, Known, fate
 from pgmcp.types import (
     ANONYMOUS,
     Accepted,
@@ -45,9 +45,7 @@ class _Verdict:
     facts: SessionFacts | None = None
     accepted: bool = False
     full: bool = False
-    known: RequestRow | None = None
-    same: bool = False
-    attached: bool = False
+    known: list[Known] = field(default_factory=list)
 
 
 class MemoryInbox:
@@ -101,17 +99,16 @@ class MemoryInbox:
                 raise SessionUnknown(message)
             if verdict.accepted:
                 return Accepted(verdict.facts, messages[0].stream, joined=False)
-            known = verdict.known
-            if known is None:
+            if not verdict.known:
                 raise SessionBusy
-            if known.finished and verdict.attached and self._wire.clock.boottime() < end:
-                await self._wire.clock.sleep(0.01)
-                continue
-            if verdict.same and len(messages) == 1:
-                return Accepted(verdict.facts, known.message.stream, joined=True)
-            if not known.finished:
-                raise DuplicateRequest
-            await self._wire.persist("free_request_id", lambda key=known.key: self._free(key))
+            match fate(verdict.known, patient=self._wire.clock.boottime() < end):
+                case Fate.JOIN:
+                    return Accepted(verdict.facts, verdict.known[0].stream, joined=True)
+                case Fate.WAIT:
+                    await self._wire.clock.sleep(0.01)
+                case Fate.FREE:
+                    for each in verdict.known:
+                        await self._wire.persist("free_request_id", lambda key=each.key: self._free(key))
 
     def _free(self, key: RequestKey) -> None:
         row = self._cluster.requests.get(key)
@@ -126,21 +123,30 @@ class MemoryInbox:
             return _Verdict()
         verdict = _Verdict(cluster.facts(session, orphaned=not cluster.lives(session.owner)))
         rows = list(cluster.requests_of(session.id))
-        for message in messages:
-            known = next(
-                (row for row in rows if row.open and row.message.rpc_id == message.rpc_id and message.rpc_id), None
-            )
-            if known is not None and verdict.known is None:
-                stream = cluster.streams.get(known.message.stream) if known.message.stream else None
-                verdict.known, verdict.same = known, known.message.body == message.body
-                verdict.attached = stream is not None and stream.sink is not None
+        verdict.known = self._known(rows, messages)
         verdict.accepted = all(message.key in cluster.requests for message in messages)
         verdict.full = self._excess(session, rows, messages)
-        if verdict.accepted or verdict.known is not None or verdict.full:
+        if verdict.accepted or verdict.known or verdict.full:
             return verdict
         self._store(session, messages)
         verdict.accepted = True
         return verdict
+
+    def _known(self, rows: list[RequestRow], messages: Sequence[Message]) -> list[Known]:
+        found: list[Known] = []
+        bodies = sorted(message.body for message in messages)
+        for message in messages:
+            for row in rows:
+                if message.rpc_id is None or not row.open or row.message.rpc_id != message.rpc_id:
+                    continue
+                stream = row.message.stream
+                carried = self._cluster.streams.get(stream) if stream else None
+                same = row.message.body == message.body
+                post = sorted(other.message.body for other in rows if other.message.stream == stream)
+                attached = carried is not None and carried.sink is not None
+                whole = same and (stream is None or post == bodies)
+                found.append(Known(row.key, stream, same, row.finished, attached, whole))
+        return found if len({each.stream for each in found}) < 2 else [replace(each, whole=False) for each in found]
 
     def _excess(self, session: SessionRow, rows: list[RequestRow], messages: Sequence[Message]) -> bool:
         most = self._cluster.settings.max_in_flight

@@ -173,9 +173,9 @@ class MemoryLog:
         stream = self._carried(cursor)
         if stream is None:
             return False
-        if cursor.after >= stream.next_seq - 1:
+        if stream.closed and cursor.after >= stream.next_seq - 1:
             for row in self._cluster.requests_of(stream.session):
-                if row.message.stream == stream.id and row.finished:
+                if row.message.stream == stream.id:
                     row.open = False
         stream.delivered_seq = max(stream.delivered_seq, cursor.after)
         if not keep:
