@@ -42,6 +42,9 @@ OFTEN = {
     Kind.ALL: 1,
 }
 AWAY = {Kind.KILL, Kind.LEAVE, Kind.FREEZE, Kind.APART, Kind.STALL}
+END = 40.0
+"""Seconds that a node may take to leave."""
+
 BACK = 3.0
 """Seconds for which a node that comes back still counts as away."""
 
@@ -99,6 +102,7 @@ class Nemesis:
     def __init__(self, stage: Stage, members: Sequence[Member], server: Server) -> None:
         self._stage, self._members, self._server = stage, members, server
         self._turn = asyncio.Lock()
+        self._turns = [asyncio.Lock() for _ in members]
 
     async def run(self, blows: Sequence[Blow]) -> None:
         """Return when everything has happened, and whatever was taken away is back."""
@@ -115,10 +119,11 @@ class Nemesis:
         node, way = self._members[blow.node].node, self._members[blow.node].way
         match blow.kind:
             case Kind.KILL | Kind.LEAVE:
-                node.signal(signal.SIGKILL if blow.kind is Kind.KILL else signal.SIGTERM)
-                await eventually(lambda: not node.running, f"{node.name} has ended", START)
-                await asyncio.sleep(blow.lasts)
-                node.start()
+                async with self._turns[blow.node]:  # on a busy machine it may take long to leave
+                    node.signal(signal.SIGKILL if blow.kind is Kind.KILL else signal.SIGTERM)
+                    await eventually(lambda: not node.running, f"{node.name} has ended", END)
+                    await asyncio.sleep(blow.lasts)
+                    node.start()
             case Kind.FREEZE:
                 node.pause()
                 await asyncio.sleep(blow.lasts)

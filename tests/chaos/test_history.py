@@ -78,14 +78,16 @@ async def cluster(database: str, folder: Path) -> AsyncIterator[tuple[Stage, lis
     """Nodes on a database, each with a way of its own to it."""
     async with tables_of(database) as tables:
         stage = Stage(database, tables, folder)
-    async with AsyncExitStack() as stack:
-        stack.push_async_callback(stage.close)
-        members = []
-        for _ in range(NODES):
-            way, address = await stack.enter_async_context(proxied(database))
-            members += [Member(node, way) for node in stage.add(1, PGMCP_DATABASE_URL=address, PGMCP_HOLD=HOLD)]
-        await stage.ready()
-        yield stage, members
+    async with AsyncExitStack() as ways:
+        ends = [await ways.enter_async_context(proxied(database)) for _ in range(NODES)]
+        try:
+            members = [
+                Member(stage.add(1, PGMCP_DATABASE_URL=address, PGMCP_HOLD=HOLD)[0], way) for way, address in ends
+            ]
+            await stage.ready()
+            yield stage, members
+        finally:
+            await stage.close()
 
 
 async def play(stage: Stage, nemesis: Nemesis, blows: Sequence[Blow], seed: int) -> list[Call]:

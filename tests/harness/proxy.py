@@ -168,6 +168,7 @@ class _Link:
         return last
 
     def abort(self) -> None:
+        self.flowing.set()
         for writer in (self._to_client, self._to_server):
             if writer is not None:
                 writer.transport.abort()
@@ -237,7 +238,7 @@ async def proxied(database: str) -> AsyncIterator[tuple[Proxy, str]]:
         yield proxy, at._replace(netloc=f"{login}@127.0.0.1:{port}").geturl()
     finally:
         listener.close()
-        proxy.black_hole = False
+        proxy.black_hole, proxy.refusing = False, True
         proxy.let_go()
         await proxy.close()
         await listener.wait_closed()
