@@ -122,6 +122,8 @@ class Witness(Protocol):
 
     def ran(self, node: SimNode, rpc_id: str) -> None: ...
 
+    def adds(self, node: SimNode, rpc_id: str) -> Callable[[int], None]: ...
+
 
 class SimNode:
     """One incarnation of a node."""
@@ -139,7 +141,12 @@ class SimNode:
         self.lease = Lease(self.store.lease, settings, self.clock, self._on_fenced)
         self.wakeups = Wakeups(self.node, self.store.notifier, self.clock, self._hear)
         self.host = Host(
-            Tools(self.clock, lambda: witness.taken(self), lambda rpc_id: witness.ran(self, rpc_id)),
+            Tools(
+                self.clock,
+                lambda: witness.taken(self),
+                lambda rpc_id: witness.ran(self, rpc_id),
+                lambda rpc_id: witness.adds(self, rpc_id),
+            ),
             inbox=self.store.inbox,
             log=self.store.log,
             takeovers=self.store.takeovers,

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import defaultdict
 from collections.abc import Callable, Mapping
-from contextlib import AbstractAsyncContextManager, nullcontext
+from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from typing import Any
 
 from pgmcp.clock import Clock
+from pgmcp.errors import PgmcpError
 from pgmcp.session.adapter import Conversation, Incoming, Kind, Outgoing
-from pgmcp.session.state import Hooks
+from pgmcp.session.state import Hooks, SessionState
 
 VERSION = "2025-11-25"
 STEPS = 5
@@ -24,10 +26,18 @@ class Tools:
         clock: the node's time.
         taken: called when a message of a client reaches the server.
         ran: called with its id when a tool begins to run.
+        adds: called when one begins to add to the session's sum; called back when the sum is stored.
     """
 
-    def __init__(self, clock: Clock, taken: Callable[[], None], ran: Callable[[str], None]) -> None:
-        self.hooks = Hooks()
+    def __init__(
+        self,
+        clock: Clock,
+        taken: Callable[[], None],
+        ran: Callable[[str], None],
+        adds: Callable[[str], Callable[[int], None]],
+    ) -> None:
+        self.hooks, self._adds = Hooks(), adds
+        self._adding: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._clock, self._taken, self._ran = clock, taken, ran
 
     def lifespan(self) -> AbstractAsyncContextManager[None]:
@@ -80,8 +90,17 @@ class Tools:
             said = {"progressToken": message["id"], "progress": step}
             note = json.dumps({"jsonrpc": "2.0", "method": "notifications/progress", "params": said}).encode()
             await conversation.emit(Outgoing(Kind.NOTIFICATION, note, method="notifications/progress", related=rpc_id))
+        await self._add(conversation.state, rpc_id)
         await self._clock.sleep(seconds / STEPS)
         await self._answer(conversation, rpc_id, {"content": []})
+
+    async def _add(self, state: SessionState, rpc_id: str) -> None:
+        async with self._adding[state.session_id]:
+            stored = self._adds(rpc_id)
+            told = await state.get("sum", 0) + 1
+            with suppress(PgmcpError):  # it may be stored or not
+                await state.set("sum", told)
+                stored(told)
 
     async def _answer(self, conversation: Conversation, rpc_id: str, result: dict[str, Any]) -> None:
         text = json.dumps({"jsonrpc": "2.0", "id": json.loads(rpc_id), "result": result})

@@ -115,8 +115,7 @@ def test_a_claim_whose_reply_is_lost_in_an_outage_is_found(scene: Scene) -> None
 def test_a_request_whose_claim_a_crash_forgot_runs_once(scene: Scene) -> None:
     """The next claim takes it again, its reply is lost, and it is heard when the request has been answered."""
     call = scene.call(safe=False, seconds=5)
-    scene.passes(1)
-    scene.do(scene.world.forget_claims)
+    scene.do(scene.world.crash)
     for _ in range(100):
         scene.owner.store.wire.cut("claim", Cut.AFTER)
     scene.call()

@@ -238,6 +238,16 @@ class Cluster(RuleBasedStateMachine):
         if which is not None:
             which.store.wire.during(statement, where, lambda: self.world.go_away_for(seconds))
 
+    @rule()
+    def database_crashes(self) -> None:
+        self._do(self.world.crash)
+
+    @rule(session=numbers, statement=owners, where=st.sampled_from([Cut.BEFORE, Cut.AFTER]))
+    def database_will_crash_in_the_middle_of(self, session: int, statement: str, where: Cut) -> None:
+        which = self.world.owner(self._session(session))
+        if which is not None:
+            which.store.wire.during(statement, where, self.world.crash)
+
     @precondition(lambda self: self.world.cluster.away)
     @rule()
     def database_comes_back(self) -> None:

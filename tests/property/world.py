@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Coroutine, Mapping
+import math
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +26,7 @@ from pgmcp.types import (
     StreamId,
     StreamKind,
 )
+from tests.chaos import judge
 from tests.harness.clock import FakeClock, settle
 from tests.harness.memory import MemoryCluster
 from tests.property.nodes import SeededIds, SimNode
@@ -51,6 +53,18 @@ class Call:
     acknowledged: bool = False
     runs: int = 0
     read: list[Event] = field(default_factory=list)
+
+
+@dataclass
+class Sum:
+    """One run of a tool that adds one to a number that its session keeps."""
+
+    session: SessionKey
+    rpc_id: str
+    began: float
+    ended: float = math.inf
+    told: int | None = None
+    """What the tool knows to be stored; None if it does not know."""
 
 
 @dataclass
@@ -81,6 +95,7 @@ class World:
         self.wrong: list[str] = []
         self._by_id: dict[NodeId, SimNode] = {}
         self._owners: dict[SessionKey, tuple[NodeId, int]] = {}
+        self.sums: list[Sum] = []
         self._tasks: set[asyncio.Task[object]] = set()
         self._crashes: list[str] = []
         self._asking: dict[asyncio.Task[object], SimNode] = {}
@@ -238,11 +253,9 @@ class World:
         await self.clock.sleep(seconds)
         self.cluster.away = False
 
-    def forget_claims(self) -> None:
-        """The database crashes and is back; nobody has waited for the claims to be on its disk."""
-        for row in self.cluster.requests.values():
-            if row.claimed_epoch is not None and not row.finished:
-                row.claim, row.claimed_epoch, row.runs = None, None, row.runs - 1
+    def crash(self) -> None:
+        """The database crashes and is back at once."""
+        self.cluster.crash()
         for node in self.nodes:
             node.lose_line()
 
@@ -340,6 +353,18 @@ class World:
         if call.runs > (MOST_RUNS if call.safe else 1):
             self.wrong.append(f"call {rpc_id} (safe: {call.safe}) ran {call.runs} times")
 
+    def adds(self, node: SimNode, rpc_id: str) -> Callable[[int], None]:
+        """See ``Witness``."""
+        key = self.calls[int(rpc_id)].session.key
+        assert key is not None
+        begun = Sum(key, rpc_id, self.clock.now)
+        self.sums.append(begun)
+
+        def stored(told: int) -> None:
+            begun.ended, begun.told = self.clock.now, told
+
+        return stored
+
     def _waits(self) -> bool:
         return any(not node.gone for node in self._asking.values())
 
@@ -359,6 +384,8 @@ class World:
         for stream in self.cluster.streams.values():
             if stream.kind is StreamKind.REQUEST:
                 assert sorted(stream.events) == list(range(1, stream.next_seq)), "a stream's numbers have a gap"
+        history = [judge.Call(str(each.session), each.rpc_id, each.began, each.ended, each.told) for each in self.sums]
+        assert judge.judge(history) == []
         for row in self.cluster.requests.values():
             assert row.runs <= MOST_RUNS, f"call {row.message.rpc_id} was started {row.runs} times"
 

@@ -200,6 +200,7 @@ class MemoryInbox:
                 row.claim, row.claimed_epoch, row.runs = claim, ownership.epoch, row.runs + 1
                 if row.message.rpc_id is None:
                     row.outcome = Outcome.DELIVERED
+                self._cluster.unflushed.append(row)
                 self._cluster.stored(self._node, "claim", ownership)
             if row.claim == claim and (row.message.rpc_id is None or not row.finished):
                 mine.append(self._claimed(row, ownership))

@@ -126,6 +126,8 @@ class MemoryCluster:
         self.journal: dict[tuple[SessionKey, str, str], bytes] = {}
         self.publications: list[PublicationRow] = []
         self.ended: set[str] = set()
+        self.unflushed: list[RequestRow] = []
+        """Requests whose claims a crash forgets: nothing that somebody waited for has been written since."""
         self.takeovers: list[tuple[SessionKey, NodeId, NodeId, int, str]] = []
         self.lines: dict[int, Callable[[str], None]] = {}
         """The backends of the nodes' lines, and who hears what is notified there."""
@@ -184,6 +186,14 @@ class MemoryCluster:
         self.takeovers.append((row.id, row.owner, node, row.epoch + 1, reason))
         row.owner, row.epoch = node, row.epoch + 1
         self.owned(node, row.ownership)
+
+    def crash(self) -> None:
+        """The database crashes and comes back: claims, for whose commits nobody waits, may be forgotten."""
+        self.started_at = self.now()
+        for row in self.unflushed:
+            if row.outcome in {None, Outcome.DELIVERED}:
+                row.claim, row.claimed_epoch, row.runs, row.outcome = None, None, max(row.runs - 1, 0), None
+        self.unflushed.clear()
 
     def forget(self, session: SessionKey) -> None:
         """A session goes with all that hangs off it."""

@@ -15,6 +15,24 @@ from tests.harness.proxy import Cut
 
 Result = TypeVar("Result")
 
+UNFLUSHED = {
+    "claim",
+    "claimed_requests",
+    "find_session",
+    "inherited_requests",
+    "notify",
+    "read_publications",
+    "read_streams",
+    "ready_nodes",
+    "release",
+    "restores_begun",
+    "sink_epoch",
+    "sink_of",
+    "standalone_stream",
+    "unclaimed",
+}
+"""Statements that bring nothing to the disk: reads, and those for whose commits nobody waits."""
+
 BACKOFF = (0.05, 0.1, 0.2, 0.5)
 
 
@@ -95,6 +113,8 @@ class Wire:
         if cut is Cut.BEFORE or not self._reaches():
             raise Lost
         result = work()
+        if name not in UNFLUSHED:
+            self.cluster.unflushed.clear()
         await asyncio.sleep(0)
         if event is not None and event[0] is Cut.AFTER:
             event[1]()
