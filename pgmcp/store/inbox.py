@@ -30,7 +30,7 @@ from pgmcp.errors import (
 )
 from pgmcp.settings import Settings
 from pgmcp.store.database import Database
-from pgmcp.store.floors import BOTTOM, Floor, Floors
+from pgmcp.store.floors import Floor, Floors
 from pgmcp.store.group import Group
 from pgmcp.store.repeats import Fate, Known, fate
 from pgmcp.types import (
@@ -87,7 +87,8 @@ class TableInbox:
         self._unheard: dict[Ownership, list[_Claim]] = {}
         self._counted: Floors[tuple[int, str]] = Floors()
         self._taken: Floors[Ownership] = Floors()
-        self._seen, self._waiting = BOTTOM, frozenset[UUID]()
+        self._seen: Floors[int] = Floors()
+        self._waiting = frozenset[UUID]()
         self._accepts: Group[Sequence[Message], list[asyncpg.Record]] = Group(
             self._send_accepts, clock, lambda post: post[0].session_id
         )
@@ -254,9 +255,11 @@ class TableInbox:
 
     async def _look(self) -> list[asyncpg.Record]:
         """What is unfinished in this node's sessions."""
-        floor = self._seen
+        term = self._database.history.term
+        floor = self._seen.of(term)
         rows = await self._database.ask("unclaimed", self._node, floor.low, floor.running, floor.known)
-        self._seen = Floor.of(rows[0]["horizon"], [row["id"] for row in rows if row["id"] is not None])
+        known = [row["id"] for row in rows if row["id"] is not None]
+        self._seen.rise(term, floor, Floor.of(rows[0]["horizon"], known))
         return rows
 
     async def _forget_unheard(self) -> None:
@@ -295,9 +298,9 @@ class TableInbox:
 
     async def claimed(self) -> dict[Ownership, dict[RequestKey, UUID | None]]:
         """See ``Inbox.claimed``."""
-        await self._look()
+        known = [row["id"] for row in await self._look() if row["id"] is not None]
         found: dict[Ownership, dict[RequestKey, UUID | None]] = {}
-        for row in await self._database.ask("claimed_requests", self._node, HEARD, self._seen.known):
+        for row in await self._database.ask("claimed_requests", self._node, HEARD, known):
             ownership = Ownership(SessionKey(row["session"]), row["epoch"])
             found.setdefault(ownership, {})[RequestKey(row["id"])] = row["claim"]
         return found
@@ -326,7 +329,6 @@ class TableInbox:
         sessions, epochs = [each.session for each in ordered], [each.epoch for each in ordered]
         await self._database.persist("keep_claims", sessions, epochs, self._node, list(keys), patience=self._hold)
         self._unheard.clear()  # claims of the former term are void
-        self._seen = BOTTOM
 
     async def touch(self, ownerships: Sequence[Ownership]) -> None:
         """See ``Inbox.touch``."""
