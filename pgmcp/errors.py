@@ -21,6 +21,10 @@ class SchemaInUse(SchemaError):
     """Living nodes could not work with what a migration would leave; the steps before it were taken."""
 
 
+class OtherServer(PgmcpError):
+    """The cluster in this schema serves another server than this node; it did not join."""
+
+
 class EmbeddedError(PgmcpError):
     """The embedded PostgreSQL cannot be found, set up or started."""
 

@@ -44,6 +44,11 @@ class Settings(BaseSettings):
         pattern=r"^[a-z_][a-z0-9_]{0,40}$",
         description="Schema of pgmcp's tables.",
     )
+    cluster: str = Field(
+        "",
+        max_length=200,
+        description="Name of what the cluster serves, the same on all its nodes; default: the served server's name.",
+    )
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     node_name: str = Field(

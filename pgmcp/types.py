@@ -287,7 +287,7 @@ class JournalEntry:
 
 @dataclass(frozen=True, slots=True)
 class NodeRecord:
-    """What a node writes of itself when it joins."""
+    """What a node writes of itself when it joins; ``serves`` names what all nodes of its cluster serve."""
 
     node_id: NodeId
     name: str
@@ -295,6 +295,7 @@ class NodeRecord:
     version: str
     schema_revision: str
     capacity: int
+    serves: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,8 @@ Exit codes:
     2  the command line or a setting cannot work, or the target is no MCP server
     3  the database cannot be reached
     4  the database's schema is not one that this build understands
-    5  a migration waits for living nodes that need what it would take away
+    5  a migration, or a new name for the cluster, waits for living nodes
+    6  the cluster serves another server than this node, which did not join
 """
 
 from __future__ import annotations
@@ -17,7 +18,15 @@ from typing import Any
 import click
 
 from pgmcp import __version__
-from pgmcp.errors import DatabaseUnavailable, PgmcpError, SchemaError, SchemaInUse, SettingsError, TargetError
+from pgmcp.errors import (
+    DatabaseUnavailable,
+    OtherServer,
+    PgmcpError,
+    SchemaError,
+    SchemaInUse,
+    SettingsError,
+    TargetError,
+)
 
 COMMANDS = {
     "up": "pgmcp.cli.up:up",
@@ -36,6 +45,7 @@ EXIT_CODES: tuple[tuple[type[PgmcpError], int], ...] = (
     (DatabaseUnavailable, 3),
     (SchemaInUse, 5),
     (SchemaError, 4),
+    (OtherServer, 6),
     (PgmcpError, 1),
 )
 
@@ -76,5 +86,6 @@ class Commands(click.Group):
 def main() -> None:
     """Run an unchanged MCP server on many nodes, with PostgreSQL as the only coordinator.
 
-    Exit codes: 0 done, 1 failed, 2 wrong usage or setting, 3 database unreachable, 4 schema refused, 5 schema in use.
+    Exit codes: 0 done, 1 failed, 2 wrong usage or setting, 3 database unreachable, 4 schema refused, 5 schema in use,
+    6 another server's cluster.
     """

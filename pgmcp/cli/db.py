@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import click
 
 from pgmcp.errors import SchemaError, SchemaInUse
-from pgmcp.store import migrations
+from pgmcp.store import identity, migrations
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -122,6 +122,24 @@ def check(database_url: str, schema: str, as_json: bool) -> None:
         raise SchemaError(message)
     if not as_json:
         click.echo(f"Schema {schema} is at revision {migrations.head()} and as this build expects.")
+
+
+@db.command()
+@click.argument("name", required=False)
+@_connected
+def cluster(database_url: str, schema: str, name: str | None, as_json: bool) -> None:
+    """Print what the schema's cluster serves, or let it serve NAME from now on, while no node is there.
+
+    Its first node says it: by --cluster, else by its server's name. Nodes of another server are refused (exit code 6).
+    Sessions stay with a new name: for another server take another schema.
+    """
+    if name is not None:
+        identity.rename(database_url, schema, name)
+    found = identity.served(database_url, schema)
+    if as_json:
+        _print_json({"schema": schema, "serves": found})
+    else:
+        click.echo("nothing yet: the first node says it" if found is None else found)
 
 
 @db.command()

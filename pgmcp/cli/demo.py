@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from pgmcp.cli.footing import example, local_cluster
+from pgmcp.cli.footing import example, local_cluster, of_its_own
 from pgmcp.cli.local import LocalCluster
 from pgmcp.cli.options import settings_options
 from pgmcp.cli.scenes import Scenes
@@ -26,13 +26,15 @@ def demo(ctx: click.Context, count: int, given: dict[str, Any]) -> None:
     """Show what a client sees while nodes die: a cluster, the official client, and times.
 
     Two owners are killed and one is frozen in the middle of calls. The cluster is one of its own, on free ports
-    (without --port) and on an embedded PostgreSQL (without --database-url). Exit code 0 only if nothing was lost.
-    Ctrl-C stops it all, with code 1.
+    (without --port) and on an embedded PostgreSQL; in the database of --database-url, if that is given here (variables
+    do not count), it makes a schema and drops it at the end. Exit code 0 only if nothing was lost. Ctrl-C stops it
+    all, with code 1.
     """
     story = Story()
     story.scene("A cluster on this machine")
     story.say(f"starting PostgreSQL and {count} nodes")
-    with local_cluster({"port": 0} | given, example("demo"), count, story.say) as (cluster, database):
+    options = of_its_own({"port": 0} | given)
+    with local_cluster(options, example("demo"), count, story.say, passing=True) as (cluster, database):
         code = _play(cluster, database, story)
     ctx.exit(code)
 

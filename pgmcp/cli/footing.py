@@ -24,7 +24,10 @@ from pgmcp.cli.options import arguments, environment, load
 from pgmcp.embedded import EmbeddedPostgres, free_port
 from pgmcp.errors import SchemaInUse, SettingsError, TargetError
 from pgmcp.settings import Settings
-from pgmcp.store import migrations
+from pgmcp.store import identity, migrations
+
+MAKER = "up"
+"""Who has made a schema in which ``up`` starts nodes."""
 
 
 def example(name: str) -> str:
@@ -41,11 +44,23 @@ def example(name: str) -> str:
     raise TargetError(message)
 
 
+def of_its_own(given: dict[str, Any]) -> dict[str, Any]:
+    """The options of a cluster of its own, whatever the environment says: in a given database it has a new schema."""
+    schema = f"pgmcp_demo_{secrets.token_hex(4)}" if given.get("database_url") else "pgmcp"
+    return {"database_url": "", "listen_url": "", "schema_name": schema, "cluster": ""} | given
+
+
 @contextmanager
 def local_cluster(
-    given: dict[str, Any], target: str, count: int, report: Callable[[str], None], data_dir: Path | None = None
+    given: dict[str, Any],
+    target: str,
+    count: int,
+    report: Callable[[str], None],
+    data_dir: Path | None = None,
+    *,
+    passing: bool = False,
 ) -> Iterator[tuple[LocalCluster, str]]:
-    """A cluster that is ready to run, and its database's address, migrated.
+    """A cluster that is ready to run, and its database's address, migrated. It lives in no schema that others made.
 
     Args:
         given: options, over the environment.
@@ -53,9 +68,10 @@ def local_cluster(
         count: how many nodes.
         report: is told in one line what becomes of the nodes.
         data_dir: keeps the embedded PostgreSQL's data; without it they go at the end.
+        passing: in a given database its schema is a new one, too, and goes at the end.
 
     Raises:
-        SettingsError: a value or a port cannot work.
+        SettingsError: a value or a port cannot work, or somebody else has made the schema.
         DatabaseUnavailable, SchemaError: of the migration.
     """
     settings = load(given)
@@ -64,11 +80,32 @@ def local_cluster(
     with _entry_socket(settings) as entry_socket:
         ports = _node_ports(settings.port, count)
         with _database(settings, data_dir, count) as url:
-            with suppress(SchemaInUse):  # others live there: what this build needs of it was done
-                migrations.upgrade(url, settings.schema_name)
             passed = {name: value for name, value in given.items() if name not in ("host", "port")}
             env, options = _node_environment(settings, passed, url), arguments(passed)
-            yield LocalCluster(settings, target, ports, entry_socket, env, options, report), url
+            with _schema(url, settings.schema_name, passing=passing and bool(settings.database_url)):
+                yield LocalCluster(settings, target, ports, entry_socket, env, options, report), url
+
+
+@contextmanager
+def _schema(url: str, name: str, *, passing: bool) -> Iterator[None]:
+    """The tables, in a schema that is ours."""
+    if passing and identity.exists(url, name):
+        message = (
+            f"There is a schema {name} in that database, and this one would go at the end: choose another --schema."
+        )
+        raise SettingsError(message)
+    new = migrations.current(url, name) is None
+    if not new:
+        identity.refuse_foreign(url, name, MAKER)
+    try:
+        with suppress(SchemaInUse):  # others live there: what this build needs of it was done
+            migrations.upgrade(url, name)
+        if new:
+            identity.note_maker(url, name, MAKER)
+        yield
+    finally:
+        if passing:
+            identity.remove(url, name)
 
 
 @contextmanager

@@ -40,7 +40,8 @@ def up(ctx: click.Context, target: str | None, count: int, data_dir: Path | None
 
     TARGET is the MCP server, module:attribute or path/to/file.py:attribute; without it an example that uses every
     part of MCP is served. The nodes listen on the ports after --port (0 takes free ones everywhere). PostgreSQL is
-    an embedded one, or the one of --database-url. Ctrl-C or SIGTERM drains the cluster and ends it with code 0.
+    an embedded one, or the one of --database-url: there `up` makes its schema, and uses none that it has not made.
+    Ctrl-C or SIGTERM drains the cluster and ends it with code 0.
     """
     with local_cluster(given, target or example("everything"), count, _report, data_dir) as (cluster, database):
         if not cluster.settings.database_url:

@@ -7,8 +7,8 @@ Invariants:
 - Workers end with this process, however it dies.
 
 Failure handling: a worker that dies is started again, after a pause that grows while it keeps dying. One that cannot
-start at all (code 2, 3 or 4: a setting, the database, the schema) ends the whole with its code, since every other one
-would do the same. SIGTERM drains all of them together; a second one ends them at once.
+start at all (code 2, 3, 4 or 6: a setting, the database, the schema, another server's cluster) ends the whole with its
+code, since every other one would do the same. SIGTERM drains all of them together; a second one ends them at once.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PAUSES = (0.2, 0.5, 1.0, 2.0, 5.0)
 STEADY = 10.0
 """Seconds of life after which a worker's death counts as the first one again."""
 
-HOPELESS = frozenset({2, 3, 4})
+HOPELESS = frozenset({2, 3, 4, 6})
 
 
 class Workers:

@@ -58,6 +58,7 @@ class Incarnation(Service):
 
     Args:
         revision: the schema's.
+        serves: the name of what this node serves.
         faults: counts unexpected errors; the first one of a service ends the incarnation.
         busy: how many exchanges without a session this node still answers; a drain waits for them.
     """
@@ -75,12 +76,13 @@ class Incarnation(Service):
         ids: Ids,
         *,
         revision: str,
+        serves: str,
         faults: Faults,
         busy: Callable[[], int],
     ) -> None:
         self.node_id = NodeId(ids.uuid())
         self._settings, self._database, self._clock, self._ids = settings, database, clock, ids
-        self._revision, self.faults = revision, faults
+        self._revision, self._serves, self.faults = revision, serves, faults
         self.over = asyncio.Event()
         self.outgrown = self.failed = False
         self.line = Line(
@@ -181,10 +183,11 @@ class Incarnation(Service):
         Raises:
             DatabaseUnavailable: PostgreSQL cannot be reached.
             SchemaError: the database needs a newer build.
+            OtherServer: the cluster serves something else.
         """
         settings = self._settings
         address = settings.address or f"{settings.host}:{settings.port}"
-        record = NodeRecord(self.node_id, settings.node_name, address, VERSION, self._revision, CAPACITY)
+        record = NodeRecord(self.node_id, settings.node_name, address, VERSION, self._revision, CAPACITY, self._serves)
         await join(self._database, record)
         for service in (self._membership | self._work).values():
             await service.start()

@@ -145,6 +145,7 @@ class Node:
         Raises:
             DatabaseUnavailable: PostgreSQL cannot be reached at the start.
             SchemaError: the schema is not one that this build understands.
+            OtherServer: the cluster serves something else.
         """
         self._started = True
         mask_session_ids()  # whoever runs the HTTP server
@@ -197,6 +198,7 @@ class Node:
             self._clock,
             self._ids,
             revision=self._revision,
+            serves=self.settings.cluster or self._target.name,
             faults=self.faults,
             busy=lambda: self._modern.busy,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pgmcp.errors import SchemaError
+from pgmcp.errors import OtherServer, SchemaError
 from pgmcp.store.database import Database
 from pgmcp.store.migrations import head
 from pgmcp.store.schema import OLDEST
@@ -15,23 +15,41 @@ async def join(database: Database, record: NodeRecord) -> None:
     Raises:
         DatabaseUnavailable: PostgreSQL does not answer.
         SchemaError: a contract step has taken away what this build needs.
+        OtherServer: the cluster serves something else.
     """
     # Asked first: the statement that writes the row may be what does not fit any more.
-    if await outgrown(database) or not await database.persist(
-        "join",
-        record.node_id,
-        record.name,
-        record.address,
-        database.settings.ttl,
-        record.version,
-        record.schema_revision,
-        record.capacity,
-        OLDEST,
-        head(),
-        patience=database.settings.statement_timeout,
-    ):
+    rows = (
+        []
+        if await outgrown(database)
+        else await database.persist(
+            "join",
+            record.node_id,
+            record.name,
+            record.address,
+            database.settings.ttl,
+            record.version,
+            record.schema_revision,
+            record.capacity,
+            OLDEST,
+            head(),
+            record.serves,
+            patience=database.settings.statement_timeout,
+        )
+    )
+    if not rows:
         message = f"The database needs a build that is newer than {head()}, this one's newest revision. Upgrade pgmcp."
         raise SchemaError(message)
+    if rows[0]["serves"] != record.serves:
+        raise _other(database, rows[0]["serves"], record.serves)
+
+
+def _other(database: Database, theirs: str, ours: str) -> OtherServer:
+    schema = database.settings.schema_name
+    return OtherServer(
+        f"The cluster in schema {schema} serves {theirs!r}, this node {ours!r}: sessions would move between different "
+        f"servers. Give this one a schema of its own (--schema). If it is the same server under another name, start it "
+        f"with --cluster {theirs!r}, or stop all nodes and run `pgmcp db cluster {ours!r}`."
+    )
 
 
 async def outgrown(database: Database) -> bool:

@@ -2,8 +2,8 @@
 
 Invariants:
 - Payloads are ``bytea``: NUL escapes, key order and big numbers survive byte for byte.
-- Tables hang off their session and go with it, but for ``history``, ``nodes``, ``node_states``, ``publications``,
-  ``schema_range``, ``secrets``, ``spent_states`` and ``takeovers``.
+- Tables hang off their session and go with it, but for ``cluster``, ``history``, ``nodes``, ``node_states``,
+  ``publications``, ``schema_range``, ``secrets``, ``spent_states`` and ``takeovers``.
 - ``nodes`` has no index on its times, and room in its pages: renewals stay heap-only.
 - ``requests.position`` comes from one sequence; a message whose 202 was sent before another was accepted
   has the smaller position, which is the order in which an owner takes messages.
@@ -54,7 +54,7 @@ XACT = text("(pg_current_xact_id()::text)::bigint")
 TIME = DateTime(timezone=True)
 
 VERSION_TABLE = "alembic_version"
-OLDEST = "0009"
+OLDEST = "0010"
 """The oldest revision with everything that this build's statements use."""
 
 VIEWS = ("live_nodes", "live_sessions", "live_requests", "live_streams", "takeover_history")
@@ -258,6 +258,15 @@ history = Table(
     Column("next_mark", Text),
     Column("next_position", BigInteger),
     Column("next_session", BigInteger),
+)
+
+cluster = Table(
+    "cluster",
+    metadata,
+    Column("one", Boolean, primary_key=True, server_default=text("true")),
+    Column("serves", Text),
+    Column("made_by", Text),
+    CheckConstraint("one", name="one"),
 )
 
 secrets = Table(

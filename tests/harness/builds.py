@@ -77,5 +77,5 @@ def newer_build(folder: Path) -> dict[str, str]:
         assert text.count(before) == 1
         text = text.replace(before, after)
     # The seventh value is still given: PostgreSQL has to be told its type.
-    statements.write_text(text.replace("select needs from fit;", "select needs, $7::integer as capacity from fit;"))
+    statements.write_text(text.replace("select needs, coalesce", "select needs, $7::integer as capacity, coalesce"))
     return {"PYTHONPATH": str(folder), "PYTHONSAFEPATH": "1"}

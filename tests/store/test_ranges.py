@@ -199,7 +199,7 @@ async def test_a_contract_step_sees_who_joins_right_before_it(
     change = joining.transaction()
     await change.start()
     await joining.fetch(
-        statement("join", "pgmcp"), IDS.uuid(), "late", "", 10.0, "1", "0003", 1, OLDEST, migrations.head()
+        statement("join", "pgmcp"), IDS.uuid(), "late", "", 10.0, "1", "0003", 1, OLDEST, migrations.head(), ""
     )
     stepping = asyncio.create_task(migrate(folder, database))
     assert await Watcher(connection).until_waiting("schema_range", stepping)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import importlib
 import importlib.util
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,10 +35,11 @@ from pgmcp.session.state import hooks_of
 class Target:
     """A served server.
 
-    ``bus`` is where it publishes and listens, unless it has a bus of its own. ``protect`` puts the server's
-    authentication in front of an endpoint; ``routes`` are its other routes.
+    ``name`` is the same on all nodes that serve it. ``bus`` is where it publishes and listens, unless it has a bus of
+    its own. ``protect`` puts the server's authentication in front of an endpoint; ``routes`` are its other routes.
     """
 
+    name: str
     adapter: Adapter
     bus: PostgresSubscriptionBus
     protect: Callable[[ASGIApp], ASGIApp]
@@ -57,11 +59,18 @@ def target_of(served: object, path: str) -> Target:
     whole, adapter = _taken_apart(served, path)
     endpoint = next(route for route in whole.routes if isinstance(route, Route) and route.path == path)
     return Target(
+        name=_name_of(served),
         adapter=adapter,
         bus=bus_of(served),
         protect=lambda app: _protected(app, whole, endpoint),
         routes=[route for route in whole.routes if route is not endpoint],
     )
+
+
+def _name_of(served: Any) -> str:
+    """The server's name; a FastMCP without one makes one up in each process (FastMCP-1a2b)."""
+    kind = type(served).__name__
+    return kind if re.fullmatch(rf"{re.escape(kind)}-[0-9a-f]{{4}}", served.name) else str(served.name)
 
 
 def _taken_apart(served: object, path: str) -> tuple[Starlette, SdkAdapter]:
