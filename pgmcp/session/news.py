@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 
 from pgmcp.session.adapter import Kind, Outgoing
 from pgmcp.session.journal import subscription
 from pgmcp.types import LISTS, Change, JournalEntry, Publication
+
+logger = logging.getLogger(__name__)
 
 _METHODS = {
     Change.TOOLS: "notifications/tools/list_changed",
@@ -76,7 +79,10 @@ class News:
             while self._waiting:
                 publication = next(iter(self._waiting))
                 del self._waiting[publication]
-                await self._say(_message(publication))
+                try:
+                    await self._say(_message(publication))
+                except Exception:
+                    logger.exception("a session was not told of a publication; it is told of the next ones")
         finally:
             self._telling = None
 

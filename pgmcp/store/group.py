@@ -40,6 +40,7 @@ Result = TypeVar("Result")
 ROWS = 256
 BYTES = 4 * 1024 * 1024
 BOUND = 4096
+UNEXPECTED = "The write failed; look at the node's log."
 LATE = "PostgreSQL did not take the write in time; try again."
 LARGE = 256 * 1024
 """Bytes from which a row goes alone: PostgreSQL takes some 10 ms for a megabyte, and the group would wait for it."""
@@ -118,10 +119,22 @@ class Group(Generic[Row, Result]):
     async def _run(self) -> None:
         try:
             while self._waiting:
-                if batch := self._take():
-                    await self._settled(batch)
+                await self._next()
         finally:
             self._runner = None
+
+    async def _next(self) -> None:
+        first, batch = self._waiting[0], list[_Waiting[Row, Result]]()
+        try:
+            if batch := self._take():
+                await self._settled(batch)
+        except Exception:
+            logger.exception("a group of writes failed in a way that nobody expected; those after it go on")
+            if self._waiting and self._waiting[0] is first:
+                self._waiting.popleft()
+            self._rest.clear()
+            failed = [first, *batch]
+            _settle(failed, [PgmcpError(UNEXPECTED)] * len(failed))
 
     def _take(self) -> list[_Waiting[Row, Result]]:
         batch: list[_Waiting[Row, Result]] = []
@@ -188,7 +201,7 @@ class Group(Generic[Row, Result]):
             _settle(batch, [error] * len(batch))
         except Exception:
             logger.exception("a grouped write failed")
-            _settle(batch, [PgmcpError("The write failed; look at the node's log.")] * len(batch))
+            _settle(batch, [PgmcpError(UNEXPECTED)] * len(batch))
         except BaseException:
             _settle(batch, [PgmcpError("The node stopped before the write was sent.")] * len(batch))
             raise
@@ -221,6 +234,9 @@ class Group(Generic[Row, Result]):
                     continue
                 await self._clock.sleep(BACKOFF[min(tries, len(BACKOFF) - 1)])
                 tries += 1
+        except Exception:
+            logger.exception("a parked write failed in a way that nobody expected; those after it go on")
+            _settle(rows, [PgmcpError(UNEXPECTED)] * len(rows))
         finally:
             del self._parked[key]
             _settle(rows, [PgmcpError("The node stopped before the write was sent.")] * len(rows))

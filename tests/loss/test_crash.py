@@ -13,6 +13,11 @@ import time
 
 import pytest
 
+from pgmcp.clock import Clock, Ids
+from pgmcp.settings import Settings
+from pgmcp.store.database import Database
+from pgmcp.store.line import Line
+from pgmcp.types import NodeId
 from tests.harness.clients import RawSession
 from tests.harness.cluster import eventually, tables_of
 from tests.harness.servers import Server
@@ -94,3 +99,33 @@ async def test_what_a_dead_owner_may_have_claimed_is_not_run_again(primary, clus
                     return
                 nodes[0].start().wait_ready()
         raise AssertionError("no claim was lost")
+
+
+async def test_a_line_tells_a_crash_from_an_orderly_restart(primary):
+    """A crash gives the ids of transactions out anew: what names them, a herald's horizon, is worth nothing then."""
+    said: list[bool] = []
+    settings = Settings(database_url=primary.url())
+    database = Database(settings, Clock())
+    line = Line(
+        settings,
+        NodeId(Ids().uuid()),
+        Clock(),
+        Ids(),
+        on_payload=lambda _: None,
+        on_reset=lambda *, crashed: said.append(crashed),
+        on_lost=lambda: None,
+        database=database,
+    )
+    await line.start()
+    running = asyncio.create_task(line.run())
+    try:
+        for end in (primary.stop, primary.crash, primary.stop):
+            count = len(said)
+            await asyncio.to_thread(end)
+            primary.start(wait=False)
+            await eventually(lambda count=count: len(said) > count, "the line is open again", 20)
+        assert said[1:] == [False, True, False]
+    finally:
+        running.cancel()
+        await asyncio.wait({running})
+        await line.stop()

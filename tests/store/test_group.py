@@ -275,6 +275,32 @@ async def test_a_crash_row_by_row_settles_everybody(group: Group[Any, Any], send
     assert "waits" not in results
 
 
+@pytest.mark.parametrize("where", ["_take", "_attempt", "_patient"])
+async def test_an_error_of_its_own_ends_no_group(
+    group: Group[Any, Any], send: Sender, clock: FakeClock, where: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody waits for ever, and what comes after it is written."""
+    real, broken = getattr(group, where), []
+
+    def breaks(*args: Any, **more: Any) -> Any:
+        if not broken:
+            broken.append(where)
+            raise KeyError(where)
+        return real(*args, **more)
+
+    setattr(group, where, breaks)
+    if where == "_patient":
+        send.failures = [OSError()]
+    (first,) = put_all(group, [0])
+    await clock.advance(1)
+    assert broken
+    assert isinstance(first.result(), PgmcpError)
+    (second,) = put_all(group, [1])
+    await clock.advance(1)
+    assert second.result() == "did 1"
+    assert "KeyError" in caplog.text
+
+
 async def test_a_locked_row_holds_up_no_stranger(group: Group[Any, Any], send: Sender, clock: FakeClock) -> None:
     send.guilty = {0: asyncpg.LockNotAvailableError("lock timeout")}
     tasks = put_all(group, range(3))
