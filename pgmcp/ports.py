@@ -40,7 +40,10 @@ from pgmcp.types import (
 
 
 class Inbox(Protocol):
-    """Client messages on their way to the owner."""
+    """Client messages on their way to the owner.
+
+    Taking a message is use of its session, and noted with it.
+    """
 
     async def open_session(self, new: NewSession) -> Ownership:
         """Create the session with this node as its first owner; committed when it returns (G2).
@@ -48,6 +51,21 @@ class Inbox(Protocol):
         Raises:
             ClusterFull: too many sessions in all.
             TooManySessions: too many of this caller.
+        """
+        ...
+
+    async def make_room(self, principal: Principal) -> list[SessionKey]:
+        """End a session, where there are too many, for a new one of this caller.
+
+        Of a caller with a name its own that was used longest ago; in a full cluster one whose client did not end the
+        handshake within a minute. Never one of which anything runs or is carried, nor is accepted meanwhile.
+
+        Returns:
+            what was ended, for its owner and its exchanges to be told.
+
+        Raises:
+            ClusterFull: there is none in a full cluster.
+            TooManySessions: there is none of this caller.
         """
         ...
 
@@ -136,14 +154,6 @@ class Inbox(Protocol):
         """In a term that has just begun: claim these requests of these sessions anew; the others wait again."""
         ...
 
-    async def touch(self, ownerships: Sequence[Ownership]) -> None:
-        """Note that these sessions were active."""
-        ...
-
-    async def used(self, session: SessionKey) -> None:
-        """Note that the session was in use until now, whoever owns it."""
-        ...
-
     async def end(self, session_id: str, principal: Principal) -> SessionKey:
         """End the session for its client: every row of it is gone when this returns.
 
@@ -162,7 +172,11 @@ class Inbox(Protocol):
 
 
 class Log(Protocol):
-    """What clients are sent, stored before it is said."""
+    """What clients are sent, stored before it is said.
+
+    A session is in use while a request of it is unfinished or a stream carried: what ends that notes it, and so does
+    ``attach``.
+    """
 
     async def append(self, entry: Entry) -> NodeId | None:
         """Store one event under the owner's fence (G1); the node that carries the stream now, if any.

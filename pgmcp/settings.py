@@ -156,6 +156,11 @@ class Settings(BaseSettings):
         return self
 
     @property
+    def use_precision(self) -> float:
+        """Seconds by which a session's last use may be later than its row says; it lives for so much longer."""
+        return min(60.0, self.idle_timeout / 10)
+
+    @property
     def silence(self) -> float:
         """Seconds without a renewal after which a node whose line has no backend any more counts as dead."""
         return self.renew + 0.5

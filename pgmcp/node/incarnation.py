@@ -29,7 +29,7 @@ from pgmcp.service import Faults, Rounds, Service, failure
 from pgmcp.session import news
 from pgmcp.session.adapter import Adapter
 from pgmcp.session.adapters.bus import PostgresSubscriptionBus
-from pgmcp.session.host import TOUCH_EVERY, Host
+from pgmcp.session.host import Host
 from pgmcp.settings import Settings
 from pgmcp.store.database import Database
 from pgmcp.store.inbox import TableInbox
@@ -169,7 +169,6 @@ class Incarnation(Service):
             "the look while deaf": self._rounds(settings.poll, self._look_while_deaf),
             "the look for publications": self._rounds(settings.poll, self.herald.poll),
             "the survey": self._rounds(settings.idle_poll, self.host.survey),
-            "the note of activity": self._rounds(TOUCH_EVERY, self.host.note_activity),
             "the retention": self._rounds(EVERY, self._sweep),
             "the look at the schema": self._rounds(settings.idle_poll, self._look_at_schema),
         }

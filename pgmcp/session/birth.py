@@ -58,9 +58,8 @@ class Birth:
 
 @dataclass(slots=True)
 class Resident:
-    """An actor on its host: whether its inbox has to be looked at, whether that is done, and whether it was active."""
+    """An actor on its host: whether its inbox has to be looked at, and whether that is done."""
 
     actor: Actor
     dirty: bool = False
     taking: bool = False
-    active: bool = False

@@ -21,7 +21,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from pgmcp.clock import Clock, Ids
-from pgmcp.errors import DatabaseUnavailable, Fenced, PgmcpError
+from pgmcp.errors import ClusterFull, DatabaseUnavailable, Fenced, PgmcpError, TooManySessions
 from pgmcp.ports import Inbox, Log, SecretBox, Takeovers
 from pgmcp.service import Faults, Service, Tasks
 from pgmcp.session import terms
@@ -39,8 +39,8 @@ from pgmcp.types import Inheritance, NewSession, NodeId, Ownership, SessionKey, 
 
 logger = logging.getLogger(__name__)
 
-TOUCH_EVERY = 60.0
-"""Seconds between the writes that note which sessions were active."""
+OPENINGS = 5
+"""Times that room is made for a new session."""
 
 RESTORES = 8
 """Sessions that are restored at the same time."""
@@ -52,7 +52,7 @@ class Host(Service):
     Args:
         trusted: asked before messages are handed over; returns when the node may act, raises ``Fenced``.
         heard: called with sink and stream after an event was stored.
-        ended: called with each session that this host has ended.
+        ended: called with each session that this host has ended, whoever owned it.
         faults: counts unexpected errors of a single session; the rounds find what was left undone.
     """
 
@@ -103,10 +103,21 @@ class Host(Service):
 
         Raises:
             DatabaseUnavailable: it could not be committed in time.
+            ClusterFull: too many sessions in all, and none makes room.
+            TooManySessions: too many of this caller, and none makes room.
         """
-        ownership = await self._inbox.open_session(new)
+        ownership = await self._opened(new)
         self._settle(self._birth.actor(ownership, new.session_id, (new.standalone, 1)))
         return ownership
+
+    async def _opened(self, new: NewSession) -> Ownership:
+        for _ in range(OPENINGS):  # others may take the place that was made
+            try:
+                return await self._inbox.open_session(new)
+            except (ClusterFull, TooManySessions):
+                for ended in await self._inbox.make_room(new.principal):
+                    self._ended(ended)
+        return await self._inbox.open_session(new)
 
     def _settle(self, actor: Actor, *, taking: bool = False) -> Resident:
         resident = self._residents[actor.ownership.session] = Resident(actor, taking=taking)
@@ -183,7 +194,7 @@ class Host(Service):
             if session not in self._restoring:
                 self.look()  # the reply to a takeover was lost, or a restore failed
             return
-        resident.dirty = resident.active = True
+        resident.dirty = True
         if not resident.taking:
             resident.taking = True
             self._tasks.spawn(self._take(session, resident))
@@ -267,18 +278,6 @@ class Host(Service):
                 self.take_on(owned[session])
         self._again |= {owned[session] for session in self._restoring & owned.keys()}  # what restores them is fenced
         self.look()
-
-    async def note_activity(self) -> None:
-        """Write down which sessions were active since the last time.
-
-        Raises:
-            DatabaseUnavailable: not now.
-        """
-        active = [resident for resident in self._residents.values() if resident.active]
-        for resident in active:
-            resident.active = False
-        if active:
-            await self._inbox.touch([resident.actor.ownership for resident in active])
 
     def hold(self) -> None:
         """Start no more requests: they wait for their session's next owner. What serves running ones still comes in."""

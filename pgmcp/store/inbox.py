@@ -19,19 +19,11 @@ from uuid import UUID
 import asyncpg
 
 from pgmcp.clock import Clock, Ids
-from pgmcp.errors import (
-    ClusterFull,
-    Fenced,
-    OutOfStep,
-    PgmcpError,
-    SessionBusy,
-    SessionUnknown,
-    TooManySessions,
-)
-from pgmcp.settings import Settings
+from pgmcp.errors import Fenced, OutOfStep, PgmcpError, SessionBusy, SessionUnknown
 from pgmcp.store.database import Database
 from pgmcp.store.floors import Floor, Floors
 from pgmcp.store.group import Group
+from pgmcp.store.opening import Opening
 from pgmcp.store.repeats import Fate, Known, fate
 from pgmcp.types import (
     Accepted,
@@ -84,6 +76,7 @@ class TableInbox:
         self._database, self._node, self._clock, self._ids, self._gate = database, node, clock, ids, gate
         self._settings = database.settings
         self._hold = database.settings.hold
+        self._opening = Opening(database, node)
         self._unheard: dict[Ownership, list[_Claim]] = {}
         self._counted: Floors[tuple[int, str]] = Floors()
         self._taken: Floors[Ownership] = Floors()
@@ -98,26 +91,11 @@ class TableInbox:
 
     async def open_session(self, new: NewSession) -> Ownership:
         """See ``Inbox.open_session``."""
-        who, most, most_each = new.principal, self._settings.max_sessions, self._settings.max_sessions_per_caller
-        while True:
-            rows = await self._database.persist(
-                "open_session",
-                new.session_id,
-                self._node,
-                new.transport,
-                who.client_id,
-                who.issuer,
-                who.subject,
-                new.standalone,
-                most,
-                most_each,
-                patience=self._hold,
-            )
-            if rows[0]["id"] is not None:
-                return Ownership(SessionKey(rows[0]["id"]), rows[0]["epoch"])
-            if rows[0]["everybody"] >= most or rows[0]["own"] >= most_each:
-                raise _too_many_sessions(rows[0], self._settings)
-            # else a first try, whose reply was lost, was committing beside this one: the next look sees its row
+        return await self._opening.open(new)
+
+    async def make_room(self, principal: Principal) -> list[SessionKey]:
+        """See ``Inbox.make_room``."""
+        return await self._opening.make_room(principal)
 
     async def find(self, session_id: str, principal: Principal) -> SessionFacts:
         """See ``Inbox.find``."""
@@ -227,6 +205,7 @@ class TableInbox:
             [claim.requests for claim in newest.values()],
             [floor.low for floor in floors.values()],
             [floor.texts[0] for floor in floors.values()],
+            self._settings.use_precision,
         )
         for row in rows:
             ownership = Ownership(SessionKey(row["session"]), row["epoch"])
@@ -330,15 +309,6 @@ class TableInbox:
         await self._database.persist("keep_claims", sessions, epochs, self._node, list(keys), patience=self._hold)
         self._unheard.clear()  # claims of the former term are void
 
-    async def touch(self, ownerships: Sequence[Ownership]) -> None:
-        """See ``Inbox.touch``."""
-        sessions, epochs = [item.session for item in ownerships], [item.epoch for item in ownerships]
-        await self._database.ask("touch_sessions", sessions, epochs, self._node)
-
-    async def used(self, session: SessionKey) -> None:
-        """See ``Inbox.used``."""
-        await self._database.ask("use_session", session)
-
     async def end(self, session_id: str, principal: Principal) -> SessionKey:
         """See ``Inbox.end``."""
         facts = await self.find(session_id, principal)  # first, so that a repeat after a lost reply is no "unknown"
@@ -386,12 +356,6 @@ def _claimed(row: asyncpg.Record) -> Claimed:
         stream=None if row["stream"] is None else StreamId(row["stream"]),
         next_seq=row["next_seq"] or 1,
     )
-
-
-def _too_many_sessions(row: asyncpg.Record, settings: Settings) -> PgmcpError:
-    if row["everybody"] >= settings.max_sessions:
-        return ClusterFull(f"All {settings.max_sessions} sessions of this cluster are in use; try again later.")
-    return TooManySessions(f"You have {row['own']} sessions open; end one before you open another.")
 
 
 def _unknown() -> SessionUnknown:

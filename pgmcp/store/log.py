@@ -91,6 +91,7 @@ class TableLog:
             self._node,
             [entry.topic for entry in entries],
             self._settings.max_waiting_events,
+            self._settings.use_precision,
         )
         for row, entry in zip(rows, entries, strict=True):
             if row["closed"] and row["sink"] == self._node and len(entry.message) <= LAST_BYTES:
@@ -138,7 +139,7 @@ class TableLog:
             while True:
                 seen = await self._database.fetch("sink_epoch", session_id, stream)
                 most, epoch = self._settings.max_streams, seen[0]["sink_epoch"] if seen else None
-                bounds = (most, epoch, REPLACEMENTS, REPLACED_WITHIN)
+                bounds = (most, epoch, REPLACEMENTS, REPLACED_WITHIN, self._settings.use_precision)
                 rows = await self._database.fetch("attach", session_id, *who, stream, self._node, *bounds)
                 if not rows or rows[0]["full"] or not rows[0]["moved"]:
                     return rows  # else another one attached in between, and this one is the newer
@@ -181,6 +182,7 @@ class TableLog:
             [cursor.after for cursor, _ in notes],
             self._node,
             [keep for _, keep in notes],
+            self._settings.use_precision,
         )
         held = {row["id"] for row in rows}
         return [cursor.stream in held for cursor, _ in notes]
@@ -192,7 +194,8 @@ class TableLog:
         if not found:
             return None
         what = (ownership.session, self._node, ownership.epoch, stream, found[0]["sink_epoch"])
-        rows = await self._database.persist("drop_sink", *what, patience=self._hold, gate=self._gate)
+        limits = (self._settings.use_precision,)
+        rows = await self._database.persist("drop_sink", *what, *limits, patience=self._hold, gate=self._gate)
         if not rows:
             return None
         return StreamId(rows[0]["stream"]), None if found[0]["sink"] is None else NodeId(found[0]["sink"])

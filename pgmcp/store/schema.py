@@ -54,16 +54,17 @@ XACT = text("(pg_current_xact_id()::text)::bigint")
 TIME = DateTime(timezone=True)
 
 VERSION_TABLE = "alembic_version"
-OLDEST = "0010"
+OLDEST = "0012"
 """The oldest revision with everything that this build's statements use."""
 
 VIEWS = ("live_nodes", "live_sessions", "live_requests", "live_streams", "takeover_history")
-FUNCTIONS = (
+PUBLISHING = (
     "publish_resource_updated(text)",
     "publish_tools_list_changed()",
     "publish_prompts_list_changed()",
     "publish_resources_list_changed()",
 )
+FUNCTIONS = (*PUBLISHING, "in_use(bigint)")
 
 
 def _session_key(*, primary: bool = False) -> Column[int]:
@@ -130,6 +131,11 @@ sessions = Table(
     Column("last_active_at", TIME, nullable=False, server_default=NOW),
     Column("expires_at", TIME),
     CheckConstraint("state in ('live', 'ending')", name="state"),
+    Index(
+        "sessions_caller_idx",
+        text("left(coalesce(principal_subject, principal_client), 100)"),
+        postgresql_where=text("principal_client is not null"),
+    ),
     CheckConstraint("transport in ('streamable', 'sse')", name="transport"),
     postgresql_with={"fillfactor": "80"},
 )

@@ -4,6 +4,7 @@ Invariants:
 - Nobody waits for a sweep: rows that somebody works with, another node's sweep too, are skipped and come up again.
 - A batch is bounded in rows, and by the deadline of any statement; a duty is bounded by ``TURN``.
 - What an attached reader has not got yet stays.
+- What was accepted, or carried, before a sweep has locked its session keeps the session.
 
 Failure handling: each duty stands for itself. One whose batch fails (because it takes longer than its deadline, most of
 all) goes on with half of it at the next sweep; after ``FAILURES`` in a row it pauses, twice as long each time up to
@@ -28,8 +29,8 @@ logger = logging.getLogger(__name__)
 EVERY = 30.0
 """Seconds between the sweeps of one node, at most."""
 
-SSE_GONE = 60.0
-"""Seconds for which an HTTP+SSE session waits for its client to come back."""
+CLIENT_GONE = 60.0
+"""Seconds for which a session waits for its client: to come back (HTTP+SSE), or to end the handshake."""
 
 PUBLICATIONS = 300.0
 """Seconds for which publications are kept: twice as long as a herald may be absent without a gap."""
@@ -104,8 +105,9 @@ class Upkeep:
             those that were ended, for their exchanges to be told.
         """
         settings = self._settings
-        times = (settings.idle_timeout, settings.max_age, SSE_GONE)
-        return [SessionKey(row["id"]) for row in await self._clear("expire_sessions", *times, most=SESSIONS)]
+        times = (settings.idle_timeout, settings.max_age, CLIENT_GONE)
+        late = settings.use_precision
+        return [SessionKey(row["id"]) for row in await self._clear("expire_sessions", *times, late, most=SESSIONS)]
 
     async def prune(self) -> None:
         """Remove finished streams, messages and delivered events that are older than the retention, and old nodes."""

@@ -13,13 +13,12 @@ session, and the old one expires. So does one whose next events were pruned: nev
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from urllib.parse import quote
 
 from mcp.server.transport_security import TransportSecurityMiddleware
 from starlette.responses import PlainTextResponse
 
-from pgmcp.errors import PgmcpError, SessionUnknown, StreamTaken
+from pgmcp.errors import SessionUnknown, StreamTaken
 from pgmcp.settings import Settings
 from pgmcp.types import Attachment, Cursor, StreamKind
 from pgmcp.web.call import LAST_EVENT_ID, Call
@@ -96,8 +95,6 @@ class SseStream(Endpoint):
             try:
                 await exchange.stream(look=True, preface=f"{retry}event: endpoint\r\ndata: {where}\r\n\r\n".encode())
             finally:
-                with suppress(PgmcpError):  # before it lets go, or a sweep in between would find an old, idle session
-                    await edge.inbox.used(attached.facts.session)
                 await exchange.release()
 
 

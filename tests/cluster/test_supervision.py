@@ -54,11 +54,6 @@ def lost_line(self: Incarnation) -> None:
     self.line._lost.set()
 
 
-def uses(self: Incarnation) -> None:
-    for resident in self.host._residents.values():
-        resident.active = True
-
-
 def nothing(_: Incarnation) -> None:
     pass
 
@@ -72,7 +67,6 @@ DUTIES: dict[str, tuple[Callable[[Incarnation], Any], str, Callable[[Incarnation
     "the look for messages": (lambda one: one.inbox, "unclaimed", nothing),
     "the takeover": (lambda one: one.takeover._table, "take_orphans", nothing),
     "the survey": (lambda one: one.inbox, "owned", nothing),
-    "the note of activity": (lambda one: one.inbox, "touch", uses),
     "the retention": (lambda one: one._upkeep, "expire", nothing),
     "the rereading": (lambda one: one.host, "drop_strangers", lambda one: one._rereading.begin()),
     "the look at the schema": (lambda _: incarnation_module, "outgrown", nothing),
@@ -94,7 +88,6 @@ async def test_a_duty_that_fails_begins_anew(
     database: str, duty: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(incarnation_module, "EVERY", 0.3)
-    monkeypatch.setattr(incarnation_module, "TOUCH_EVERY", 0.3)
     async with cluster(database, everything, 1, **SOON) as (node,), RawSession() as session:
         await session.open(node.url)
         before, faults = node.incarnation, node.node.faults

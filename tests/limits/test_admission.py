@@ -70,14 +70,18 @@ async def test_sessions_of_one_caller(database, private):
     ):
         await one.open(nodes[0].url)
         await two.open(nodes[1].url)
+        listening = [await one.get(nodes[1].url), await two.get(nodes[1].url)]  # what is in use makes no room
         for node in nodes:
             refused(await three.initialize(node.url), 429, INVALID_REQUEST, "2 sessions", "end one")
         await other.open(nodes[0].url)
         assert (await one.call(nodes[1].url, "ping"))["result"] == {}
         await one.delete(nodes[1].url)
         await three.open(nodes[0].url)
+        listening.append(await three.get(nodes[0].url))
         one.session_id = None
         refused(await one.initialize(nodes[1].url), 429, INVALID_REQUEST)
+        for stream in listening:
+            await stream.close()
 
 
 async def test_many_callers_at_once_do_not_pass_the_bound_by_much(database, talker):

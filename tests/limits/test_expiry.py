@@ -13,6 +13,8 @@ HOLD = {"name": "hold", "arguments": {}}
 OF_SESSIONS = ("sessions", "journal", "requests", "streams", "events")
 SINKS = "select count(*) from pgmcp.streams where sink is not null"
 HOUR = 3600.0
+LATER = 62.0
+"""Seconds by which use may be later than it is noted, and a bit."""
 
 
 def upkeep(node: RunningNode) -> Upkeep:
@@ -60,14 +62,11 @@ async def test_an_idle_session_ends_and_a_used_one_does_not(database, talker, ed
         await eventually(lambda: talker.running == 1, "the call runs")
         await call.close()  # its work goes on
         await eventually(lambda: is_(tables, SINKS, 1), "the streams are released")
-        await nodes[0].incarnation.host.note_activity()
         assert await upkeep(nodes[edge]).expire() == []
-        await age(tables, HOUR - 60, "sessions.last_active_at")
+        await age(tables, HOUR - 10, "sessions.last_active_at")
         assert await upkeep(nodes[edge]).expire() == []
-        await age(tables, 61, "sessions.last_active_at")
         await used.call(nodes[edge].url, "ping")
-        await nodes[0].incarnation.host.note_activity()
-        await age(tables, 61, "sessions.last_active_at")
+        await age(tables, 10 + LATER, "sessions.last_active_at")
         await eventually(lambda: is_(tables, SINKS, 1), "the streams are released")
         await nodes[edge].incarnation._sweep()
         assert await tables.value("select count(*) from pgmcp.sessions") == 3
@@ -115,36 +114,16 @@ async def test_an_http_sse_session_waits_a_minute_for_its_client(database, talke
     async with cluster(database, talker, 2) as nodes, tables_of(database) as tables, RawSession(path="/sse") as client:
         stream = await client.get(nodes[0].url)
         assert (await stream.next()).event == "endpoint"
-        await age(tables, 120, "sessions.last_active_at")
+        await age(tables, 180, "sessions.last_active_at")
         assert await upkeep(nodes[edge]).expire() == []  # its stream is carried
         await stream.close()
         await eventually(lambda: is_(tables, SINKS, 0), "the stream is released")
+        await age(tables, 59, "sessions.last_active_at")
         assert await upkeep(nodes[edge]).expire() == []  # it was used until now
-        await age(tables, 61, "sessions.last_active_at")
+        await age(tables, LATER, "sessions.last_active_at")
         await nodes[edge].incarnation._sweep()
         assert await tables.value("select count(*) from pgmcp.sessions") == 0
         await eventually(lambda: nodes[0].incarnation.host.sessions == 0, "its actor has stopped")
-
-
-@both
-async def test_a_sweep_right_when_an_http_sse_client_goes(database, talker, edge):
-    """The session was in use until that moment, however long ago its last message was."""
-    async with cluster(database, talker, 2) as nodes, tables_of(database) as tables, RawSession(path="/sse") as client:
-        log, swept = nodes[edge].incarnation.log, []
-        release = log.release
-
-        async def then_sweep(cursor, **how):
-            held = await release(cursor, **how)
-            swept.append(await upkeep(nodes[1 - edge]).expire())
-            return held
-
-        log.release = then_sweep
-        stream = await client.get(nodes[edge].url)
-        await stream.next()
-        await age(tables, 120, "sessions.last_active_at")
-        await stream.close()
-        await eventually(lambda: swept, "its stream is let go")
-        assert swept == [[]]
 
 
 @both
@@ -261,7 +240,7 @@ async def test_an_http_sse_client_whose_events_were_pruned_starts_anew(database,
         await eventually(lambda: is_(tables, SINKS, 1), "the old stream is carried by nobody")
         with pytest.raises(TimeoutError):
             await source.stream.next(0.3)
-        await age(tables, 61, "sessions.last_active_at")
+        await age(tables, 60 + LATER, "sessions.last_active_at")
         assert len(await upkeep(nodes[edge]).expire()) == 1
         async with RawSession(path=old) as poster:
             assert (await poster.request(base, "ping")).status == 404

@@ -239,3 +239,8 @@ async def test_a_claim_that_came_to_nobody_is_given_up_and_taken_again(pair: Pai
     for node, epoch in ((pair.one, 2), (pair.two, 1)):
         refused = node.inbox.put_back(replace(pair.session.ownership, epoch=epoch), seen)
         assert isinstance(await outcome(refused), Fenced)
+
+
+async def test_nothing_makes_room_where_there_is_room(pair: Pair) -> None:
+    for who in (ANONYMOUS, ME):
+        assert await pair.one.inbox.make_room(who) == []

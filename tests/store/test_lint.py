@@ -28,8 +28,11 @@ CONTRACT = frozenset({"ban-drop-column", "ban-drop-constraint", "ban-drop-not-nu
 EXPAND = frozenset({"ban-drop-not-null"})
 """A column that newer builds leave out stays readable for older ones."""
 
-SMALL = {"0005": frozenset({"constraint-missing-not-valid", "disallowed-unique-constraint"})}
-"""What is done to tables of a few rows (``secrets``), where an index takes no time."""
+SMALL = {
+    "0005": frozenset({"constraint-missing-not-valid", "disallowed-unique-constraint"}),
+    "0012": frozenset({"require-concurrent-index-creation"}),
+}
+"""What is done to tables of few rows (``secrets``, ``sessions``), where an index takes no time."""
 
 
 def allowed(revision: str) -> frozenset[str]:

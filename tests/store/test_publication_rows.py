@@ -14,7 +14,7 @@ from pgmcp.settings import Settings
 from pgmcp.store import migrations, publications
 from pgmcp.store.line import channel
 from pgmcp.store.publications import TablePublications, publish_from_outside
-from pgmcp.store.schema import FUNCTIONS
+from pgmcp.store.schema import PUBLISHING
 from pgmcp.store.upkeep import PUBLICATIONS, Upkeep
 from pgmcp.types import PUBLISHED, Change, Horizon, Publication
 from tests.harness.stores import IDS, Store, store
@@ -216,7 +216,7 @@ async def test_the_functions_notify_the_schemas_own_channel(empty_database: str,
     connection, other = await asyncpg.connect(empty_database), await asyncpg.connect(empty_database)
     heard: list[object] = []
     await connection.add_listener(channel(schema, None), lambda *args: heard.append(args[3]))
-    for function in FUNCTIONS:
+    for function in PUBLISHING:
         call = function.replace("(text)", "('a://1')")
         await other.execute(f'select "{schema}".{call}')
     await publish_from_outside(Settings(database_url=empty_database, schema_name=schema), [TOOLS, updated(2)])

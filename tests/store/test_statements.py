@@ -19,7 +19,7 @@ from tests.harness.stores import IDS, store
 PACKAGE = Path(pgmcp.__file__).parent
 OF_A_SESSION = ("sessions", "streams", "events", "requests", "journal")
 WRITES = re.compile(rf"\b(?:insert into|update|delete from) \{{schema\}}\.({'|'.join(OF_A_SESSION)})\b")
-OF_AN_EDGE = {"attach", "release", "free_request_id", "use_session"}
+OF_AN_EDGE = {"attach", "release", "free_request_id"}
 """They write under no ownership: the newest sink, the sink's own epoch, and what is finished protect them."""
 
 HOUSEKEEPING = re.compile(r"prune_\w+")
@@ -67,7 +67,16 @@ def test_no_schema_is_written_out() -> None:
 
 def test_the_owners_writes_are_found() -> None:
     """The control of the test below."""
-    owned = {"append", "claim", "establish", "write_journal", "drop_sink", "touch_sessions", "end_owned_session"}
+    owned = {
+        "append",
+        "claim",
+        "establish",
+        "write_journal",
+        "drop_sink",
+        "expire_sessions",
+        "drop_dead_sinks",
+        "end_owned_session",
+    }
     assert owned <= set(OF_AN_OWNER)
 
 

@@ -1,19 +1,20 @@
 -- name: open_session
 -- The first owner creates a session with its standalone stream; a repeat finds its own row. $8 and $9 bound the sessions
--- in all and those of one caller that has a name. Each term has epochs of its own: after a loss of commits the key of a
--- session may come up once more.
+-- in all (null: that is far away) and those of one caller that has a name. Each term has epochs of its own: after a loss of
+-- commits the key of a session may come up once more.
 with counted as materialized (
-    select count(*) as everybody,
-        count(*) filter (
-            where principal_client = $4
-              and (principal_issuer, principal_subject) is not distinct from ($5::text, $6::text)
-        ) as own
-    from {schema}.sessions
+    select case when $8::bigint is not null then (select count(*) from {schema}.sessions) end as everybody,
+        case when $4::text is not null then (
+            select count(*) from {schema}.sessions s
+            where s.principal_client = $4
+              and left(coalesce(s.principal_subject, s.principal_client), 100) = left(coalesce($6, $4), 100)
+              and (s.principal_issuer, s.principal_subject) is not distinct from ($5::text, $6::text)
+        ) else 0 end as own
 ), made as (
     insert into {schema}.sessions
         (session_id, owner, transport, principal_client, principal_issuer, principal_subject, epoch)
     select $1, $2, $3, $4, $5, $6, coalesce((select 1000000 * h.term from {schema}.history h), 0) + 1
-    from counted where everybody < $8 and own < $9
+    from counted where coalesce(everybody < $8, true) and own < $9
       and not exists (select from {schema}.spent_states where state = sha256(convert_to($1, 'UTF8')))  -- it has ended
     on conflict (session_id) do nothing
     returning id, epoch
@@ -26,6 +27,66 @@ with counted as materialized (
     select id, epoch from {schema}.sessions where session_id = $1 and owner = $2
 )
 select found.id, found.epoch, counted.everybody, counted.own from counted left join found on true;
+
+-- name: make_room_of_caller
+-- fence: DELETE locks the row FOR UPDATE; only then in_use() looks, with a snapshot of its own. While a caller ($1, $2, $3)
+-- has $4 sessions, the one that was used longest ago ends, if nothing of it runs or is carried. Use is noted once a minute
+-- or so: of the hundred that were noted first, the last request decides. A repeat finds that there is room.
+with crowd as materialized (
+    select count(*) as own
+    from {schema}.sessions s
+    where s.principal_client = $1
+      and left(coalesce(s.principal_subject, s.principal_client), 100) = left(coalesce($3, $1), 100)
+      and (s.principal_issuer, s.principal_subject) is not distinct from ($2::text, $3::text)
+), unused as materialized (
+    select s.id, s.last_active_at
+    from crowd, {schema}.sessions s
+    where crowd.own >= $4::bigint
+      and s.principal_client = $1
+      and left(coalesce(s.principal_subject, s.principal_client), 100) = left(coalesce($3, $1), 100)
+      and (s.principal_issuer, s.principal_subject) is not distinct from ($2::text, $3::text)
+      and not exists (select from {schema}.requests r where r.session + 0 = s.id and r.finished_at is null)
+      and not exists (select from {schema}.streams st where st.session = s.id and st.sink is not null)
+    order by s.last_active_at
+    limit 100
+), chosen as materialized (
+    select s.id
+    from unused u join {schema}.sessions s on s.id = u.id and s.last_active_at = u.last_active_at
+    order by greatest(u.last_active_at, (
+        select greatest(r.accepted_at, r.finished_at) from {schema}.requests r
+        where r.session = u.id order by r.position desc limit 1
+    )), s.id
+    limit 1
+    for update of s skip locked
+), ended as (
+    delete from {schema}.sessions s using chosen where s.id = chosen.id and not {schema}.in_use(chosen.id) returning s.id
+)
+select crowd.own < $4::bigint as room, exists (select from unused) as some, (select id from ended) as ended from crowd;
+
+-- name: make_room
+-- fence: as make_room_of_caller. While there are $1 sessions in all, one whose client has not ended its handshake, nor was
+-- heard of for $2 seconds, ends.
+with crowd as materialized (
+    select count(*) as everybody from {schema}.sessions
+), unused as materialized (
+    select s.id
+    from crowd, {schema}.sessions s
+    where crowd.everybody >= $1::bigint
+      and s.last_active_at < clock_timestamp() - make_interval(secs => $2)
+      and not exists (select from {schema}.journal j where j.session = s.id and j.kind = 'initialized')
+      and not exists (select from {schema}.requests r where r.session + 0 = s.id and r.finished_at is null)
+      and not exists (select from {schema}.streams st where st.session = s.id and st.sink is not null)
+    order by s.last_active_at, s.id
+    limit 1
+), chosen as materialized (
+    select s.id
+    from unused u join {schema}.sessions s on s.id = u.id
+    where s.last_active_at < clock_timestamp() - make_interval(secs => $2)
+    for update of s skip locked
+), ended as (
+    delete from {schema}.sessions s using chosen where s.id = chosen.id and not {schema}.in_use(chosen.id) returning s.id
+)
+select crowd.everybody < $1::bigint as room, exists (select from unused) as some, (select id from ended) as ended from crowd;
 
 -- name: find_session
 select id, owner, epoch, protocol_version, false as orphaned
@@ -161,11 +222,11 @@ order by a.n;
 -- PostgreSQL forgets was accepted and counts as may-have-run. $3 are the claims' own ids: a repeat ($5; it reads every
 -- request of the session) finds its rows. $6: requests too, or only what serves those that run already. $7 and $8: above
 -- the owner's floor for the session (see store/floors.py). "is true" keeps the planner from reading every session of the
--- owner.
+-- owner. What is taken is use of the session, noted once in $9 seconds.
 with guard as materialized (
     select set_config('lock_timeout', '250ms', true), set_config('synchronous_commit', 'off', true)
 ), held as materialized (
-    select s.id, s.epoch, a.claim, a.requests, a.low, a.running
+    select s.id, s.epoch, s.last_active_at, a.claim, a.requests, a.low, a.running
     from guard, {schema}.sessions s
     join unnest($1::bigint[], $2::bigint[], $3::uuid[], $6::boolean[], $7::bigint[], $8::text[])
         as a (session, epoch, claim, requests, low, running)
@@ -196,6 +257,15 @@ with guard as materialized (
     from waiting w
     where r.id = any(array[w.id]) and r.claimed_epoch is null and (r.finished_at is null) is true
     returning r.id, r.position, r.session, r.rpc_id, r.method, r.body, r.context, r.stream
+), used as materialized (
+    select s.id
+    from held h join {schema}.sessions s on s.id = h.id
+    where h.last_active_at < clock_timestamp() - make_interval(secs => $9)
+      and exists (select from taken where taken.session = h.id)
+    order by s.id
+    for no key update of s skip locked
+), noted as (
+    update {schema}.sessions s set last_active_at = clock_timestamp() from used where s.id = used.id
 ), mine as (
     select * from taken
     union
@@ -323,21 +393,6 @@ with guard as materialized (
     on conflict (session, kind, detail) do update set body = excluded.body, written_at = clock_timestamp()
 )
 select held.id, exists (select from counted) as newest from held;
-
--- name: touch_sessions
--- fence: owner and epoch. One write a minute for all sessions that were active.
-update {schema}.sessions s set last_active_at = clock_timestamp()
-from (
-    select s.id from {schema}.sessions s
-    join unnest($1::bigint[], $2::bigint[]) as a (session, epoch) on a.session = s.id
-    where s.owner = $3 and s.epoch = a.epoch
-    order by s.id
-    for no key update of s skip locked
-) held
-where s.id = held.id;
-
--- name: use_session
-update {schema}.sessions set last_active_at = clock_timestamp() where id = $1;
 
 -- name: still_owned
 -- Which of these ownerships hold.

@@ -2,7 +2,8 @@
 -- fence: owner and epoch on the sessions row, FOR KEY SHARE, in id order; then the streams' rows in id order.
 -- An entry is stored only where its stream stands at the expected number; an answer only together with the
 -- compare-and-set that finishes its request (whose claim a crash of PostgreSQL may have forgotten). A repeat finds its own events and reports them as stored. An event with a
--- topic replaces a waiting one of the same topic; $10 of them may wait. "is true" keeps the planner from reading every
+-- topic replaces a waiting one of the same topic; $10 of them may wait. A request that ends was use of its session until now,
+-- noted once in $11 seconds. "is true" keeps the planner from reading every
 -- session of the owner.
 with guard as materialized (
     select set_config('lock_timeout', '250ms', true)
@@ -11,7 +12,7 @@ with guard as materialized (
     from unnest($1::bigint[], $2::bigint[], $3::uuid[], $4::bigint[], $5::bytea[], $6::uuid[], $7::text[], $9::text[])
         with ordinality as a (session, epoch, stream, seq, message, finishes, outcome, topic, n)
 ), held as materialized (
-    select s.id, s.epoch
+    select s.id, s.epoch, s.last_active_at
     from guard, {schema}.sessions s
     where s.id in (select session from asked) and (s.owner = $8) is true and s.state = 'live'
     order by s.id
@@ -43,7 +44,16 @@ with guard as materialized (
     set finished_at = clock_timestamp(), outcome = f.outcome, open = m.kind = 'request'
     from fit f join moving m on m.stream = f.stream
     where q.id = any(array[f.finishes]) and coalesce(q.claimed_epoch, f.epoch) = f.epoch and (q.finished_at is null) is true
-    returning q.stream
+    returning q.stream, q.session
+), used as materialized (
+    select s.id
+    from held h join {schema}.sessions s on s.id = h.id
+    where h.last_active_at < clock_timestamp() - make_interval(secs => $11)
+      and exists (select from done where done.session = h.id)
+    order by s.id
+    for no key update of s skip locked
+), noted as (
+    update {schema}.sessions s set last_active_at = clock_timestamp() from used where s.id = used.id
 ), moved as (
     update {schema}.streams st
     set next_seq = m.beyond,
@@ -116,11 +126,12 @@ where s.session_id = $1::text and $2::uuid is null;
 -- Newest sink wins, unless listeners displace each other: a standalone stream whose sinks, on living nodes, were replaced
 -- $9 times within $10 seconds stays where it is. $8 is the epoch of the sink that it takes the stream from, which was seen
 -- just before: what arrives late must not take it from a newer one ("moved"). $5 null means the session's standalone
--- stream; $1 null, the HTTP+SSE session of the stream $5.
+-- stream; $1 null, the HTTP+SSE session of the stream $5. Coming for a stream is use of its session, noted once in $11
+-- seconds.
 with guard as materialized (
     select set_config('lock_timeout', '250ms', true)
 ), held as materialized (
-    select s.id, s.session_id, s.owner, s.epoch, s.protocol_version
+    select s.id, s.session_id, s.owner, s.epoch, s.protocol_version, s.last_active_at
     from guard, {schema}.sessions s
     where (s.session_id = $1 or ($1 is null and s.id = (select session from {schema}.streams where id = $5)))
       and s.transport = case when $1 is null then 'sse' else 'streamable' end
@@ -128,6 +139,13 @@ with guard as materialized (
       and (s.principal_client, s.principal_issuer, s.principal_subject)
           is not distinct from ($2::text, $3::text, $4::text)
     for key share of s
+), used as materialized (
+    select s.id
+    from held h join {schema}.sessions s on s.id = h.id
+    where h.last_active_at < clock_timestamp() - make_interval(secs => $11)
+    for no key update of s skip locked
+), noted as (
+    update {schema}.sessions s set last_active_at = clock_timestamp() from used where s.id = used.id
 ), target as materialized (
     select st.id, st.sink, st.kind, st.replaced_at, st.sink_epoch is distinct from $8::bigint as moved, (
         select count(*) from {schema}.streams o
@@ -168,14 +186,28 @@ left join {schema}.node_states o on o.node_id = held.owner;
 
 -- name: release
 -- An edge notes how far it carried streams and, unless it keeps them ($5), lets go of them; a stream written to its end
--- frees its requests' ids, all of them at once.
+-- frees its requests' ids, all of them at once. What was carried was use of its session until now, noted once in $6
+-- seconds: those sessions' rows are locked before the streams', so that no sweep finds a stream let go and its use not
+-- noted.
 with guard as materialized (
     select set_config('lock_timeout', '250ms', true), set_config('synchronous_commit', 'off', true)
+), asked as materialized (
+    select * from unnest($1::uuid[], $2::bigint[], $3::bigint[], $5::boolean[]) as a (stream, sink_epoch, delivered, keeps)
+), used as materialized (
+    select s.id
+    from guard, {schema}.sessions s
+    where s.id in (
+        select st.session
+        from asked a join {schema}.streams st on st.id = any(array[a.stream])
+        where st.sink = $4 and st.sink_epoch = a.sink_epoch and not a.keeps
+    )
+      and s.last_active_at < clock_timestamp() - make_interval(secs => $6)
+    order by s.id
+    for no key update of s
 ), locked as materialized (
-    select st.id, st.next_seq, st.closed, a.delivered, a.keeps
-    from guard, {schema}.streams st
-    join unnest($1::uuid[], $2::bigint[], $3::bigint[], $5::boolean[]) as a (stream, sink_epoch, delivered, keeps)
-        on st.id = any(array[a.stream])
+    select st.id, st.session, st.next_seq, st.closed, a.delivered, a.keeps
+    from guard, (select count(*) from used) as before, {schema}.streams st
+    join asked a on st.id = any(array[a.stream])
     where st.sink = $4 and st.sink_epoch = a.sink_epoch
     order by st.id::text collate "C"
     for no key update of st
@@ -183,6 +215,10 @@ with guard as materialized (
     update {schema}.requests r set open = false
     from locked l
     where r.stream = any(array[l.id]) and r.open::integer = 1 and l.closed and l.delivered >= l.next_seq - 1
+), noted as (
+    update {schema}.sessions s set last_active_at = clock_timestamp()
+    from used
+    where s.id = used.id and s.id in (select l.session from locked l where not l.keeps)
 )
 update {schema}.streams st
 set delivered_seq = greatest(st.delivered_seq, l.delivered), sink = case when l.keeps then st.sink end
@@ -197,17 +233,26 @@ where st.session = $1 and (($2::uuid is null and st.kind = 'standalone') or st.i
 -- name: drop_sink
 -- fence: owner and epoch. A server asked to close the client's connection: the sink loses the stream and lets go. Only the
 -- sink that was seen ($5, its epoch): a late first try must not take the stream from a newer one.
+-- It was use of the session until now, noted once in $6 seconds.
 with guard as materialized (
     select set_config('lock_timeout', '250ms', true)
 ), held as materialized (
-    select s.id from guard, {schema}.sessions s
+    select s.id, s.last_active_at from guard, {schema}.sessions s
     where s.id = $1 and s.owner = $2 and s.epoch = $3 and s.state = 'live'
     for key share of s
 ), target as materialized (
-    select st.id from held join {schema}.streams st on st.session = held.id
+    select st.id, st.sink from held join {schema}.streams st on st.session = held.id
     where (($4::uuid is null and st.kind = 'standalone') or st.id = $4)
       and (st.sink_epoch = $5::bigint or st.sink_epoch = $5::bigint + 1 and st.sink is null)
     for no key update of st
+), used as materialized (
+    select s.id
+    from held h join {schema}.sessions s on s.id = h.id
+    where h.last_active_at < clock_timestamp() - make_interval(secs => $6)
+      and exists (select from target where target.sink is not null)
+    for no key update of s skip locked
+), noted as (
+    update {schema}.sessions s set last_active_at = clock_timestamp() from used where s.id = used.id
 ), dropped as (
     update {schema}.streams st set sink = null, sink_epoch = st.sink_epoch + 1
     from target where st.id = target.id and st.sink_epoch = $5::bigint

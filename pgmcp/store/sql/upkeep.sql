@@ -1,34 +1,57 @@
 -- name: expire_sessions
--- fence: DELETE locks the rows FOR UPDATE; those that somebody works with are skipped. $1 idle and $2 absolute age,
--- $3 for HTTP+SSE sessions whose stream nobody carries, in seconds; $4 at most.
-delete from {schema}.sessions
-where id in (
-    select s.id
+-- fence: the rows are locked FOR UPDATE, those that somebody works with are skipped; only then in_use() looks, with a snapshot
+-- of its own, whether anything was accepted or carried since the statement began. $1 idle and $2 absolute age; $3 for
+-- sessions that wait for their client: of HTTP+SSE, or before the end of their handshake; $4 how much later than noted a
+-- session may have been used; all in seconds. $5 at most.
+with old as materialized (
+    select s.id, s.created_at < clock_timestamp() - make_interval(secs => $2) as aged
     from {schema}.sessions s
     where s.created_at < clock_timestamp() - make_interval(secs => $2)
        or (
-           s.last_active_at < clock_timestamp()
-               - make_interval(secs => case when s.transport = 'sse' then least($3::float8, $1) else $1 end)
+           s.last_active_at < clock_timestamp() - make_interval(secs => least($3::float8, $1) + $4)
+           and (
+               s.last_active_at < clock_timestamp() - make_interval(secs => $1 + $4)
+               or s.transport = 'sse'
+               or not exists (select from {schema}.journal j where j.session = s.id and j.kind = 'initialized')
+           )
            and not exists (select from {schema}.streams st where st.session = s.id and st.sink is not null)
-           and not exists (select from {schema}.requests r where r.session = s.id and r.finished_at is null)
+           and not exists (select from {schema}.requests r where r.session + 0 = s.id and r.finished_at is null)
        )
-    limit $4
+    limit $5
     for update of s skip locked
 )
-returning id;
+delete from {schema}.sessions s
+using old
+where s.id = old.id and (old.aged or not {schema}.in_use(old.id))
+returning s.id;
 
 -- name: drop_dead_sinks
--- fence: the sink's node is over and never comes back under its id; whoever attached since has put its own there.
-update {schema}.streams
-set sink = null
-where id in (
-    select st.id from {schema}.streams st
+-- fence: the sink's node is over and never comes back under its id; whoever attached since has put its own there. Until it
+-- was noticed its stream was carried, and its session used: the sessions' rows are locked first.
+with gone as materialized (
+    select st.id, st.session from {schema}.streams st
     join {schema}.nodes n on n.node_id = st.sink and n.state in ('left', 'dead')
     order by st.id
     limit $1
+), held as materialized (
+    select s.id from {schema}.sessions s
+    where s.id in (select session from gone)
+    order by s.id
+    for no key update of s skip locked
+), locked as materialized (
+    select st.id, st.session
+    from held
+    join gone on gone.session = held.id
+    join {schema}.streams st on st.id = gone.id
+    join {schema}.nodes n on n.node_id = st.sink and n.state in ('left', 'dead')
+    order by st.id
     for no key update of st skip locked
+), dropped as (
+    update {schema}.streams st set sink = null from locked where st.id = locked.id
+), noted as (
+    update {schema}.sessions s set last_active_at = clock_timestamp() where s.id in (select session from locked)
 )
-returning 1;
+select 1 from locked;
 
 -- name: prune_streams
 -- With their events, as long as those are few. Somebody may read slowly: then a stream stays, but a sink that was never let

@@ -35,7 +35,7 @@ from pgmcp.types import (
 from tests.harness.memory.tables import RequestRow, SessionRow, StreamRow
 from tests.harness.memory.wire import Wire
 
-WRITTEN_WAIT, WAITING_SHARE = 1.0, 10
+WRITTEN_WAIT, WAITING_SHARE, CLIENT_GONE = 1.0, 10, 60.0
 
 
 @dataclass(slots=True)
@@ -78,6 +78,35 @@ class MemoryInbox:
         self._cluster.streams[new.standalone] = StreamRow(new.standalone, row.id, StreamKind.STANDALONE)
         self._cluster.owned(self._node, row.ownership)
         return row.ownership
+
+    async def make_room(self, principal: Principal) -> list[SessionKey]:
+        return await self._wire.persist("make_room", lambda: self._make_room(principal))
+
+    def _make_room(self, principal: Principal) -> list[SessionKey]:
+        settings, rows = self._cluster.settings, list(self._cluster.sessions.values())
+        unused = [row for row in rows if not self._in_use(row)]
+        own = [row for row in rows if row.principal == principal and principal.client_id is not None]
+        if own and len(own) >= settings.max_sessions_per_caller:
+            candidates, error = [row for row in unused if row in own], TooManySessions()
+        elif len(rows) >= settings.max_sessions:
+            late = self._cluster.now() - CLIENT_GONE
+            begun = {place[0] for place in self._cluster.journal if place[1] == "initialized"}
+            candidates = [row for row in unused if row.id not in begun and self._used_at(row) < late]
+            error = ClusterFull()
+        else:
+            return []
+        if not candidates:
+            raise error
+        ended = min(candidates, key=lambda row: (self._used_at(row), row.id)).id
+        self._cluster.forget(ended)
+        return [ended]
+
+    def _in_use(self, row: SessionRow) -> bool:
+        carried = any(stream.sink is not None for stream in self._cluster.streams_of(row.id))
+        return carried or any(not request.finished for request in self._cluster.requests_of(row.id))
+
+    def _used_at(self, row: SessionRow) -> float:
+        return max([row.created_at, *(request.accepted_at for request in self._cluster.requests_of(row.id))])
 
     async def find(self, session_id: str, principal: Principal) -> SessionFacts:
         row = await self._wire.persist("find_session", lambda: self._visible(session_id, principal, "streamable"))
@@ -297,22 +326,6 @@ class MemoryInbox:
             self._cluster.stored(self._node, "write_journal", ownership)
 
         await self._wire.persist("write_journal", work, gated=True)
-
-    async def touch(self, ownerships: Sequence[Ownership]) -> None:
-        def work() -> None:
-            for ownership in ownerships:
-                row = self._cluster.owned_by(self._node, ownership)
-                if row is not None:
-                    row.used_at = self._cluster.now()
-
-        await self._wire.ask("touch_sessions", work)
-
-    async def used(self, session: SessionKey) -> None:
-        def work() -> None:
-            if session in self._cluster.sessions:
-                self._cluster.sessions[session].used_at = self._cluster.now()
-
-        await self._wire.ask("use_session", work)
 
     async def end(self, session_id: str, principal: Principal = ANONYMOUS) -> SessionKey:
         facts = await self.find(session_id, principal)

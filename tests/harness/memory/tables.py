@@ -53,7 +53,6 @@ class SessionRow:
     restores: int = 0
     settled: Established | None = None
     version: int = 0
-    used_at: float = 0.0
     created_at: float = 0.0
 
     @property
