@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import re
 import time
 from typing import Any
 
@@ -24,15 +25,16 @@ from measure import ROOT, SCHEMA, end, machine, percentile, postgres, spawn, tab
 from memory import ready
 
 from pgmcp.embedded import EmbeddedPostgres, free_port
+from pgmcp.store.statements import names, statement
 
 NODES = 2
 WINDOW = 10.0
 SIZES = "select relname, pg_total_relation_size(relid) as bytes from pg_stat_user_tables where schemaname = $1"
-MEANS = r"""
-select substring(query from '/\* (\w+) \*/') as name, sum(calls)::float8 as calls, sum(total_exec_time) as ms,
-       sum(shared_blks_hit + shared_blks_read)::float8 as buffers
-  from pg_stat_statements where query like '/* %' group by 1
+MEANS = """
+select query, calls::float8 as calls, total_exec_time as ms, (shared_blks_hit + shared_blks_read)::float8 as buffers
+  from pg_stat_statements where toplevel
 """
+LITERALS = re.compile(r"/\*.*?\*/|--[^\n]*|'[^']*'|\$\d+|\b(?:\d+|true|false|null)\b|\s+", re.IGNORECASE)
 Took = list[tuple[float, float]]
 
 
@@ -73,9 +75,14 @@ async def windows(took: Took, seconds: float, title: str) -> list[tuple[float, f
 
 async def means(admin: asyncpg.Connection) -> dict[str, tuple[float, float, float]]:
     """Calls, mean (ms) and buffers a call of each statement since the last time; forgets them."""
-    rows = await admin.fetch(MEANS)
+    named = {LITERALS.sub("", statement(name, SCHEMA)): name for name in names()}
+    found: dict[str, tuple[float, float, float]] = {}
+    for row in await admin.fetch(MEANS):
+        if name := named.get(LITERALS.sub("", row["query"])):
+            before = found.get(name, (0.0, 0.0, 0.0))
+            found[name] = before[0] + row["calls"], before[1] + row["ms"], before[2] + row["buffers"]
     await admin.execute("select pg_stat_statements_reset()")
-    return {row["name"]: (row["calls"], row["ms"] / row["calls"], row["buffers"] / row["calls"]) for row in rows}
+    return {name: (calls, ms / calls, buffers / calls) for name, (calls, ms, buffers) in found.items()}
 
 
 async def sizes(admin: asyncpg.Connection) -> dict[str, int]:

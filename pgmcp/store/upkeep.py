@@ -53,6 +53,10 @@ FAILURES = 3
 PAUSE, LONGEST = 60.0, 1800.0
 """Seconds of the first pause, and of the longest."""
 
+BOTTOM, OVERLAP, REVISIT = 3e9, 5.0, 10
+"""Seconds before which nothing was; by which a sweep begins before the end of the last one; and after how many sweeps
+one looks for what others had locked or still read."""
+
 GROWTH = 20
 """Batches in a row that have to succeed before they become larger."""
 
@@ -95,6 +99,8 @@ class Upkeep:
     def __init__(self, database: Database, ids: Ids) -> None:
         self._database, self._settings, self._clock, self._ids = database, database.settings, database.clock, ids
         self._holders = Holders(database)
+        self._swept: dict[str, tuple[int, float]] = {}
+        self._left: set[str] = set()
         self.breakers: dict[str, Breaker] = {}
         self._horizons: deque[tuple[float, str]] = deque()
 
@@ -113,8 +119,9 @@ class Upkeep:
         """Remove finished streams, messages and delivered events that are older than the retention, and old nodes."""
         await self._holders.look()
         await self._clear("drop_dead_sinks")
-        for name in ("prune_streams", "prune_long_streams", "prune_messages", "prune_standalone"):
-            await self._clear(name, self._settings.retention)
+        for name in ("prune_streams", "prune_long_streams", "prune_messages"):
+            await self._clear_since(name)
+        await self._clear("prune_standalone", self._settings.retention)
         for name in ("prune_nodes", "prune_takeovers", "prune_states"):
             await self._clear(name)
         await self._clear("prune_publications", PUBLICATIONS, self._old_horizon())
@@ -131,10 +138,22 @@ class Upkeep:
         self._horizons.appendleft(horizon)
         return horizon[1]
 
+    async def _clear_since(self, name: str) -> None:
+        """Clear what has become older than the retention since a sweep left nothing; now and then, all of it."""
+        start, retention = self._clock.boottime(), self._settings.retention
+        sweeps, until = self._swept.get(name, (0, 0.0))
+        oldest = BOTTOM if sweeps % REVISIT == 0 else start - until + retention + OVERLAP
+        await self._clear(name, retention, oldest)
+        if name not in self._left:
+            self._swept[name] = sweeps + 1, start
+        elif until:  # it goes on from there, not from the bottom again
+            self._swept[name] = sweeps + (sweeps % REVISIT == 0), until
+
     async def _clear(self, name: str, *args: float | str | None, most: int = BATCH) -> list[asyncpg.Record]:
         """Repeat a duty's statement until nothing is left, its turn is over or it fails; the rows that it returned."""
         breaker = self.breakers.setdefault(name, Breaker(most))
         cleared: list[asyncpg.Record] = []
+        self._left.add(name)
         start = self._clock.boottime()
         while breaker.closed(now := self._clock.boottime()):
             size = breaker.size
@@ -147,7 +166,10 @@ class Upkeep:
             if breaker.succeeded():
                 logger.info("%s works again", name)
             cleared += rows
-            if len(rows) < size or self._clock.boottime() >= start + TURN:
+            if len(rows) < size:
+                self._left.discard(name)
+                break
+            if self._clock.boottime() >= start + TURN:
                 break
             await self._clock.sleep(self._ids.jitter(BREATH))
         return cleared

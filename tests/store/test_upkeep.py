@@ -11,7 +11,7 @@ import asyncpg
 import pytest
 
 from pgmcp.store import upkeep
-from pgmcp.store.upkeep import Breaker, Upkeep
+from pgmcp.store.upkeep import BOTTOM, OVERLAP, REVISIT, Breaker, Upkeep
 from pgmcp.types import NodeId
 from tests.harness.stores import IDS, Session, Store, Watcher, opened, store
 
@@ -169,6 +169,28 @@ async def test_a_duty_that_fails_again_and_again_pauses_says_so_once_and_recover
     assert caplog.messages[1:] == ["prune_streams works again"]
 
 
+async def test_a_sweep_begins_where_the_last_one_left_nothing(
+    node: Store, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """What is gone is not walked again while a snapshot holds it; what others had locked is looked for now and then."""
+    oldest: list[object] = []
+    ask, now = node.database.ask, 1000.0
+
+    async def noted(name: str, *args: object) -> list[asyncpg.Record]:
+        if name == "prune_streams":
+            oldest.append(args[1])
+        return await ask(name, *args)
+
+    monkeypatch.setattr(node.database, "ask", noted)
+    monkeypatch.setattr(node.database.clock, "boottime", lambda: now)
+    sweeps = Upkeep(node.database, IDS)
+    for _ in range(REVISIT + 1):
+        await sweeps.prune()
+        now += 30
+    retention = node.database.settings.retention
+    assert oldest == [BOTTOM, *[30 + retention + OVERLAP] * (REVISIT - 1), BOTTOM]
+
+
 async def test_a_sweep_ends_when_its_turn_is_over(
     hand: asyncpg.Connection, node: Store, session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -239,8 +261,10 @@ async def test_a_long_stream_goes_piece_by_piece_below_its_floor(
         "select floor_seq, (select count(*) from pgmcp.events), (select min(seq) from pgmcp.events) from pgmcp.streams"
     )
     for wanted in ((500, 700, 501), (1000, 200, 1001), (1200, 0, None)):
-        assert await node.database.ask("prune_streams", RETENTION, 500) == []
-        assert len(await node.database.ask("prune_long_streams", RETENTION, 500)) == min(500, wanted[0] % 1000 or 500)
+        assert await node.database.ask("prune_streams", RETENTION, BOTTOM, 500) == []
+        assert len(await node.database.ask("prune_long_streams", RETENTION, BOTTOM, 500)) == min(
+            500, wanted[0] % 1000 or 500
+        )
         assert tuple(await hand.fetchrow(f"{state} where kind = 'request'")) == wanted
     await Upkeep(node.database, IDS).prune()
     assert await hand.fetchval(STREAMS) == 0

@@ -54,16 +54,18 @@ with gone as materialized (
 select 1 from locked;
 
 -- name: prune_streams
+-- Not older than $2 seconds: what a sweep has left nothing of is not walked again while a snapshot holds its dead versions.
 -- With their events, as long as those are few. Somebody may read slowly: then a stream stays, but a sink that was never let
 -- go keeps nothing for ever.
 delete from {schema}.streams
 where id in (
     select id from {schema}.streams
-    where closed_at < clock_timestamp() - make_interval(secs => $1)
-      and (sink is null or closed_at < clock_timestamp() - make_interval(secs => 10 * $1))
+    where closed_at < statement_timestamp() - make_interval(secs => $1)
+      and (sink is null or closed_at < statement_timestamp() - make_interval(secs => 10 * $1))
+      and closed_at >= statement_timestamp() - make_interval(secs => $2)
       and next_seq - floor_seq <= 101
     order by closed_at
-    limit $2
+    limit $3
     for update skip locked
 )
 returning 1;
@@ -73,8 +75,9 @@ returning 1;
 -- so that nobody takes the rest for the whole.
 with long as materialized (
     select st.id from {schema}.streams st
-    where st.closed_at < clock_timestamp() - make_interval(secs => $1)
-      and (st.sink is null or st.closed_at < clock_timestamp() - make_interval(secs => 10 * $1))
+    where st.closed_at < statement_timestamp() - make_interval(secs => $1)
+      and (st.sink is null or st.closed_at < statement_timestamp() - make_interval(secs => 10 * $1))
+      and st.closed_at >= statement_timestamp() - make_interval(secs => $2)
       and st.next_seq - st.floor_seq > 101
     order by st.closed_at
     limit 10
@@ -82,7 +85,7 @@ with long as materialized (
 ), old as materialized (
     select e.stream, e.seq from long join {schema}.events e on e.stream = long.id
     order by e.stream, e.seq
-    limit $2
+    limit $3
 ), gone as (
     delete from {schema}.events e using old where e.stream = old.stream and e.seq = old.seq
 ), moved as (
@@ -97,9 +100,10 @@ select 1 from old;
 delete from {schema}.requests
 where id in (
     select id from {schema}.requests
-    where stream is null and finished_at < clock_timestamp() - make_interval(secs => $1)
+    where stream is null and finished_at < statement_timestamp() - make_interval(secs => $1)
+      and finished_at >= statement_timestamp() - make_interval(secs => $2)
     order by finished_at
-    limit $2
+    limit $3
     for update skip locked
 )
 returning 1;
