@@ -24,6 +24,7 @@ from pgmcp.errors import DatabaseUnavailable, PgmcpError
 from pgmcp.settings import Settings
 from pgmcp.store import primary
 from pgmcp.store.address import place
+from pgmcp.store.encoding import Encoding, encoding_of, read_unescaped
 from pgmcp.store.history import History
 from pgmcp.store.migrations import understood
 from pgmcp.store.pins import PLANS, STARTUP, Frame, pin
@@ -78,7 +79,7 @@ class Database:
     def __init__(self, settings: Settings, clock: Clock, ids: Ids | None = None) -> None:
         self.settings, self.clock = settings, clock
         self.history = History(settings.schema_name, ids or Ids())
-        self._frame = Frame(clock)
+        self._frame, self._encoding = Frame(clock), Encoding("UTF8")
         self._pool: asyncpg.Pool | None = None
         self._turns = asyncio.Semaphore(settings.pool_size)
         self._idle: list[PoolConnectionProxy] = []
@@ -112,6 +113,7 @@ class Database:
 
         async def check(connection: asyncpg.Connection) -> None:
             await pin(connection)
+            await self._speak(connection)
             await self.history.follow(connection)
 
         options["server_settings"] = STARTUP | options.get("server_settings", {})
@@ -122,9 +124,14 @@ class Database:
 
         async def check(connection: asyncpg.Connection) -> None:
             await self._frame.look(connection)
+            await self._speak(connection)
             await self.history.follow(connection)
 
         return await primary.connect(url, timeout=timeout, check=check, **options)
+
+    async def _speak(self, connection: asyncpg.Connection) -> None:
+        self._encoding = encoding_of(connection)
+        await read_unescaped(connection)
 
     async def close(self) -> None:
         """Close every connection, without waiting for the other side longer than a statement may take."""
@@ -193,6 +200,8 @@ class Database:
 
     async def _run(self, connection: PoolConnectionProxy, text: str, args: tuple[object, ...]) -> list[asyncpg.Record]:
         seconds = self.settings.statement_timeout
+        if not self._encoding.whole:
+            args = tuple(self._encoding.given(each) for each in args)
         if self.settings.pooled:
             return await self._frame.fetch(connection, text, args, seconds)
         rows: list[asyncpg.Record] = await connection.fetch(text, *args, timeout=seconds)

@@ -18,6 +18,7 @@ from sqlalchemy.exc import DBAPIError
 from pgmcp.errors import DatabaseUnavailable, PgmcpError, SchemaError, SchemaInUse, SettingsError
 from pgmcp.store import primary
 from pgmcp.store.address import place
+from pgmcp.store.encoding import read_unescaped
 
 T = TypeVar("T")
 
@@ -61,7 +62,7 @@ async def connect(database_url: str) -> asyncpg.Connection:
         raise SettingsError(message)
     dsn = database_url.replace("postgresql+asyncpg://", "postgresql://", 1)
     try:
-        return await primary.connect(dsn, timeout=CONNECT, statement_cache_size=0)
+        return await primary.connect(dsn, timeout=CONNECT, check=read_unescaped, statement_cache_size=0)
     except (asyncpg.exceptions.ClientConfigurationError, ValueError):
         # Its text may quote parts of the password.
         message = "The database URL is malformed. Write it as postgresql://user:password@host:5432/db, %-escaped."

@@ -14,6 +14,7 @@ import asyncpg
 from pgmcp.errors import SchemaError, SchemaInUse, SettingsError
 from pgmcp.store.address import place
 from pgmcp.store.direct import checked, connect, finish
+from pgmcp.store.encoding import encoding_of
 from pgmcp.store.statements import statement
 
 LIMIT = 10.0  # seconds
@@ -45,7 +46,9 @@ def rename(database_url: str, schema: str, name: str) -> None:
             async with connection.transaction(isolation="read_committed"):
                 # Two statements: the second one sees whoever joined before the first had its lock.
                 await connection.execute(statement("hold_cluster", checked(schema)))
-                living: str | None = await connection.fetchval(statement("rename_cluster", schema), name)
+                living: str | None = await connection.fetchval(
+                    statement("rename_cluster", schema), encoding_of(connection).given(name)
+                )
                 return living
         finally:
             connection.terminate()

@@ -24,6 +24,7 @@ from pgmcp.errors import DatabaseUnavailable, PgmcpError, PublicationRefused
 from pgmcp.settings import Settings
 from pgmcp.store.database import Database
 from pgmcp.store.direct import connect, explained
+from pgmcp.store.encoding import encoding_of
 from pgmcp.store.group import Group
 from pgmcp.store.line import channel
 from pgmcp.store.statements import statement
@@ -109,7 +110,7 @@ async def publish_from_outside(settings: Settings, publications: Sequence[Public
         await connection.fetch(
             statement("publish_and_notify", settings.schema_name),
             [publication.change for publication in publications],
-            [publication.uri for publication in publications],
+            encoding_of(connection).given([publication.uri for publication in publications]),
             channel(settings.schema_name, None),
             PUBLISHED,
             timeout=settings.statement_timeout,

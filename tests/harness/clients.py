@@ -250,6 +250,7 @@ class RawSession:
     ) -> None:
         self.protocol_version = protocol_version
         self.capabilities = dict(capabilities or {})
+        self.client_info: dict[str, Any] = {"name": "raw", "version": "1"}
         self.path = path
         self.session_id: str | None = None
         self._ids = itertools.count(1)
@@ -280,7 +281,7 @@ class RawSession:
         params = {
             "protocolVersion": self.protocol_version,
             "capabilities": self.capabilities,
-            "clientInfo": {"name": "raw", "version": "1"},
+            "clientInfo": self.client_info,
         }
         exchange = await self.post(base, {"jsonrpc": "2.0", "id": 0, "method": "initialize", "params": params})
         self.session_id = exchange.headers.get("mcp-session-id")
