@@ -166,4 +166,4 @@ async def test_a_key_that_cannot_be_read_now_is_waited_for(scene: Scene, monkeyp
 
     monkeypatch.setattr(KeyRing, "open", unavailable)
     assert (await scene.session.call_tool(scene.node.url, "quick"))["content"][0]["text"] == "quick"
-    assert tries == 3
+    assert tries >= 3
