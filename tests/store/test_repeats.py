@@ -315,7 +315,10 @@ async def test_a_claim_that_is_found_later_brings_nothing_that_was_answered_mean
         note = request(session, None)
         await node.inbox.accept([request(session)])
         (claimed,) = await node.inbox.claim(session.ownership)
-        await node.inbox.put_back(session.ownership, [claimed.key])
+        eyes = await asyncpg.connect(database)
+        claim = await eyes.fetchval("select claim from pgmcp.requests")
+        await eyes.close()
+        await node.inbox.put_back(session.ownership, {claimed.key: claim})
         await node.inbox.accept([note])
         put = node.inbox._claims.put
 
