@@ -155,7 +155,7 @@ class Inbox(Protocol):
         ...
 
     async def end(self, session_id: str, principal: Principal) -> SessionKey:
-        """End the session for its client: every row of it is gone when this returns, and its id is spent.
+        """End the session for its client: every row of it is gone when this returns.
 
         Raises:
             SessionUnknown: as in ``find``.

@@ -404,24 +404,14 @@ where (s.owner = $1) is true and s.epoch = a.epoch and s.state = 'live';
 select id, epoch from {schema}.sessions where owner = $1 and state = 'live';
 
 -- name: end_session
--- fence: DELETE locks the row FOR UPDATE; the cascade then reads what is in flight with a snapshot of its own. The id is
--- spent: a first try of open_session that arrives only now makes no session that its client has ended.
-with gone as (
-    delete from {schema}.sessions where id = $1 returning session_id
-)
-insert into {schema}.spent_states (state, spender, expires_at)
-select sha256(convert_to(session_id, 'UTF8')), gen_random_uuid(), clock_timestamp() + interval '1 hour' from gone
-on conflict (state) do nothing;
+-- fence: DELETE locks the row FOR UPDATE; the cascade then reads what is in flight with a snapshot of its own.
+delete from {schema}.sessions where id = $1;
 
 -- name: end_owned_session
 -- fence: owner and epoch. A session that is not there any more has ended, perhaps by the first try of this statement.
 with held as materialized (
     select id, owner = $2 and epoch = $3 as own from {schema}.sessions where id = $1 for update
 ), ended as (
-    delete from {schema}.sessions s using held where s.id = held.id and held.own returning s.session_id
-), spent as (
-    insert into {schema}.spent_states (state, spender, expires_at)
-    select sha256(convert_to(session_id, 'UTF8')), gen_random_uuid(), clock_timestamp() + interval '1 hour' from ended
-    on conflict (state) do nothing
+    delete from {schema}.sessions s using held where s.id = held.id and held.own
 )
 select coalesce((select not own from held), false) as elsewhere;
