@@ -42,19 +42,17 @@ class Opening:
     async def open(self, new: NewSession) -> Ownership:
         """See ``Inbox.open_session``."""
         who, most, most_each = new.principal, self._settings.max_sessions, self._settings.max_sessions_per_caller
+        whose, tries = (new.transport, who.client_id, who.issuer, who.subject), 0
+
+        async def once() -> list[asyncpg.Record]:
+            nonlocal tries
+            tries += 1  # each spends those before it, which may arrive when the session has ended
+            what = (new.session_id, self._node, *whose, new.standalone, bound, most_each, tries)
+            return await self._database.fetch("open_session", *what)
+
         for _ in range(LOOKS):
-            row = await self._ask(
-                "open_session",
-                new.session_id,
-                self._node,
-                new.transport,
-                who.client_id,
-                who.issuer,
-                who.subject,
-                new.standalone,
-                None if self._have_places() else most,
-                most_each,
-            )
+            bound = None if self._have_places() else most
+            [row] = await self._database.retry(once, patience=self._settings.hold)
             if row["everybody"] is not None:
                 self._places, self._counted = most - row["everybody"], self._database.clock.boottime()
             if row["id"] is not None:
@@ -64,7 +62,7 @@ class Opening:
             if row["everybody"] is not None and row["everybody"] >= most:
                 raise self._full()
             # else a first try, whose reply was lost, was committing beside this one: the next look sees its row
-        message = "The session has ended already; open another one."
+        message = "The session was neither made nor found; open another one."
         raise PgmcpError(message)
 
     def _have_places(self) -> bool:

@@ -19,8 +19,10 @@ from pgmcp.types import (
     Cursor,
     Established,
     JournalEntry,
+    NewSession,
     NodeId,
     Ownership,
+    StreamId,
 )
 from tests.harness.proxy import Cut, Proxy, proxied
 from tests.harness.stores import IDS, Session, Store, answer, opened, outcome, request, store
@@ -181,6 +183,14 @@ async def forget_and_write(scene: Scene) -> None:
     await inbox.write_journal(own, JournalEntry("state", "k", b"two"), 3)
 
 
+async def open_session(scene: Scene) -> None:
+    """A session that its client has ended does not come back."""
+    new = NewSession(IDS.token(), ANONYMOUS, "streamable", StreamId(IDS.uuid()))
+    ownership = await scene.late("open_session", scene.node.inbox.open_session(new))
+    await scene.other.inbox.end(new.session_id, ANONYMOUS)
+    assert ownership not in await scene.node.inbox.owned()
+
+
 async def end_session(scene: Scene) -> None:
     await scene.late("end_session", scene.node.inbox.end(scene.session.session_id, ANONYMOUS))
     await opened(scene.other)
@@ -288,6 +298,7 @@ CASES: dict[str, list[Case]] = {
     "hand_over": [hand_over],
     "join": [join],
     "keep_claims": [keep_claims],
+    "open_session": [open_session],
     "publish": [publish],
     "put_back": [put_back],
     "release": [release],
@@ -312,7 +323,6 @@ HARMLESS: dict[str, str] = {
     "make_room": "only where there is no room: one more unused session makes some",
     "make_room_of_caller": "only where there is no room: one more unused session makes some",
     "note_maker": "it fills in what nobody has filled in",
-    "open_session": "the session that comes back is nobody's, and expires",
     "publish_and_notify": "it is sent once, on a connection of its own",
     "rename_cluster": "it is sent once, by an operator, in a transaction that holds the lock",
     "renew": "it is sent on one connection, in order; on the pool a late one prolongs a lease by a lease at most",

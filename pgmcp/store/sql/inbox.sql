@@ -1,7 +1,8 @@
 -- name: open_session
 -- The first owner creates a session with its standalone stream; a repeat finds its own row. $8 and $9 bound the sessions
 -- in all (null: that is far away) and those of one caller that has a name. Each term has epochs of its own: after a loss of
--- commits the key of a session may come up once more.
+-- commits the key of a session may come up once more. $10 numbers the tries: each spends those before it, which may
+-- still be on their way and must not bring a session back that its client has ended meanwhile.
 with counted as materialized (
     select case when $8::bigint is not null then (select count(*) from {schema}.sessions) end as everybody,
         case when $4::text is not null then (
@@ -15,9 +16,16 @@ with counted as materialized (
         (session_id, owner, transport, principal_client, principal_issuer, principal_subject, epoch)
     select $1, $2, $3, $4, $5, $6, coalesce((select 1000000 * h.term from {schema}.history h), 0) + 1
     from counted where coalesce(everybody < $8, true) and own < $9
-      and not exists (select from {schema}.spent_states where state = sha256(convert_to($1, 'UTF8')))  -- it has ended
+      and not exists (
+          select from {schema}.spent_states where state = sha256(convert_to($1::text || '/' || $10::integer, 'UTF8'))
+      )
     on conflict (session_id) do nothing
     returning id, epoch
+), spent as (
+    insert into {schema}.spent_states (state, spender, expires_at)
+    select sha256(convert_to($1::text || '/' || n, 'UTF8')), gen_random_uuid(), clock_timestamp() + interval '1 hour'
+    from generate_series(1, $10::integer - 1) n
+    on conflict (state) do nothing
 ), standalone as (
     insert into {schema}.streams (id, session, kind)
     select $7::uuid, id, 'standalone' from made
