@@ -83,14 +83,18 @@ class Settings(BaseSettings):
     max_in_flight: int = Field(100, gt=0, description="Requests of one session that may be unfinished.")
     max_streams: int = Field(100, gt=0, description="Streams of one session that may be open at once.")
     max_exchanges: int = Field(5_000, gt=0, description="Exchanges of 2026-07-28 that a node may have open.")
-    max_waiting_events: int = Field(256, gt=0, description="Standalone notifications that wait for a listener.")
+    max_waiting_events: int = Field(
+        256, gt=0, description="Standalone notifications that wait for a listener; 64 times as many while one is there."
+    )
     read_timeout: float = Field(30.0, gt=0, description="Seconds for which a client may take to send its body.")
     write_timeout: float = Field(
         30.0, gt=0, description="Seconds for which a client may take nothing of what it is sent."
     )
     idle_timeout: float = Field(1800.0, gt=0, description="Seconds after which an unused session ends.")
     max_age: float = Field(7 * 86400.0, gt=0, description="Seconds after which any session ends.")
-    retention: float = Field(300.0, gt=0, description="Seconds for which finished streams can be fetched again.")
+    retention: float = Field(
+        300.0, gt=0, description="Seconds for which what was finished or delivered can be fetched again."
+    )
     pool_size: int = Field(6, ge=3, le=64, description="Database connections besides the line.")
     keepalive: float = Field(15.0, gt=0, description="Seconds between comments on a silent stream.")
     retry_ms: int = Field(1000, gt=0, description="Milliseconds after which a client should reconnect a stream.")

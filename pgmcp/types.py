@@ -29,6 +29,10 @@ REPLACEMENTS, REPLACED_WITHIN = 3, 10.0
 """How often, within how many seconds, listeners may take a standalone stream from one that a living node carries."""
 
 
+CARRIED = 64
+"""Times as many standalone notifications may wait while a client listens: it takes them as fast as they are stored."""
+
+
 RESUMES = "2025-11-25"
 """The first revision whose clients know priming events, and come back when a connection ends before its stream."""
 
@@ -221,11 +225,15 @@ class Stand:
 
 @dataclass(frozen=True, slots=True)
 class Cursor:
-    """How far one edge has carried a stream."""
+    """How far one edge has carried a stream.
+
+    What is missing up to ``floor`` is no gap: the client asked for what waits, whatever that is.
+    """
 
     stream: StreamId
     sink_epoch: int
     after: int
+    floor: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +248,7 @@ class Event:
 class Page:
     """What a stream holds after a cursor.
 
-    ``attached`` is False when another edge carries the stream now, or what follows the cursor is gone;
+    ``attached`` is False when another edge carries the stream now, or some of what follows the cursor is gone;
     ``closed`` says that nothing will follow these events, ``more`` that another look finds others at once.
     """
 

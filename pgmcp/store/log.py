@@ -23,6 +23,7 @@ from pgmcp.store.database import Database
 from pgmcp.store.group import Group
 from pgmcp.store.inbox import facts_of
 from pgmcp.types import (
+    CARRIED,
     PAGE,
     PAGE_BYTES,
     REPLACED_WITHIN,
@@ -92,6 +93,7 @@ class TableLog:
             [entry.topic for entry in entries],
             self._settings.max_waiting_events,
             self._settings.use_precision,
+            self._settings.max_waiting_events * CARRIED,
         )
         for row, entry in zip(rows, entries, strict=True):
             if row["closed"] and row["sink"] == self._node and len(entry.message) <= LAST_BYTES:
@@ -123,6 +125,7 @@ class TableLog:
             self._node,
             PAGE,
             PAGE_BYTES,
+            [cursor.floor for cursor in cursors],
         )
         found: dict[int, list[asyncpg.Record]] = {}
         for row in rows:

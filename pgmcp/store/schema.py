@@ -7,7 +7,10 @@ Invariants:
 - ``nodes`` has no index on its times, and room in its pages: renewals stay heap-only.
 - ``requests.position`` comes from one sequence; a message whose 202 was sent before another was accepted
   has the smaller position, which is the order in which an owner takes messages.
-- An event with a topic may give way while it waits: to a newer one of the same topic, or when too many wait.
+- An event with a topic may give way while it waits: to a newer one of the same topic, which is no loss, or when too
+  many wait. What is lost that way, or to retention, lies at or below its stream's ``floor_seq``.
+- Age counts from delivery: ``streams.released_at`` is when a client last let go of the stream, and up to ``marked_seq``
+  a standalone stream was delivered at ``marked_at`` or before.
 - ``node_states`` follows ``nodes`` by triggers and changes only with a node's state: renewals leave a version of the
   node's row each second, which the message path must not walk while a snapshot holds them.
 - ``publications.xact`` and ``requests.xact`` are the transaction that wrote the row: with a snapshot they tell which
@@ -54,7 +57,7 @@ XACT = text("(pg_current_xact_id()::text)::bigint")
 TIME = DateTime(timezone=True)
 
 VERSION_TABLE = "alembic_version"
-OLDEST = "0012"
+OLDEST = "0013"
 """The oldest revision with everything that this build's statements use."""
 
 VIEWS = ("live_nodes", "live_sessions", "live_requests", "live_streams", "takeover_history")
@@ -166,6 +169,9 @@ streams = Table(
     Column("closed_at", TIME),
     Column("created_at", TIME, nullable=False, server_default=NOW),
     Column("replaced_at", ARRAY(TIME)),
+    Column("released_at", TIME),
+    Column("marked_seq", BigInteger, nullable=False, server_default=text("0")),
+    Column("marked_at", TIME),
     CheckConstraint("kind in ('request', 'standalone')", name="kind"),
     Index("streams_session_idx", "session"),
     Index("streams_closed_at_idx", "closed_at", postgresql_where=text("closed_at is not null")),
@@ -182,6 +188,7 @@ events = Table(
     Column("topic", Text),
     Column("stored_at", TIME, nullable=False, server_default=NOW),
     PrimaryKeyConstraint("stream", "seq"),
+    Index("events_topic_idx", "stream", "topic", "seq", postgresql_where=text("topic is not null")),
 )
 
 requests = Table(

@@ -61,6 +61,7 @@ class Exchange:
         tail: the ear on the stream.
         sink_epoch: this exchange's turn as the stream's sink.
         after: the last event that the client has.
+        floor: up to which number a client that named no event misses nothing.
         kind: a standalone stream may be idle for long, and what was written to it counts as delivered.
         priming: whether the client's revision knows priming events (2025-11-25).
         notes_all: whether each step along a standalone stream is noted before it is made.
@@ -75,6 +76,7 @@ class Exchange:
         after: int,
         kind: StreamKind,
         *,
+        floor: int,
         log: Log,
         lease: Lease,
         settings: Settings,
@@ -88,7 +90,7 @@ class Exchange:
         self._tail, self._kind = tail, kind
         self._carried = after
         self._poll = settings.poll if kind is StreamKind.REQUEST else settings.idle_poll
-        self._pages = Pages(tail, sink_epoch, after, log, clock, min(settings.poll, settings.keepalive))
+        self._pages = Pages(tail, sink_epoch, after, floor, log, clock, min(settings.poll, settings.keepalive))
         self._log, self._lease, self._settings, self._clock = log, lease, settings, clock
         self._connection = connection
         self._priming, self._notes_all, self._headers = priming, notes_all, headers

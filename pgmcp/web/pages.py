@@ -18,19 +18,22 @@ class Pages:
         tail: the ear on the stream.
         sink_epoch: the reader's turn as the stream's sink.
         after: the last event that is known already.
+        floor: up to which number nothing is missed: the client named no event.
         patience: seconds for which a page may be read before ``next`` returns without it.
     """
 
-    def __init__(self, tail: Tail, sink_epoch: int, after: int, log: Log, clock: Clock, patience: float) -> None:
+    def __init__(
+        self, tail: Tail, sink_epoch: int, after: int, floor: int, log: Log, clock: Clock, patience: float
+    ) -> None:
         self._tail, self._sink_epoch, self._log, self._clock = tail, sink_epoch, log, clock
-        self._patience = patience
+        self._patience, self._floor = patience, floor
         self._reading: asyncio.Task[Page] | None = None
         self.after = after
         """The last event that was read."""
 
     def cursor(self, after: int) -> Cursor:
         """This reader at a place of the stream."""
-        return Cursor(self._tail.stream, self._sink_epoch, after)
+        return Cursor(self._tail.stream, self._sink_epoch, after, self._floor)
 
     async def next(self, seconds: float, *, look: bool) -> Page | None:
         """What comes next in the stream; None when nothing does within ``seconds``.

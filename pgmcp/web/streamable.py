@@ -48,8 +48,9 @@ async def _get(edge: Edge, call: Call) -> None:
     if not isinstance(attached, Attachment):
         await call.respond(204)
         return
-    if after is None:
-        after = attached.delivered_seq
+    floor = 0
+    if after is None:  # it wants what waits, and what had to give way does not
+        after, floor = attached.delivered_seq, attached.floor_seq
     with edge.tails.subscribe(attached.stream) as tail:
         facts = attached.facts
         exchange = edge.exchange(
@@ -61,11 +62,12 @@ async def _get(edge: Edge, call: Call) -> None:
             affinity=edge.affinity(call, facts.living_owner),
             sink_epoch=attached.sink_epoch,
             after=after,
+            floor=floor,
             kind=attached.kind,
         )
         try:
-            if after < attached.floor_seq or (attached.closed and after >= attached.next_seq - 1):
-                await call.respond(204)  # pruned, or finished and delivered: an empty 200 would make clients loop
+            if max(after, floor) < attached.floor_seq or (attached.closed and after >= attached.next_seq - 1):
+                await call.respond(204)  # not whole, or finished and delivered: an empty 200 would make clients loop
             else:
                 await exchange.stream(look=True)
         finally:

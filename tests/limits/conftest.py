@@ -31,6 +31,7 @@ class Talker:
         server.tool()(self.flood)
         server.tool()(self.large)
         server.tool()(self.update)
+        server.tool()(self.burst)
         server.tool()(self.change)
         server.tool()(self.note)
         server.tool()(self.ask)
@@ -60,6 +61,11 @@ class Talker:
         """Say on the standalone stream that resources have changed."""
         for uri in uris:
             await ctx.session.send_resource_updated(uri)
+        return "updated"
+
+    async def burst(self, uris: list[str], ctx: Context) -> str:
+        """The same, all at once."""
+        await asyncio.gather(*(ctx.session.send_resource_updated(uri) for uri in uris))
         return "updated"
 
     async def change(self, count: int, ctx: Context) -> str:

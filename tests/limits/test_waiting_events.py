@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from pgmcp.types import CARRIED
 from tests.harness.clients import RawExchange, RawSession
 from tests.harness.cluster import cluster, eventually, tables_of
 
@@ -101,6 +102,96 @@ async def test_only_so_many_wait_and_the_newest_stay(database, talker, edge):
             await session.answer(base, question, {"roots": [{"uri": "file:///x"}]})
         for n, exchange in enumerate(asking):
             assert (await exchange.response(f"r{n}"))["result"]["content"][0]["text"] == "1"
+
+
+@both
+async def test_a_listener_that_reads_gets_all_of_a_burst(database, talker, edge):
+    """What waits is what it has not got yet, however much that is for a moment."""
+    uris = [f"a://{number}" for number in range(1000)]
+    async with cluster(database, talker, 2) as nodes, tables_of(database) as tables, RawSession() as session:
+        await session.open(nodes[0].url)
+        listening = await session.get(nodes[1].url)
+        call = asyncio.create_task(session.call_tool(nodes[edge].url, "burst", 30, uris=uris))
+        got = [(await listening.message("notifications/resources/updated", 30))["params"]["uri"] for _ in uris]
+        await call
+        assert got == uris
+        assert await tables.value("select floor_seq from pgmcp.streams where kind = 'standalone'") == 0
+
+
+@both
+async def test_a_client_is_told_that_some_had_to_give_way(database, talker, edge):
+    """With the id of an event: 204. Without one it asks for what waits, and gets that, also after another cut."""
+    most = 20
+    async with cluster(database, talker, 2, max_waiting_events=most) as nodes, RawSession() as session:
+        gone = lambda: sum(len(node.incarnation.tails) for node in nodes) == 0  # noqa: E731
+        await session.open(nodes[0].url)
+        base, other = nodes[edge].url, nodes[1 - edge].url
+        listening = await session.get(base)
+        await session.call_tool(base, "note", first=0, count=2)
+        for _ in range(2):
+            await listening.message("notifications/message")
+        first, last = listening.seen[0].id, listening.last_event_id
+        await listening.close()
+        await eventually(gone, "it has gone")
+        # what gives way to a newer one of its kind leaves no gap
+        await session.call_tool(base, "update", uris=["a://1"] * (2 * most))
+        resumed = await session.get(other, first)
+        assert said(await all_of(resumed), "notifications/message", "data") == ["0", "1"]
+        assert len(said(resumed.messages, "notifications/resources/updated", "uri")) == 1
+        await resumed.close()
+        await eventually(gone, "it has gone")
+        for turn in range(2):
+            await session.call_tool(base, "note", first=100 * turn, count=50)
+            for cursor in (first, last):
+                assert (await session.get(other, cursor)).status == 204
+                await eventually(gone, "it has let go")  # else the next one takes the stream from it
+            fresh = await session.get(other)
+            wanted = [str(number) for number in range(100 * turn + 50 - most, 100 * turn + 50)]
+            assert said(await all_of(fresh), "notifications/message", "data") == wanted
+            await fresh.close()
+            await eventually(gone, "it has gone")
+            onward = await session.get(base, fresh.last_event_id)
+            assert onward.status == 200
+            await onward.close()
+            await eventually(gone, "it has gone")
+
+
+@both
+async def test_a_listener_that_falls_behind_too_far_notices(database, talker, edge):
+    """While it is attached much more may wait; beyond that its stream ends, and it is told when it comes back."""
+    async with cluster(database, talker, 2, max_waiting_events=1) as nodes, RawSession() as session:
+        await session.open(nodes[0].url)
+        listening = await session.get(nodes[edge].url)
+        primed = (await listening.next()).id
+        log = nodes[edge].incarnation.log
+        read, turn = log.read, asyncio.Event()
+
+        async def slow(cursor):
+            await turn.wait()
+            return await read(cursor)
+
+        log.read = slow
+        await session.call_tool(nodes[1 - edge].url, "note", first=0, count=CARRIED)
+        turn.set()
+        got = [(await listening.message("notifications/message"))["params"]["data"] for _ in range(CARRIED)]
+        assert got == [str(number) for number in range(CARRIED)]
+        behind, taken = listening.last_event_id, len(listening.messages)
+        turn.clear()
+        # one read may be on its way; what it takes is not lost
+        await session.call_tool(nodes[1 - edge].url, "note", first=100, count=3 * CARRIED)
+        turn.set()
+        await listening.rest()
+        assert listening.error is None
+        missed = said(listening.messages[taken:], "notifications/message", "data")
+        assert missed == [str(number) for number in range(100, 100 + len(missed))]
+        assert len(missed) < CARRIED
+        for cursor in (primed, behind):
+            await eventually(lambda: not any(len(node.incarnation.tails) for node in nodes), "it has gone")
+            assert (await session.get(nodes[1 - edge].url, cursor)).status == 204
+        await eventually(lambda: not any(len(node.incarnation.tails) for node in nodes), "it has gone")
+        fresh = said(await all_of(await session.get(nodes[1 - edge].url)), "notifications/message", "data")
+        assert fresh[-1] == str(100 + 3 * CARRIED - 1)
+        assert len(fresh) <= CARRIED + 1
 
 
 async def test_a_question_that_was_taken_back_takes_no_place_of_another(database, talker):

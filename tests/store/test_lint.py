@@ -31,8 +31,10 @@ EXPAND = frozenset({"ban-drop-not-null"})
 SMALL = {
     "0005": frozenset({"constraint-missing-not-valid", "disallowed-unique-constraint"}),
     "0012": frozenset({"require-concurrent-index-creation"}),
+    "0013": frozenset({"require-concurrent-index-creation"}),
 }
-"""What is done to tables of few rows (``secrets``, ``sessions``), where an index takes no time."""
+"""What is done to tables of few rows (``secrets``, ``sessions``), or to the few of ``events`` with a topic: an index
+takes no time there."""
 
 
 def allowed(revision: str) -> frozenset[str]:

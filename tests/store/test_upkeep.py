@@ -212,18 +212,23 @@ async def test_what_an_attached_reader_has_not_got_stays(
         reader,
     )
     await hand.execute(
-        "insert into pgmcp.events (stream, seq, message, stored_at) "
-        "select $1, n, '', now() - interval '1 hour' from generate_series(1, 5) n",
+        "insert into pgmcp.events (stream, seq, message) select $1, n, '' from generate_series(1, 5) n",
         session.standalone,
     )
     await hand.execute(
         "update pgmcp.streams set sink = $2, next_seq = 6, delivered_seq = 3 where id = $1", session.standalone, reader
     )
     await Upkeep(node.database, IDS).prune()
+    assert await hand.fetchval("select count(*) from pgmcp.events") == 5, "they have only a mark"
+    await hand.execute("update pgmcp.streams set marked_at = marked_at - interval '1 hour'")
+    await Upkeep(node.database, IDS).prune()
     assert [row["sink"] for row in await hand.fetch("select sink from pgmcp.streams")] == [reader] * 2
     assert [row["seq"] for row in await hand.fetch("select seq from pgmcp.events order by seq")] == [4, 5]
     assert await hand.fetchval("select floor_seq from pgmcp.streams where id = $1", session.standalone) == 3
     await hand.execute("update pgmcp.streams set sink = null, delivered_seq = next_seq - 1")
+    for _ in range(2):
+        await Upkeep(node.database, IDS).prune()
+        await hand.execute("update pgmcp.streams set marked_at = marked_at - interval '1 hour'")
     await Upkeep(node.database, IDS).prune()
     assert [await hand.fetchval(STREAMS), await hand.fetchval("select count(*) from pgmcp.events")] == [0, 0]
 
@@ -234,18 +239,80 @@ async def test_busy_standalone_streams_do_not_stand_before_others(hand: asyncpg.
         """
         insert into pgmcp.sessions (session_id, owner, transport)
             select 's' || n, gen_random_uuid(), 'streamable' from generate_series(1, 700) n;
-        insert into pgmcp.streams (id, session, kind, next_seq, delivered_seq)
-            select ('00000000-0000-0000-0000-' || lpad(id::text, 12, '0'))::uuid, id, 'standalone', 3, 2
+        insert into pgmcp.streams (id, session, kind, next_seq, delivered_seq, marked_seq, marked_at)
+            select ('00000000-0000-0000-0000-' || lpad(id::text, 12, '0'))::uuid, id, 'standalone', 3, 2, 1,
+                now() - case when id > (select max(id) - 100 from pgmcp.sessions)
+                    then interval '1 hour' else interval '0' end
             from pgmcp.sessions;
-        insert into pgmcp.events (stream, seq, message, stored_at)
-            select id, n, '', now() - case when session > (select max(id) - 100 from pgmcp.sessions) and n = 1
-                then interval '1 hour' else interval '0' end
-            from pgmcp.streams, generate_series(1, 2) n;
+        insert into pgmcp.events (stream, seq, message) select id, n, '' from pgmcp.streams, generate_series(1, 2) n;
         """
     )
     await Upkeep(node.database, IDS).prune()
     assert await hand.fetchval("select count(*) from pgmcp.events") == 1300
     assert await hand.fetchval("select count(*) from pgmcp.streams where floor_seq = 1") == 100
+    assert await hand.fetchval("select count(*) from pgmcp.streams where marked_seq = 2") == 100
+
+
+async def test_marks_and_batches_come_to_an_end(hand: asyncpg.Connection, node: Store) -> None:
+    """More streams and more events than a batch: each stream's events go once, below its floor, and so do its marks."""
+    await hand.execute(
+        """
+        insert into pgmcp.sessions (session_id, owner, transport)
+            select 's' || n, gen_random_uuid(), 'streamable' from generate_series(1, 600) n;
+        insert into pgmcp.streams (id, session, kind, next_seq, delivered_seq)
+            select gen_random_uuid(), id, 'standalone', 8, 7 from pgmcp.sessions;
+        insert into pgmcp.events (stream, seq, message) select id, n, '' from pgmcp.streams, generate_series(1, 7) n;
+        """
+    )
+    marks = "select count(*) from pgmcp.streams where marked_seq = 7 and marked_at is not null"
+    await Upkeep(node.database, IDS).prune()
+    assert [await hand.fetchval(marks), await hand.fetchval("select count(*) from pgmcp.events")] == [600, 4200]
+    before = "select min(marked_at) from pgmcp.streams"
+    first = await hand.fetchval(before)
+    await Upkeep(node.database, IDS).prune()
+    assert await hand.fetchval(before) == first, "a mark stays until it is old"
+    await hand.execute("update pgmcp.streams set marked_at = marked_at - interval '1 hour'")
+    await Upkeep(node.database, IDS).prune()
+    assert [await hand.fetchval(marks), await hand.fetchval("select count(*) from pgmcp.events")] == [0, 0]
+    assert await hand.fetchval("select count(*) from pgmcp.streams where floor_seq = 7") == 600
+    assert await node.database.ask("prune_standalone", RETENTION, 500) == [], "what has no events is left alone"
+
+
+async def test_a_batch_that_ends_within_a_stream_leaves_its_rest(hand: asyncpg.Connection, node: Store) -> None:
+    session = await opened(node)
+    await hand.execute(
+        "insert into pgmcp.events (stream, seq, message) select $1, n, '' from generate_series(1, 25) n",
+        session.standalone,
+    )
+    await hand.execute("update pgmcp.streams set next_seq = 26, delivered_seq = 24")
+    assert len(await node.database.ask("prune_standalone", RETENTION, 10)) == 1
+    await hand.execute("update pgmcp.streams set delivered_seq = 25, marked_at = marked_at - interval '1 hour'")
+    for floor, mark in ((10, 24), (20, 24), (24, 25)):
+        await node.database.ask("prune_standalone", RETENTION, 10)
+        row = await hand.fetchrow("select floor_seq, marked_seq from pgmcp.streams where kind = 'standalone'")
+        assert tuple(row) == (floor, mark)
+    assert [row["seq"] for row in await hand.fetch("select seq from pgmcp.events")] == [25]
+
+
+async def test_what_a_dead_node_carried_can_be_had_elsewhere_for_the_whole_retention(
+    hand: asyncpg.Connection, node: Store, session: Session
+) -> None:
+    """A client read slowly, or came late; then its node died."""
+    await hand.execute(OLD_STREAMS, session.key, 1)
+    await hand.execute(
+        "insert into pgmcp.nodes (node_id, name, address, state, expires_at, version, schema_revision, capacity) "
+        "values (gen_random_uuid(), 'n', '', 'dead', now(), '', '', 1)"
+    )
+    await hand.execute(
+        "update pgmcp.streams set sink = (select node_id from pgmcp.nodes where state = 'dead'), "
+        "closed_at = now() - interval '5 minutes' where kind = 'request'"
+    )
+    await Upkeep(node.database, IDS).prune()
+    assert await hand.fetchval(STREAMS) == 1
+    assert await hand.fetchval("select count(*) from pgmcp.streams where sink is not null") == 0
+    await hand.execute("update pgmcp.streams set released_at = released_at - interval '61 seconds'")
+    await Upkeep(node.database, IDS).prune()
+    assert await hand.fetchval(STREAMS) == 0
 
 
 async def test_a_long_stream_goes_piece_by_piece_below_its_floor(

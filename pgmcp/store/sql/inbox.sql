@@ -127,10 +127,11 @@ with guard as materialized (
     for key share of s
 ), counted as materialized (
     select h.*, u.requests, u.messages, u.unfinished, pg_current_snapshot()::text as horizon,
-        -- answers that wait on an HTTP+SSE stream that nobody carries
+        -- answers that wait on an HTTP+SSE stream that nobody carries, as far as they matter
         (
-            select count(*) from {schema}.streams st join {schema}.events e
-                on e.stream = st.id and e.seq > st.delivered_seq
+            select count(*) from {schema}.streams st cross join lateral (
+                select from {schema}.events e where e.stream = st.id and e.seq > st.delivered_seq limit $14::bigint
+            ) e
             where h.transport = 'sse' and st.session = h.id and st.kind = 'standalone' and st.sink is null
         ) as unread
     from held h

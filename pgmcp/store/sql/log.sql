@@ -2,8 +2,9 @@
 -- fence: owner and epoch on the sessions row, FOR KEY SHARE, in id order; then the streams' rows in id order.
 -- An entry is stored only where its stream stands at the expected number; an answer only together with the
 -- compare-and-set that finishes its request (whose claim a crash of PostgreSQL may have forgotten). A repeat finds its own events and reports them as stored. An event with a
--- topic replaces a waiting one of the same topic; $10 of them may wait. A request that ends was use of its session until now,
--- noted once in $11 seconds. "is true" keeps the planner from reading every
+-- topic replaces a waiting one of the same topic, which is no loss. Only the last $10 numbers of events with a topic may
+-- wait, $12 while somebody carries the stream: what is cut lies below the floor then, so that a reader is told. A request
+-- that ends was use of its session until now, noted once in $11 seconds. "is true" keeps the planner from reading every
 -- session of the owner.
 with guard as materialized (
     select set_config('lock_timeout', '250ms', true)
@@ -20,13 +21,16 @@ with guard as materialized (
 ), fit as materialized (
     select a.* from asked a join held h on h.id = a.session and h.epoch = a.epoch
 ), locked as materialized (
-    select st.id, st.session, st.kind, st.next_seq, st.delivered_seq, st.sink, st.sink_epoch, st.closed
+    select st.id, st.session, st.kind, st.next_seq, st.delivered_seq, st.floor_seq, st.sink, st.sink_epoch, st.closed
     from {schema}.streams st
     where st.id = any(array(select f.stream from fit f))
     order by st.id::text collate "C"  -- as by id, but no reason to read the index of ids from end to end
     for no key update of st
 ), moving as materialized (
-    select f.stream, l.kind, l.delivered_seq, max(f.seq) + 1 as beyond
+    select f.stream, l.kind, l.delivered_seq, max(f.seq) + 1 as beyond,
+        -- numbers that may be cut: beyond what was delivered or cut before, and of this term (numbers jump)
+        greatest(l.delivered_seq, l.floor_seq, (max(f.seq) + 1) / 1000000 * 1000000 - 1) as cut_after,
+        max(f.seq) + 1 - case when l.sink is null then $10::bigint else $12::bigint end as cut_before
     from fit f
     join locked l on l.id = f.stream and l.session = f.session and not l.closed
     left join lateral (
@@ -35,7 +39,7 @@ with guard as materialized (
         where r.id = f.finishes and coalesce(r.claimed_epoch, f.epoch) = f.epoch and (r.finished_at is null) is true
         limit 1
     ) q on true
-    group by f.stream, l.kind, l.delivered_seq, l.next_seq
+    group by f.stream, l.kind, l.delivered_seq, l.floor_seq, l.sink, l.next_seq
     having min(f.seq) = l.next_seq
        and max(f.seq) - min(f.seq) + 1 = count(*)
        and count(q.id) = count(f.finishes)
@@ -54,9 +58,25 @@ with guard as materialized (
     for no key update of s skip locked
 ), noted as (
     update {schema}.sessions s set last_active_at = clock_timestamp() from used where s.id = used.id
+), topics as materialized (
+    select distinct f.stream, f.topic, m.delivered_seq
+    from fit f join moving m on m.stream = f.stream
+    where m.kind = 'standalone' and f.topic is not null
+), replaced as (
+    delete from {schema}.events e
+    using topics t
+    where e.stream = any(array[t.stream]) and e.topic = any(array[t.topic]) and e.seq > t.delivered_seq
+), cut as (
+    delete from {schema}.events e
+    using moving m
+    where m.kind = 'standalone' and e.stream = any(array[m.stream]) and e.seq > m.cut_after and e.seq < m.cut_before
+      and (e.topic is null) is false  -- in this form no index by topic serves, which would lead through all that is kept
+      and not exists (select from topics t where t.stream = e.stream and t.topic = e.topic)
+    returning e.stream, e.seq
 ), moved as (
     update {schema}.streams st
     set next_seq = m.beyond,
+        floor_seq = greatest(st.floor_seq, (select max(cut.seq) from cut where cut.stream = m.stream)),
         unfinished = greatest(st.unfinished - d.finished, 0),
         closed = m.kind = 'request' and st.unfinished = d.finished,
         closed_at = case when m.kind = 'request' and st.unfinished = d.finished then clock_timestamp() end
@@ -68,13 +88,6 @@ with guard as materialized (
     insert into {schema}.events (stream, seq, message, topic)
     select f.stream, f.seq, f.message, f.topic from fit f join moving m on m.stream = f.stream
     order by f.stream, f.seq
-), outdated as (
-    delete from {schema}.events e
-    using moving m
-    where m.kind = 'standalone' and e.stream = any(array[m.stream]) and e.topic is not null
-      and (e.seq < m.beyond - $10::bigint and e.seq >= m.beyond / 1000000 * 1000000  -- of this term: numbers jump
-           or (e.seq > m.delivered_seq
-               and e.topic in (select f.topic from fit f where f.stream = m.stream)))
 )
 select
     f.n is null as fenced,
@@ -90,12 +103,14 @@ order by a.n;
 
 -- name: read_streams
 -- What each stream holds after the reader's cursor, while the reader is still its sink and nothing after its cursor was
--- pruned.
+-- pruned or cut that it does not know of ($7).
 select a.n, st.closed, st.next_seq, e.seq, e.message
-from unnest($1::uuid[], $2::bigint[], $3::bigint[]) with ordinality as a (stream, sink_epoch, after, n)
+from unnest($1::uuid[], $2::bigint[], $3::bigint[], $7::bigint[])
+    with ordinality as a (stream, sink_epoch, after, floor, n)
 cross join lateral (
     select t.closed, t.next_seq from {schema}.streams t
-    where t.id = a.stream and t.sink = $4 and t.sink_epoch = a.sink_epoch and t.floor_seq <= a.after
+    where t.id = a.stream and t.sink = $4 and t.sink_epoch = a.sink_epoch
+      and t.floor_seq <= greatest(a.after, a.floor)
     offset 0
 ) st
 left join lateral (
@@ -221,7 +236,9 @@ with guard as materialized (
     where s.id = used.id and s.id in (select l.session from locked l where not l.keeps)
 )
 update {schema}.streams st
-set delivered_seq = greatest(st.delivered_seq, l.delivered), sink = case when l.keeps then st.sink end
+set delivered_seq = greatest(st.delivered_seq, least(l.delivered, l.next_seq - 1)),  -- clients may name any event
+    sink = case when l.keeps then st.sink end,
+    released_at = case when l.keeps then st.released_at else clock_timestamp() end
 from locked l
 where st.id = any(array[l.id])
 returning st.id;
@@ -254,7 +271,7 @@ with guard as materialized (
 ), noted as (
     update {schema}.sessions s set last_active_at = clock_timestamp() from used where s.id = used.id
 ), dropped as (
-    update {schema}.streams st set sink = null, sink_epoch = st.sink_epoch + 1
+    update {schema}.streams st set sink = null, sink_epoch = st.sink_epoch + 1, released_at = clock_timestamp()
     from target where st.id = target.id and st.sink_epoch = $5::bigint
 )
 select id as stream from target;

@@ -47,21 +47,24 @@ with gone as materialized (
     order by st.id
     for no key update of st skip locked
 ), dropped as (
-    update {schema}.streams st set sink = null from locked where st.id = locked.id
+    update {schema}.streams st set sink = null, released_at = clock_timestamp()
+    from locked where st.id = locked.id
 ), noted as (
     update {schema}.sessions s set last_active_at = clock_timestamp() where s.id in (select session from locked)
 )
 select 1 from locked;
 
 -- name: prune_streams
--- Not older than $2 seconds: what a sweep has left nothing of is not walked again while a snapshot holds its dead versions.
--- With their events, as long as those are few. Somebody may read slowly: then a stream stays, but a sink that was never let
--- go keeps nothing for ever.
+-- With their events, as long as those are few. Age counts from the end, or from when a client last let go: one that breaks
+-- off comes back. Somebody may read slowly: then a stream stays. But neither keeps anything for ever.
 delete from {schema}.streams
 where id in (
     select id from {schema}.streams
     where closed_at < statement_timestamp() - make_interval(secs => $1)
-      and (sink is null or closed_at < statement_timestamp() - make_interval(secs => 10 * $1))
+      and (
+          sink is null and coalesce(released_at, closed_at) < statement_timestamp() - make_interval(secs => $1)
+          or closed_at < statement_timestamp() - make_interval(secs => 10 * $1)
+      )
       and closed_at >= statement_timestamp() - make_interval(secs => $2)
       and next_seq - floor_seq <= 101
     order by closed_at
@@ -76,7 +79,10 @@ returning 1;
 with long as materialized (
     select st.id from {schema}.streams st
     where st.closed_at < statement_timestamp() - make_interval(secs => $1)
-      and (st.sink is null or st.closed_at < statement_timestamp() - make_interval(secs => 10 * $1))
+      and (
+          st.sink is null and coalesce(st.released_at, st.closed_at) < statement_timestamp() - make_interval(secs => $1)
+          or st.closed_at < statement_timestamp() - make_interval(secs => 10 * $1)
+      )
       and st.closed_at >= statement_timestamp() - make_interval(secs => $2)
       and st.next_seq - st.floor_seq > 101
     order by st.closed_at
@@ -109,32 +115,44 @@ where id in (
 returning 1;
 
 -- name: prune_standalone
--- Only streams whose first event is old are looked into: others must not stand before them in every batch.
-with floors as materialized (
-    select st.id, st.delivered_seq
+-- Age counts from delivery. A sweep that finds events delivered sets a mark behind them; when the mark is old enough, what
+-- lies before it goes, and the next mark is set. So an event stays for one to two times $1 after its delivery was noted.
+with due as materialized (
+    select st.id, st.delivered_seq, st.marked_seq, st.marked_at
     from {schema}.streams st
-    where st.kind = 'standalone' and st.floor_seq < st.delivered_seq
-      and (select e.stored_at from {schema}.events e where e.stream = st.id order by e.seq limit 1)
-          < clock_timestamp() - make_interval(secs => $1)
+    where st.kind = 'standalone'
+      and (
+          st.marked_at is null and st.marked_seq < st.delivered_seq
+          or st.marked_at < clock_timestamp() - make_interval(secs => $1)
+      )
     order by st.id
     limit $2
     for no key update of st skip locked
 ), old as materialized (
     select e.stream, e.seq
-    from floors f
-    join {schema}.events e on e.stream = f.id and e.seq <= f.delivered_seq
-    where e.stored_at < clock_timestamp() - make_interval(secs => $1)
+    from due d
+    join {schema}.events e on e.stream = d.id and e.seq <= d.marked_seq
+    where d.marked_at is not null
     order by e.stream, e.seq
     limit $2
 ), gone as (
     delete from {schema}.events e using old where e.stream = old.stream and e.seq = old.seq
-), moved as (
+), over as (
+    -- those of which nothing is left before the mark
+    select d.* from due d
+    where (select count(*) from old) < $2 or d.id < (select old.stream from old order by old.stream desc limit 1)
+), pruned as (
     update {schema}.streams st
-    set floor_seq = greatest(st.floor_seq, o.floor)
-    from (select stream, max(seq) as floor from old group by stream) o
-    where st.id = o.stream
+    set floor_seq = greatest(st.floor_seq, (select max(old.seq) from old where old.stream = st.id)),
+        marked_seq = case when o.id is null then st.marked_seq else o.delivered_seq end,
+        marked_at = case
+            when o.id is null then st.marked_at
+            when o.marked_seq < o.delivered_seq then clock_timestamp()
+        end
+    from due d left join over o on o.id = d.id
+    where st.id = d.id
 )
-select 1 from old;
+select 1 from due union all select 1 from old;
 
 -- name: prune_nodes
 -- Rows of nodes that are over are kept for people: the last 25, for a week at most; and while they own sessions.

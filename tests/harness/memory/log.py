@@ -6,6 +6,7 @@ import math
 
 from pgmcp.errors import Fenced, OutOfStep, SessionBusy, SessionUnknown, StreamTaken
 from pgmcp.types import (
+    CARRIED,
     PAGE,
     PAGE_BYTES,
     REPLACED_WITHIN,
@@ -76,11 +77,15 @@ class MemoryLog:
         return row
 
     def _make_room(self, stream: StreamRow, entry: Entry) -> None:
-        most = self._cluster.settings.max_waiting_events
-        for seq, (_, topic) in list(stream.events.items()):
-            outdated = topic == entry.topic and seq > stream.delivered_seq
-            if topic is not None and (outdated or seq <= entry.seq - most):
+        most = self._cluster.settings.max_waiting_events * (1 if stream.sink is None else CARRIED)
+        waiting = [seq for seq, (_, topic) in stream.events.items() if topic is not None and seq > stream.delivered_seq]
+        for seq in waiting:
+            replaced = stream.events[seq][1] == entry.topic
+            cut = seq <= entry.seq - most
+            if replaced or cut:
                 del stream.events[seq]
+            if cut and not replaced:
+                stream.floor_seq = max(stream.floor_seq, seq)
 
     async def read(self, cursor: Cursor) -> Page:
         settings = self._cluster.settings
@@ -88,7 +93,7 @@ class MemoryLog:
 
     def _read(self, cursor: Cursor) -> Page:
         stream = self._carried(cursor)
-        if stream is None:
+        if stream is None or stream.floor_seq > max(cursor.after, cursor.floor):
             return Page(attached=False, closed=False)
         found: list[Event] = []
         size = 0
@@ -177,7 +182,7 @@ class MemoryLog:
             for row in self._cluster.requests_of(stream.session):
                 if row.message.stream == stream.id:
                     row.open = False
-        stream.delivered_seq = max(stream.delivered_seq, cursor.after)
+        stream.delivered_seq = max(stream.delivered_seq, min(cursor.after, stream.next_seq - 1))
         if not keep:
             stream.sink = None
         return True
