@@ -30,8 +30,9 @@ from pgmcp.clock import Clock, Ids
 from pgmcp.errors import Fenced, PgmcpError
 from pgmcp.ports import Inbox, Log
 from pgmcp.session.adapter import Adapter, Incoming, Kind, Outgoing
+from pgmcp.session.bounds import gives_way, too_many_subscriptions
 from pgmcp.session.caller import Caller
-from pgmcp.session.calls import Call, Over, Stream, repeats
+from pgmcp.session.calls import Call, Over, Stream
 from pgmcp.session.journal import handshake, journal_entries
 from pgmcp.session.news import News
 from pgmcp.session.questions import Questions, dump
@@ -57,7 +58,7 @@ from pgmcp.types import (
 logger = logging.getLogger(__name__)
 
 REQUEST_CANCELLED = -32800
-INTERNAL_ERROR = -32603
+INTERNAL_ERROR, INVALID_REQUEST = -32603, -32600
 STOP = 2.0
 """Seconds that a stopped server session may take to unwind."""
 
@@ -227,9 +228,10 @@ class Actor:
         stream = self._register(claimed, rpc_id, claimed.stream, can_ask=caller.can_ask)
         if self._early_cancels.take(rpc_id):
             await self._cancelled(rpc_id)
-            return
-        self._queue.put_nowait(
-            Incoming(
+        elif refusal := too_many_subscriptions(self._calls[rpc_id], self.news.subscribed, self._calls.values()):
+            await self._refuse(rpc_id, INVALID_REQUEST, refusal, Outcome.ANSWERED)
+        else:
+            incoming = Incoming(
                 claimed.body,
                 caller.context,
                 can_ask=caller.can_ask,
@@ -237,7 +239,7 @@ class Actor:
                 close_stream=None if claimed.stream is None else self._closer(stream.id),
                 close_standalone=None if claimed.stream is None else self._closer(None),  # HTTP+SSE cannot resume
             )
-        )
+            self._queue.put_nowait(incoming)
 
     def _register(self, claimed: Claimed, rpc_id: str, stream_id: StreamId | None, *, can_ask: bool) -> Stream:
         stream = self._standalone if stream_id is None else self._streams[stream_id]  # HTTP+SSE has but one
@@ -282,7 +284,7 @@ class Actor:
         stream = self._standalone
         if outgoing.related is not None:
             call = self._calls.get(outgoing.related)
-            if call is None or not call.can_ask or repeats(call, outgoing):
+            if call is None or not call.can_ask or gives_way(call, outgoing, self._clock.boottime()):
                 return  # answered already, or answered by plain JSON: there is nowhere to say it
             stream = call.stream
         message: bytes | None = outgoing.message

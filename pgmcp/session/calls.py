@@ -20,11 +20,17 @@ class Over(StrEnum):
 
 @dataclass(slots=True)
 class Stream:
-    """A stream as its owner knows it: the number of its next event, and how many of its requests are unfinished."""
+    """A stream as its owner knows it: the number of its next event, and how many of its requests are unfinished.
+
+    ``said`` are the notifications of its requests that were kept, their bytes, and when the last was.
+    """
 
     id: StreamId
     next_seq: int
     unfinished: int = 0
+    said: int = 0
+    said_bytes: int = 0
+    said_at: float = float("-inf")
 
 
 @dataclass(slots=True)

@@ -45,6 +45,11 @@ class News:
         self._waiting: dict[Publication, None] = {}
         self._telling: asyncio.Task[None] | None = None
 
+    @property
+    def subscribed(self) -> Collection[str]:
+        """The keys of the subscriptions in the journal."""
+        return self._subscribed.keys()
+
     def begin(self) -> None:
         """The handshake is over."""
         self._begun = True
