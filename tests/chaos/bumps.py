@@ -99,14 +99,14 @@ class Client:
             self._tries += 1
             try:
                 with self._balancer.node(self._draw) as url:
-                    async with asyncio.timeout(patience if last else None):
-                        sent = self._session.get(url, last) if last else self._session.post(url, body)
-                        exchange = await sent
-                    async with exchange:
+                    # not by a cancel: one that comes just when the connection is made would leave that open
+                    self._session._http.timeout = httpx.Timeout(10, read=patience if last else None)
+                    sent = self._session.get(url, last) if last else self._session.post(url, body)
+                    async with await sent as exchange:
                         if (answer := await self._read(exchange, name, patience)) is not None:
                             return answer
                         last = exchange.last_event_id or last
-            except (httpx.HTTPError, TimeoutError):
+            except httpx.HTTPError:
                 pass
             await asyncio.sleep(self._draw.uniform(0, PAUSE))
 
