@@ -90,6 +90,14 @@ class Lease(Service):
             return 0.0
         return max(0.0, self._clock.boottime() - self._trusted_until)
 
+    def database_time(self, moment: float) -> float | None:
+        """The database's time at a moment of this node's clock, never earlier than it was; None before any renewal.
+
+        A renewal's answer was given after the renewal began, so it is at most as late as that makes it.
+        """
+        start, database_time = self._last
+        return None if self._trusted_until is None else database_time + moment - start
+
     async def start(self) -> None:
         """Renew for the first time.
 

@@ -158,6 +158,7 @@ class TableInbox:
             [floor.low for floor in floors.values()],
             [floor.texts[0] for floor in floors.values()],
             [floor.texts[1] for floor in floors.values()],
+            [message.arrived for message in flat],
         )
         for session_id, row in {m.session_id: r for m, r in zip(flat, rows, strict=True) if r["horizon"]}.items():
             seen = Floor.of(row["horizon"], row["unfinished"] or ())

@@ -226,6 +226,13 @@ requests = Table(
         "requests_finished_at_idx", "finished_at", postgresql_where=text("stream is null and finished_at is not null")
     ),
     Index("requests_open_rpc_id", "session", "rpc_id", unique=True, postgresql_where=text("open")),
+    Index(
+        "requests_rpc_id_idx",
+        text("(session + 0)"),
+        "rpc_id",
+        "position",
+        postgresql_where=text("rpc_id is not null"),
+    ),
     postgresql_with={"fillfactor": "70"},
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from dataclasses import dataclass
 
 from mcp.server.auth.middleware.bearer_auth import AuthenticatedUser, authorization_context
@@ -25,6 +26,8 @@ class Call:
 
     request: Request
     connection: Connection
+    arrived: float = math.inf
+    """When the request had come, by the node's clock; infinite where nobody asks."""
 
     def header(self, name: str) -> str:
         """A header's value without blanks around it (not every HTTP parser strips them); empty when it is missing."""

@@ -18,6 +18,7 @@ import termios
 from collections.abc import Callable
 from contextlib import suppress
 from fcntl import ioctl
+from socket import IPPROTO_TCP, TCP_INFO
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -31,6 +32,12 @@ LOOKS = 4
 """How often within a client's patience it is looked whether it has taken something."""
 
 _KEY = "pgmcp.connection"
+
+_LAST_DATA_RECEIVED = 52
+"""Where Linux's struct tcp_info says how many milliseconds ago the last data came (tcpi_last_data_recv)."""
+
+_TICK = 0.02
+"""Seconds by which the kernel's count may be off."""
 
 
 class Connection:
@@ -104,6 +111,21 @@ class Connection:
             (queued,) = struct.unpack("i", ioctl(socket.fileno(), termios.TIOCOUTQ, b"\0\0\0\0"))
             return int(self._buffered + queued)
         return None
+
+    @property
+    def silent(self) -> float:
+        """Seconds since the kernel last got anything from the client, never more than it was; 0 where it does not tell.
+
+        What is sent to a process that stands still lies in the kernel until it goes on.
+        """
+        if self._transport is None:
+            return 0.0
+        with suppress(OSError, AttributeError, struct.error):
+            socket = self._transport.get_extra_info("socket")
+            told = socket.getsockopt(IPPROTO_TCP, TCP_INFO, _LAST_DATA_RECEIVED + 4)
+            (milliseconds,) = struct.unpack_from("I", told, _LAST_DATA_RECEIVED)
+            return max(0.0, milliseconds / 1000 - _TICK)
+        return 0.0
 
     def drop(self) -> None:
         """Give up a client that does not read."""

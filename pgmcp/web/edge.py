@@ -104,6 +104,7 @@ class Edge:
             DuplicateRequest: an unfinished request has the same id, and this is no repeat of its POST.
             DatabaseUnavailable: it could not be committed within the hold.
         """
+        arrived = self.lease.database_time(call.arrived)
         caller = Caller(self.adapter.describe(call.request.scope), can_ask=self.settings.response != "json").pack()
         principal, messages = call.principal, []
         for message in post.messages:
@@ -120,6 +121,7 @@ class Edge:
                     context=self.box.seal(caller, place(session_id, key)),
                     stream=stream if message.rpc_id is not None or post.batch else None,  # so that a repeat is known
                     transport=transport,
+                    arrived=arrived,
                 )
             )
         accepted = await self.inbox.accept(messages)

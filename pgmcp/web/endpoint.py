@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from uuid import UUID
 
 from mcp.server.transport_security import TransportSecurityMiddleware
@@ -118,6 +119,7 @@ class Endpoint(Front):
     async def take(self, call: Call, body: bytes) -> None:
         """See ``Front.take``."""
         edge = self._edge()
+        call = replace(call, arrived=edge.clock.boottime() - call.connection.silent)
         if not await edge.lease.trusted_within(self._settings.hold):
             message = "This node has lost touch with the cluster; try again or ask another one."
             raise NodeNotReady(message)

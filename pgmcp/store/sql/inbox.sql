@@ -116,9 +116,10 @@ with guard as materialized (
     select *
     from unnest(
         $1::uuid[], $2::text[], $3::text[], $4::text[], $5::text[], $6::text[], $7::text[], $8::text[],
-        $9::bytea[], $10::bytea[], $11::uuid[], $15::bigint[], $16::text[]
+        $9::bytea[], $10::bytea[], $11::uuid[], $15::bigint[], $16::text[], $21::float8[]
     ) with ordinality
-        as a (id, session_id, client, issuer, subject, rpc_id, method, name, body, context, stream, post, transport, n)
+        as a (id, session_id, client, issuer, subject, rpc_id, method, name, body, context, stream, post, transport,
+            arrived, n)
 ), held as materialized (
     select s.*
     from guard, {schema}.sessions s
@@ -175,8 +176,22 @@ with guard as materialized (
         r.finished_at is not null as finished, st.sink is not null as attached
     from mine m
     cross join lateral (  -- one by one: a join of another kind would read all that is over
-        select q.id, q.stream, q.body, q.finished_at from {schema}.requests q
-        where q.session = m.session and q.rpc_id = m.rpc_id and q.open
+        (
+            select q.id, q.stream, q.body, q.finished_at from {schema}.requests q
+            where q.session = m.session and q.rpc_id = m.rpc_id and q.open
+            limit 1
+        )
+        union all
+        -- whoever gives an id to another request has the answer of the last one: what came before that was stored ($21)
+        -- is the same request, held up on its way here
+        select q.id, q.stream, q.body, q.finished_at
+        from (
+            select l.* from {schema}.requests l
+            where l.session + 0 = m.session and l.rpc_id = m.rpc_id
+            order by l.position desc
+            limit 1
+        ) q
+        where not q.open and q.finished_at > to_timestamp(m.arrived) and q.body = m.body
         limit 1
     ) r
     left join lateral (select t.sink from {schema}.streams t where t.id = r.stream offset 0) st on true

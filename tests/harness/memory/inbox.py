@@ -166,7 +166,9 @@ class MemoryInbox:
         bodies = sorted(message.body for message in messages)
         for message in messages:
             for row in rows:
-                if message.rpc_id is None or not row.open or row.message.rpc_id != message.rpc_id:
+                if message.rpc_id is None or row.message.rpc_id != message.rpc_id:
+                    continue
+                if not row.open and not self._held_up(row, rows, message):
                     continue
                 stream = row.message.stream
                 carried = self._cluster.streams.get(stream) if stream else None
@@ -176,6 +178,11 @@ class MemoryInbox:
                 whole = same and (stream is None or post == bodies)
                 found.append(Known(row.key, stream, same, row.finished, attached, whole))
         return found if len({each.stream for each in found}) < 2 else [replace(each, whole=False) for each in found]
+
+    def _held_up(self, row: RequestRow, rows: list[RequestRow], message: Message) -> bool:
+        newest = max(other.position for other in rows if other.message.rpc_id == message.rpc_id)
+        came_before = message.arrived is not None and row.finished_at > message.arrived
+        return row.position == newest and row.finished and came_before and row.message.body == message.body
 
     def _excess(self, session: SessionRow, rows: list[RequestRow], messages: Sequence[Message]) -> bool:
         most = self._cluster.settings.max_in_flight

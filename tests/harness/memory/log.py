@@ -58,6 +58,7 @@ class MemoryLog:
         stream.next_seq += 1
         if finished is not None:
             finished.outcome, finished.open = entry.outcome, stream.kind is StreamKind.REQUEST
+            finished.finished_at = self._cluster.now()
             stream.unfinished = max(stream.unfinished - 1, 0)
             stream.closed = stream.kind is StreamKind.REQUEST and stream.unfinished == 0
         self._cluster.stored(self._node, "append", entry.ownership)

@@ -87,6 +87,7 @@ class RequestRow:
     claimed_epoch: int | None = None
     runs: int = 0
     outcome: Outcome | None = None
+    finished_at: float = 0.0
 
     @property
     def key(self) -> RequestKey:
