@@ -154,8 +154,8 @@ class Message:
     """One client message on its way into the inbox.
 
     ``rpc_id`` is the JSON text of the request's id, so that ``1`` and ``"1"`` stay apart;
-    None for notifications and responses. ``context`` is sealed (see ``SecretBox``). ``arrived`` is when its POST came, in
-    the database's time (seconds since 1970) and never earlier than it was; None if that is not known.
+    None for notifications and responses. ``context`` is sealed (see ``SecretBox``). ``arrived`` is when its POST came,
+    in the database's time (seconds since 1970) and never earlier than it was; None if that is not known.
     """
 
     key: RequestKey

@@ -124,7 +124,7 @@ class Connection:
             socket = self._transport.get_extra_info("socket")
             told = socket.getsockopt(IPPROTO_TCP, TCP_INFO, _LAST_DATA_RECEIVED + 4)
             (milliseconds,) = struct.unpack_from("I", told, _LAST_DATA_RECEIVED)
-            return max(0.0, milliseconds / 1000 - _TICK)
+            return max(0.0, int(milliseconds) / 1000 - _TICK)
         return 0.0
 
     def drop(self) -> None:

@@ -1,4 +1,4 @@
-"""A POST that was held up on its way, while its client repeated it elsewhere and has its answer, runs no second time."""
+"""A POST that is held up while its client repeats it elsewhere, and has the answer, runs no second time."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ async def test_a_post_that_its_node_held_runs_no_second_time(database, ledger, t
         accepts = far.incarnation.inbox._accepts
         proxy.black_hole = True
         given_up = asyncio.create_task(session.post(far.url, RUN))
-        await eventually(lambda: accepts._runner, "the far node holds the POST")
+        await eventually(lambda: accepts._runner is not None, "the far node holds the POST")
         given_up.cancel()
         exchange = await session.post(near.url, RUN)
         await exchange.response(7, CALL)
@@ -62,7 +62,7 @@ async def test_what_was_sent_to_a_frozen_node_came_before_it_thawed():
         assert (await client.post(url, content=b"1")).status_code == 204
         reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
         writer.write(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 1\r\n\r\n1")  # goes to the kernel at once
-        time.sleep(BLOCKED)  # nobody here reads it meanwhile
+        time.sleep(BLOCKED)  # noqa: ASYNC251 - nobody here reads it meanwhile
         assert b"204" in await reader.readline()
         writer.close()
     assert told[0] < BLOCKED / 2
