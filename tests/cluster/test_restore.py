@@ -147,7 +147,8 @@ async def test_a_new_build_with_another_name_goes_on(database: str, caplog: pyte
     caplog.set_level("INFO", "pgmcp")
     names = iter(["one", "two"])
     memory = Memory(hooks=False)
-    async with two(database, lambda: memory.server(next(names))) as (nodes, _), RawSession() as session:
+    served = lambda: memory.server(next(names))  # noqa: E731
+    async with two(database, served, cluster="counters") as (nodes, _), RawSession() as session:
         await session.open(nodes[0].url)
         await nodes[0].leave()
         assert (await counted(session, nodes[1].url))["restored"]
