@@ -142,7 +142,8 @@ async def test_wake_ups_that_bring_nothing_are_no_use(database, talker):
         await age(tables, HOUR + LATER)
         incarnation = nodes[0].incarnation
         [resident] = incarnation.host._residents.values()
-        for look in (lambda: incarnation._hear(Wake(everything=True)), incarnation._on_line_open):
+        looks = (lambda: incarnation._hear(Wake(everything=True)), lambda: incarnation._on_line_open(crashed=False))
+        for look in looks:
             look()
             await eventually(lambda: not resident.taking, "it has looked")
         await incarnation.host.poll()
