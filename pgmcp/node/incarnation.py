@@ -264,6 +264,7 @@ class Incarnation(Service):
 
     def _on_line_open(self, *, crashed: bool) -> None:
         if crashed:
+            self.inbox.look_anew()
             self.herald.look(gap=True)  # its horizon names transactions by ids that may have been given out anew
         self._rereading.begin()
 

@@ -12,6 +12,9 @@ found by ``id = any(array[...])`` or in a ``lateral (... offset 0)``, and condit
 other words.
 
 Invariant: a floor says only what was *visible*. What was visible and still matters is remembered beside it, by its id.
+
+Failure handling: a crash forgets transactions that nobody waited for (claims), and PostgreSQL gives their ids out anew.
+Floors are worth nothing then, and are cleared when the line is open again (a term has floors of its own).
 """
 
 from __future__ import annotations
@@ -70,9 +73,10 @@ class Floors(Generic[Key]):
         return self._floors.get(key, BOTTOM)
 
     def rise(self, key: Key, before: Floor, floor: Floor) -> None:
-        """A look from ``before`` has ended; nothing changes when that was forgotten meanwhile."""
-        if self._floors.pop(key, BOTTOM) is not before:
+        """A look from ``before`` has ended; nothing changes when that was forgotten or replaced meanwhile."""
+        if self.of(key) is not before:
             return
+        self._floors.pop(key, None)
         if len(self._floors) >= MOST:
             del self._floors[next(iter(self._floors))]
         self._floors[key] = floor
@@ -80,3 +84,7 @@ class Floors(Generic[Key]):
     def forget(self, key: Key) -> None:
         """Something below the floor may matter again: the next look begins at the bottom."""
         self._floors.pop(key, None)
+
+    def clear(self) -> None:
+        """The ids of transactions mean something else now: each next look begins at the bottom."""
+        self._floors.clear()

@@ -242,6 +242,11 @@ class TableInbox:
         self._seen.rise(term, floor, Floor.of(rows[0]["horizon"], known))
         return rows
 
+    def look_anew(self) -> None:
+        """PostgreSQL may have crashed: floors name transactions by ids that may have been given out anew."""
+        for floors in (self._counted, self._taken, self._seen):
+            floors.clear()
+
     async def _forget_unheard(self) -> None:
         """Forget the claims that gave up of sessions that have ended, or are others' by now."""
         unheard = list(self._unheard)

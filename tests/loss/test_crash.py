@@ -17,7 +17,7 @@ from pgmcp.clock import Clock, Ids
 from pgmcp.settings import Settings
 from pgmcp.store.database import Database
 from pgmcp.store.line import Line
-from pgmcp.types import NodeId
+from pgmcp.types import NodeId, Ownership
 from tests.harness.clients import RawSession
 from tests.harness.cluster import eventually, tables_of
 from tests.harness.servers import Server
@@ -77,6 +77,35 @@ async def test_a_claim_that_a_crash_forgets_is_known_to_its_owner(primary):
             if lost:
                 return
         raise AssertionError("no claim was lost")
+
+
+async def test_a_request_that_gets_the_id_of_a_forgotten_transaction_is_answered(primary):
+    """A crash forgets claims, their transactions' ids are given out anew, and where they were nobody would look again."""
+    truth = Truth()
+    async with two_nodes(primary.url(), truth) as nodes, RawSession() as session:
+        await session.open(nodes[0].url)
+        host, inbox = nodes[0].incarnation.host, nodes[0].incarnation.inbox
+        [ownership] = await inbox.owned()
+        for turn in range(TRIES):
+            for _ in range(100):
+                assert await inbox.claim(ownership) == []
+            await inbox.unclaimed()
+            given_out = inbox._seen.of(0).low - 20
+            host.unsettled = True  # no poll comes between the crash and the request
+            primary.crash()
+            primary.start(wait=False)
+            await eventually(lambda: primary.state == "ready", "PostgreSQL is back", 20)
+            await eventually(lambda: all(node.incarnation.line.up for node in nodes), "the lines are open again")
+            async with tables_of(primary.url()) as tables:
+                below = await tables.value("select pg_current_xact_id()::text::bigint")
+                call = asyncio.create_task(session.call_tool(nodes[1].url, "run", text=f"after {turn}"))
+                stored = "select exists (select from pgmcp.requests where xact > $1 and rpc_id is not null)"
+                await eventually(lambda below=below: tables.value(stored, below), "the request is stored")
+            host.unsettled = False
+            await call
+            if below < given_out:
+                return
+        raise AssertionError("no transaction's id was given out anew")
 
 
 async def test_what_a_dead_owner_may_have_claimed_is_not_run_again(primary, cluster, truth):

@@ -104,3 +104,11 @@ def test_a_look_that_ends_after_its_floor_was_forgotten_raises_nothing() -> None
     floors.forget("a")
     floors.rise("a", before, Floor(9))
     assert floors.of("a") is BOTTOM
+
+
+def test_of_two_looks_from_one_floor_the_first_to_end_counts() -> None:
+    floors: Floors[str] = Floors()
+    before = floors.of("a")
+    floors.rise("a", before, Floor(5))
+    floors.rise("a", before, Floor(9))
+    assert floors.of("a") == Floor(5), "and the next look does not begin at the bottom"
