@@ -17,7 +17,7 @@ from pgmcp.clock import Clock, Ids
 from pgmcp.settings import Settings
 from pgmcp.store.database import Database
 from pgmcp.store.line import Line
-from pgmcp.types import NodeId, Ownership
+from pgmcp.types import NodeId
 from tests.harness.clients import RawSession
 from tests.harness.cluster import eventually, tables_of
 from tests.harness.servers import Server
@@ -80,7 +80,7 @@ async def test_a_claim_that_a_crash_forgets_is_known_to_its_owner(primary):
 
 
 async def test_a_request_that_gets_the_id_of_a_forgotten_transaction_is_answered(primary):
-    """A crash forgets claims, their transactions' ids are given out anew, and where they were nobody would look again."""
+    """A crash forgets claims; the ids of their transactions are given out anew, where nobody would look again."""
     truth = Truth()
     async with two_nodes(primary.url(), truth) as nodes, RawSession() as session:
         await session.open(nodes[0].url)
@@ -99,8 +99,8 @@ async def test_a_request_that_gets_the_id_of_a_forgotten_transaction_is_answered
             async with tables_of(primary.url()) as tables:
                 below = await tables.value("select pg_current_xact_id()::text::bigint")
                 call = asyncio.create_task(session.call_tool(nodes[1].url, "run", text=f"after {turn}"))
-                stored = "select exists (select from pgmcp.requests where xact > $1 and rpc_id is not null)"
-                await eventually(lambda below=below: tables.value(stored, below), "the request is stored")
+                stored = f"select exists (select from pgmcp.requests where xact > {below} and rpc_id is not null)"
+                await eventually(lambda stored=stored: tables.value(stored), "the request is stored")
             host.unsettled = False
             await call
             if below < given_out:
