@@ -58,7 +58,7 @@ class Connection:
         self.started = False
         """Whether anything was sent."""
         self.gone = False
-        """Whether the connection was dropped."""
+        """Whether the connection was dropped, or lost."""
 
     async def send(self, message: Message) -> None:
         """Send to a client that reads; one that does not is dropped."""
@@ -79,6 +79,8 @@ class Connection:
             await self._pass({"type": "http.response.body", "body": b"", "more_body": True})
 
     async def _pass(self, message: Message) -> None:
+        if self._transport is not None and self._transport.is_closing():
+            self.gone = True  # the HTTP server tells only the last exchange of a connection that it is lost
         if self.gone:
             return
         watch = _Watch(self, lambda: True)

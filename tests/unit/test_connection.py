@@ -33,6 +33,9 @@ class Transport:
     def abort(self) -> None:
         self.aborted = True
 
+    def is_closing(self) -> bool:
+        return self.aborted
+
 
 class Cycle:
     """An exchange of uvicorn's, whose client takes what a test lets it take."""
