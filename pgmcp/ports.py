@@ -219,6 +219,14 @@ class Log(Protocol):
         """
         ...
 
+    async def carried(self) -> set[tuple[StreamId, int]]:
+        """The streams whose sink this node is, each with the epoch of that.
+
+        Raises:
+            DatabaseUnavailable: not now.
+        """
+        ...
+
     async def drop_sink(self, ownership: Ownership, stream: StreamId | None) -> tuple[StreamId, NodeId | None] | None:
         """Take the stream from its sink without closing it; the stream and the sink that lost it."""
         ...

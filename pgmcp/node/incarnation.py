@@ -43,6 +43,7 @@ from pgmcp.types import VERSION, Change, NodeId, NodeRecord, NodeState, Publicat
 from pgmcp.web.admission import Admission
 from pgmcp.web.edge import Edge
 from pgmcp.web.tails import Tails
+from pgmcp.web.uncarried import Uncarried
 
 logger = logging.getLogger(__name__)
 
@@ -154,6 +155,7 @@ class Incarnation(Service):
             self.host, takeovers, clock, waiting=lambda: self.tails.patient + busy(), told=self.wakeups.handed
         )
         self._rereading = Rereading(self.host, self.tails, self.herald, self.takeover, clock, ids)
+        uncarried = Uncarried(self.log, self.tails, clock, settings.statement_timeout)
         self._membership: dict[str, Service] = {
             "the line": self.line,
             "the lease": self.lease,
@@ -169,6 +171,7 @@ class Incarnation(Service):
             "the look while deaf": self._rounds(settings.poll, self._look_while_deaf),
             "the look for publications": self._rounds(settings.poll, self.herald.poll),
             "the survey": self._rounds(settings.idle_poll, self.host.survey),
+            "the look at streams": self._rounds(settings.idle_poll, uncarried.let_go),
             "the retention": self._rounds(EVERY, self._sweep),
             "the look at the schema": self._rounds(settings.idle_poll, self._look_at_schema),
         }

@@ -190,6 +190,11 @@ class TableLog:
         held = {row["id"] for row in rows}
         return [cursor.stream in held for cursor, _ in notes]
 
+    async def carried(self) -> set[tuple[StreamId, int]]:
+        """See ``Log.carried``."""
+        rows = await self._database.ask("carried_streams", self._node)
+        return {(StreamId(row["id"]), row["sink_epoch"]) for row in rows}
+
     async def drop_sink(self, ownership: Ownership, stream: StreamId | None) -> tuple[StreamId, NodeId | None] | None:
         """See ``Log.drop_sink``."""
         # The sink is read first: a repeat after a lost reply could not name it any more.

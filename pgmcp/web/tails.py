@@ -63,6 +63,10 @@ class Tails:
                 del self._by_stream[stream]
             self._leave_session(tail)
 
+    def hears(self, stream: StreamId) -> bool:
+        """Whether an exchange here carries, or is about to carry, a stream."""
+        return stream in self._by_stream
+
     def belongs(self, tail: Tail, session: SessionKey) -> None:
         """Note which session the stream of a tail is of, when that is known."""
         self._leave_session(tail)

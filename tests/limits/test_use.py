@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
+from pgmcp.errors import DatabaseUnavailable
 from pgmcp.store.upkeep import Upkeep
-from pgmcp.types import Wake
+from pgmcp.types import ANONYMOUS, Wake
 from tests.harness.clients import RawSession
 from tests.harness.cluster import RunningNode, Tables, cluster, eventually, tables_of
 
@@ -128,6 +131,40 @@ async def test_a_stream_whose_edge_has_crashed_was_use_until_that_is_noticed(dat
         await upkeep(nodes[1]).prune()
         await has_the_whole_time(tables, nodes, seconds)
         await stream.close()
+
+
+@pytest.mark.parametrize("how", ["never", "late"])
+async def test_a_stream_that_nobody_carries_is_let_go_by_its_node(database, talker, monkeypatch, how):
+    """The database was away for longer than the hold when it was let go; or it became the sink when nobody waited."""
+    async with (
+        cluster(database, talker, 2, idle_timeout=HOUR, idle_poll=0.2, statement_timeout=1) as nodes,
+        tables_of(database) as tables,
+        RawSession() as session,
+    ):
+        await session.open(nodes[0].url)
+        log = nodes[1].incarnation.log
+        if how == "late":
+            await log.attach(session.session_id, ANONYMOUS, None)
+        else:
+            stream = await session.get(nodes[1].url)
+            with monkeypatch.context() as patch:
+                lost = asyncio.Event()
+
+                async def away(cursor, *, keep=False):
+                    lost.set()
+                    raise DatabaseUnavailable
+
+                patch.setattr(log, "release", away)
+                await stream.close()
+                await lost.wait()
+        other = await session.request(nodes[1].url, "tools/call", {"name": "hold", "arguments": {}})
+        await age(tables, 2 * HOUR)
+        free = "select not exists (select from pgmcp.streams where sink is not null and kind = 'standalone')"
+        await eventually(lambda: tables.value(free), "the stream is free")
+        assert await tables.value("select count(*) from pgmcp.streams where sink is not null") == 1
+        talker.release.set()
+        await other.rest()
+        await has_the_whole_time(tables, nodes)
 
 
 async def test_wake_ups_that_bring_nothing_are_no_use(database, talker):

@@ -119,6 +119,16 @@ async def test_a_stream_that_is_not_there_gives_the_facts_only(scene: Scene) -> 
         assert facts.owner == scene.owner.node
 
 
+async def test_a_node_is_told_which_streams_are_its_own(scene: Scene) -> None:
+    assert await scene.edge.log.carried() == {(scene.stream, 1)}
+    assert await scene.owner.log.carried() == set()
+    attachment = await scene.attach(scene.owner)
+    assert await scene.edge.log.carried() == set()
+    assert await scene.owner.log.carried() == {(scene.stream, attachment.sink_epoch)}
+    await scene.owner.log.release(Cursor(scene.stream, attachment.sink_epoch, 0))
+    assert await scene.owner.log.carried() == set()
+
+
 async def test_the_standalone_stream_is_found_without_its_id(scene: Scene) -> None:
     entry = Entry(scene.session.ownership, scene.session.standalone, 1, b"news")
     assert await scene.owner.log.append(entry) is None

@@ -243,6 +243,9 @@ from locked l
 where st.id = any(array[l.id])
 returning st.id;
 
+-- name: carried_streams
+select id, sink_epoch from {schema}.streams where sink = $1;
+
 -- name: sink_of
 select sink, sink_epoch from {schema}.streams st
 where st.session = $1 and (($2::uuid is null and st.kind = 'standalone') or st.id = $2);

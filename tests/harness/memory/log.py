@@ -188,6 +188,13 @@ class MemoryLog:
             stream.sink = None
         return True
 
+    async def carried(self) -> set[tuple[StreamId, int]]:
+        def work() -> set[tuple[StreamId, int]]:
+            streams = self._cluster.streams.values()
+            return {(row.id, row.sink_epoch) for row in streams if row.sink == self._node}
+
+        return await self._wire.persist("carried_streams", work)
+
     async def drop_sink(self, ownership: Ownership, stream: StreamId | None) -> tuple[StreamId, NodeId | None] | None:
         def target() -> StreamRow | None:
             cluster = self._cluster

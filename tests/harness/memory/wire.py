@@ -17,6 +17,7 @@ Result = TypeVar("Result")
 
 UNFLUSHED = {
     "claim",
+    "carried_streams",
     "claimed_requests",
     "find_session",
     "inherited_requests",
