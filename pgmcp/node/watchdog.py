@@ -90,7 +90,7 @@ class Watchdog:
         frame = sys._current_frames().get(self._watched)  # noqa: SLF001 - the one way to another thread's stack
         if frame is not None:
             self._reported = True
-            logger.error(
+            logger.warning(
                 "the event loop has been blocked for %.1f s (%d times so far): nothing else of this node runs "
                 "meanwhile, and after some seconds the others declare it dead. Let what blocks run in a thread "
                 "(asyncio.to_thread), or make the tool a plain def. It stands here:\n%s",

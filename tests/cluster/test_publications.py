@@ -344,7 +344,10 @@ async def test_a_low_level_server_publishes_to_the_bus_that_it_holds(database: s
     before: list[ServerEvent] = []
     bus.subscribe(before.append)
     low = Server("low", on_subscriptions_listen=ListenHandler(bus))
-    async with running_node(database, low, "low", Clock()), running_node(database, server(), "n", Clock()) as other:
+    async with (
+        running_node(database, low, "low", Clock(), cluster="both"),
+        running_node(database, server(), "n", Clock(), cluster="both") as other,
+    ):
         ear = Ear(other)
         await bus.publish(ResourceUpdated(uri="a://low"))
         await Cluster(database).publish(ToolsListChanged())
@@ -358,8 +361,8 @@ async def test_a_bus_of_the_cluster_is_used_outside_of_handlers(database: str) -
     bus = PostgresSubscriptionBus()
     made = MCPServer("own", subscriptions=bus)
     async with (
-        running_node(database, made, "own", Clock(), poll=60),
-        running_node(database, server(), "n", Clock(), poll=60) as other,
+        running_node(database, made, "own", Clock(), poll=60, cluster="both"),
+        running_node(database, server(), "n", Clock(), poll=60, cluster="both") as other,
     ):
         ear = Ear(other)
         await bus.publish(ToolsListChanged())

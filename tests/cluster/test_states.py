@@ -186,7 +186,7 @@ async def test_keys_that_a_server_brings_are_kept_and_the_log_says_so(database, 
 @pytest.mark.parametrize("names", [("one", "another"), ("", "")])
 async def test_the_audience_is_the_same_on_all_nodes(database, names):
     waiting = iter(names)
-    async with cluster(database, lambda: rounds(name=next(waiting)), 2) as nodes, Modern() as client:
+    async with cluster(database, lambda: rounds(name=next(waiting)), 2, cluster="rounds") as nodes, Modern() as client:
         assert sums_up(await play(client, itertools.cycle([node.url for node in nodes]), 5), 5)
 
 

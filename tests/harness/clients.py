@@ -256,6 +256,7 @@ class RawSession:
         self._ids = itertools.count(1)
         self._exchanges: list[RawExchange] = []
         self._http = httpx.AsyncClient(
+            verify=False,  # no TLS here, and reading the system's certificates takes longer than a call
             headers=dict(headers or {}),
             timeout=httpx.Timeout(10, read=None),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=20),
