@@ -179,7 +179,7 @@ async def test_the_bus_is_used_outside_of_handlers(database: str, tmp_path: Path
     clock = load(f"{tmp_path / 'clock.py'}:mcp")
     module: Any = sys.modules.pop("clock")
     servers = iter([clock, MCPServer("other")])
-    async with cluster(database, lambda: next(servers), 2) as nodes, Modern() as client:
+    async with cluster(database, lambda: next(servers), 2, cluster="both") as nodes, Modern() as client:
         wanted = {"notifications": {"toolsListChanged": True}}
         stream = await client.request(nodes[1].url, "subscriptions/listen", wanted)
         await stream.message("notifications/subscriptions/acknowledged")
