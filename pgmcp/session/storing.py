@@ -6,7 +6,8 @@ Invariants:
 - At most ``EVENTS`` events and ``BYTES`` bytes of a session wait for the database. Whoever says more waits before his
   event has a number, and may give up there. Answers do not wait: there is one for each request in flight at most.
 
-Failure handling: a refusal is reported once, to ``refused``, which mutes the actor.
+Failure handling: a refusal is reported once, to ``refused``, which mutes the actor. When a term begins, an event may
+overtake those before it, which get their numbers anew: it waits for them and is sent once more.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from itertools import takewhile
 
-from pgmcp.errors import PgmcpError
+from pgmcp.errors import OutOfStep, PgmcpError
 from pgmcp.ports import Log
 from pgmcp.session.calls import Stream
 from pgmcp.session.right import Right
@@ -50,7 +52,7 @@ class Storing:
     ) -> None:
         self._writing, self._right, self._log = writing, right, log
         self._heard, self._refused = heard, refused
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[asyncio.Task[None], Unsaid] = {}
         self._turn, self._less = asyncio.Lock(), asyncio.Event()
 
     async def room(self) -> None:
@@ -75,14 +77,14 @@ class Storing:
         """Give an event its number and store it; done when it is stored, or never will be."""
         unsaid = self._writing.begin(stream, message, finishes, outcome, topic)
         task = asyncio.create_task(self._store(unsaid))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks[task] = unsaid
+        task.add_done_callback(self._tasks.pop)
         return task
 
     async def _store(self, unsaid: Unsaid) -> None:
         stored = False
         try:
-            sink = await self._right.insist(lambda: self._append(unsaid))
+            sink = await self._right.insist(lambda: self._in_turn(unsaid))
             stored = True
         except PgmcpError as error:
             self._refused(error)
@@ -92,6 +94,15 @@ class Storing:
             self._less.set()
         if sink is not None:
             self._heard(sink, unsaid.stream.id)
+
+    async def _in_turn(self, unsaid: Unsaid) -> NodeId | None:
+        try:
+            return await self._append(unsaid)
+        except OutOfStep:
+            before = takewhile(lambda each: each[1] is not unsaid, self._tasks.items())
+            if waiting := [task for task, each in before if each.stream is unsaid.stream]:
+                await asyncio.wait(waiting)
+            return await self._append(unsaid)
 
     async def _append(self, unsaid: Unsaid) -> NodeId | None:
         if unsaid.stored:

@@ -12,7 +12,11 @@ import asyncpg
 import pytest
 
 from pgmcp.clock import Clock
-from pgmcp.errors import DatabaseUnavailable, Fenced, OutOfStep
+from pgmcp.errors import DatabaseUnavailable, Fenced, OutOfStep, PgmcpError
+from pgmcp.session.calls import Stream
+from pgmcp.session.right import Right
+from pgmcp.session.storing import Storing
+from pgmcp.session.writing import Writing
 from pgmcp.settings import Settings
 from pgmcp.store import history
 from pgmcp.store.database import Database
@@ -290,3 +294,32 @@ async def test_a_role_that_may_not_look_works_without(database, hand, caplog):
         assert caplog.text.count("will not be noticed") == 1
     finally:
         await hand.execute(f"drop owned by {name}; drop role {name}")
+
+
+async def test_what_is_said_in_a_new_term_waits_for_what_was_said_before_it(database, hand):
+    """What was being stored gets its new number first; a session lost step with the tables, and its calls."""
+    gate, refused = asyncio.Event(), list[PgmcpError]()
+
+    async def settled() -> None:
+        await gate.wait()
+
+    async with store(database, gate=settled) as node:
+        session = await opened(node)
+        right = Right(session.ownership, Clock(), lambda: not refused)
+        writing = Writing(Stream(session.standalone, 1))
+        storing = Storing(writing, right, node.log, lambda *_: None, refused.append)
+        for text in (b"1", b"2"):
+            storing.store(writing.standalone, text)
+        await asyncio.sleep(0)  # they wait for the primary
+        await promote(hand)
+        await arrived(node, 1)
+        writing.go_on(await node.log.stands(list(writing.known())), JUMP)
+        right.ownership = Ownership(session.key, session.ownership.epoch + JUMP)
+        storing.store(writing.standalone, b"3")
+        await asyncio.sleep(0)
+        gate.set()
+        async with asyncio.timeout(10):
+            await storing.settled()
+        assert refused == []
+        rows = await hand.fetch("select seq, message from pgmcp.events order by seq")
+        assert [tuple(each) for each in rows] == [(JUMP + seq, str(seq).encode()) for seq in (1, 2, 3)]
