@@ -82,20 +82,21 @@ def local_cluster(
         with _database(settings, data_dir, count) as url:
             passed = {name: value for name, value in given.items() if name not in ("host", "port")}
             env, options = _node_environment(settings, passed, url), arguments(passed)
-            with _schema(url, settings.schema_name, passing=passing and bool(settings.database_url)):
+            given_database = bool(settings.database_url)
+            with _schema(url, settings.schema_name, given=given_database, passing=passing and given_database):
                 yield LocalCluster(settings, target, ports, entry_socket, env, options, report), url
 
 
 @contextmanager
-def _schema(url: str, name: str, *, passing: bool) -> Iterator[None]:
-    """The tables, in a schema that is ours."""
+def _schema(url: str, name: str, *, given: bool, passing: bool) -> Iterator[None]:
+    """The tables, in a schema that is ours; in an embedded database all are, also those that older builds made."""
     if passing and identity.exists(url, name):
         message = (
             f"There is a schema {name} in that database, and this one would go at the end: choose another --schema."
         )
         raise SettingsError(message)
     new = migrations.current(url, name) is None
-    if not new:
+    if given and not new:
         identity.refuse_foreign(url, name, MAKER)
     try:
         with suppress(SchemaInUse):  # others live there: what this build needs of it was done

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from contextlib import AbstractAsyncContextManager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from pgmcp.cli.footing import local_cluster, of_its_own
 from pgmcp.cli.options import load
 from pgmcp.cli.workers import HOPELESS
 from pgmcp.clock import Clock
+from pgmcp.embedded import EmbeddedPostgres
 from pgmcp.errors import OtherServer, SettingsError
 from pgmcp.node import Node
 from pgmcp.session.adapters.target import target_of
@@ -138,6 +140,13 @@ def test_up_starts_nothing_in_a_schema_that_it_has_not_made(database: str, empty
     with pytest.raises(SettingsError, match="was not made by"):
         run_local({"database_url": empty_database, "schema_name": "older"})
     assert migrations.current(empty_database, "older") == "0009", "nothing was touched"
+
+
+def test_up_goes_on_with_the_data_of_an_older_build(tmp_path: Path) -> None:
+    with EmbeddedPostgres(tmp_path / "data") as server:
+        migrations.upgrade(server.url, "pgmcp", "0009")
+    with local_cluster({"port": 0}, "examples/demo.py:mcp", 1, print, tmp_path / "data") as (_, url):
+        assert migrations.current(url, "pgmcp") == migrations.head()
 
 
 def test_the_demo_knows_no_variables_and_leaves_nothing(
