@@ -133,9 +133,9 @@ async def test_another_failover_while_a_term_begins(database, hand, monkeypatch)
         text = statement("announce_term", "pgmcp")
         await hand.fetch(text, (await row(hand))["id"], IDS.uuid(), 1, elsewhere)
         await hand.fetch(statement("move_to_term", "pgmcp"), (await row(hand))["next_id"], 3)
-        await arrived(node, 1)
+        await arrived(node, 2)
         epochs = [each["epoch"] for each in await hand.fetch("select epoch from pgmcp.sessions")]
-        assert epochs == [1 + JUMP] * 5
+        assert epochs == [1 + 2 * JUMP] * 5
 
 
 async def test_a_term_begins_within_short_deadlines_however_many_sessions_there_are(database, hand):
@@ -294,6 +294,17 @@ async def test_a_role_that_may_not_look_works_without(database, hand, caplog):
         assert caplog.text.count("will not be noticed") == 1
     finally:
         await hand.execute(f"drop owned by {name}; drop role {name}")
+
+
+async def test_a_session_that_has_jumped_twice_jumps_with_the_next_term_too(database, hand):
+    """An older build begins a term in one statement, also where a newer one has moved some of the sessions."""
+    async with store(database) as node:
+        session = await opened(node)
+        await hand.execute("update pgmcp.sessions set epoch = epoch + 2 * $1", JUMP)
+        await hand.execute("update pgmcp.history set term = 1")
+        await promote(hand)
+        await arrived(node, 3)
+        assert await node.inbox.owned() == {Ownership(session.key, session.ownership.epoch + 3 * JUMP)}
 
 
 async def test_what_is_said_in_a_new_term_waits_for_what_was_said_before_it(database, hand):

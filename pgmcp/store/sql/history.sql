@@ -16,7 +16,9 @@ update {schema}.history set mark = $2 where id = $1 and mark = '';
 -- the term's number, the history's mark. Until it has begun no connection to this history is used. What waits unclaimed up
 -- to "position" may have been claimed.
 update {schema}.history
-set next_id = $2, next_term = $3, next_mark = $4, next_session = 0,
+set next_id = $2, next_mark = $4, next_session = 0,
+    -- beyond every epoch: where an older build begins a term beside this one, sessions jump twice
+    next_term = greatest($3::bigint, (select coalesce(max(s.epoch), 0) / 1000000 + 1 from {schema}.sessions s)),
     next_position = (select coalesce(max(r.position), 0) from {schema}.requests r)
 where id = $1 and (next_mark is distinct from $4 or next_term <= term)
 returning next_term;
