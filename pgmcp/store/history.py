@@ -5,6 +5,10 @@ that were given out in them must never be given out again for something else. So
 anything else is done in it, all epochs and event numbers jump. The term is announced in one row, the sessions move to
 it piece by piece, and then it begins; anybody goes on where another one stopped: no single deadline must cover it all.
 
+A server that has lost its last commits in a crash (fsync off, a lying disk), or was put back to a snapshot of its
+storage, is on the same timeline. It is told by the node's own row: one that is older than the node's last good renewal
+has lost that one, and everything after it. Each renewal is durable before it counts (``store.pins``).
+
 Invariants:
 - Every connection of a node is checked before it is used: no statement of a node runs in a history before its term was
   begun. Only a pooler can put another server behind a connection that is open (docs/guarantees.md).
@@ -46,8 +50,19 @@ class _Found:
     term: int
     mark: str
     present: str
+    renewed_at: float | None
+    """The node's last renewal, as its row has it."""
     next: tuple[UUID, int] | None
     """The term that is announced for the present history, and has not begun."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Renewed:
+    """A renewal that was confirmed: in which history, of which node, and when by the database's clock."""
+
+    history: UUID | None
+    node: UUID
+    at: float
 
 
 class History:
@@ -64,6 +79,7 @@ class History:
         self._open: WeakKeyDictionary[asyncpg.Connection, UUID] = WeakKeyDictionary()
         self._warned = False
         self._piece = PIECE
+        self._renewed: _Renewed | None = None
         self.on_change: Callable[[], None] = _nothing
         """Called when the term has become another one."""
 
@@ -77,6 +93,10 @@ class History:
         """The present term."""
         return 0 if self._known is None else self._known.term
 
+    def renewed(self, known: UUID | None, node: UUID, at: float) -> None:
+        """Note a renewal of this node's row that was confirmed in the history ``known``, and its database time."""
+        self._renewed = _Renewed(known, node, at)
+
     async def follow(self, connection: asyncpg.Connection) -> None:
         """Check a new connection before it is used, and begin the term of its server's history if nobody has.
 
@@ -85,21 +105,23 @@ class History:
             Exception: whatever asyncpg raises.
         """
         while True:
-            found = await self._look(connection)
+            renewed = self._renewed
+            found = await self._look(connection, renewed)
             if found is None:
                 return
             if self._over(found):
                 message = "it follows a history that is over: it was the primary before another one was promoted"
                 raise ConnectionError(message)
-            if found.mark == found.present and not self._forked(found):
+            lost = _lost(found, renewed)
+            if found.mark == found.present and not self._forked(found) and not lost:
                 break
-            await self._begin(connection, found)
+            await self._begin(connection, found, lost=lost)
         self._note(found)
         self._open[connection] = found.id
 
-    async def _look(self, connection: asyncpg.Connection) -> _Found | None:
+    async def _look(self, connection: asyncpg.Connection, renewed: _Renewed | None) -> _Found | None:
         try:
-            row = await connection.fetchrow(statement("history", self._schema))
+            row = await connection.fetchrow(statement("history", self._schema), renewed.node if renewed else None)
         except _NO_TABLES:
             return None  # whoever needs them says so
         except _NOT_ALLOWED as error:
@@ -114,7 +136,7 @@ class History:
             raise ConnectionError(message)
         announced = row["next_mark"] == row["present"] and row["next_term"] > row["term"]
         following = (row["next_id"], row["next_term"]) if announced else None
-        return _Found(row["id"], row["term"], row["mark"], row["present"], following)
+        return _Found(row["id"], row["term"], row["mark"], row["present"], row["renewed_at"], following)
 
     def _over(self, found: _Found) -> bool:
         if self._known is None:
@@ -126,15 +148,16 @@ class History:
         """Whether this is a history that never heard of the one that this node knows, and counts as far as that."""
         return self._known is not None and found.id != self._known.id and found.term <= self._known.term
 
-    async def _begin(self, connection: asyncpg.Connection, found: _Found) -> None:
-        if not found.mark and not self._forked(found):
+    async def _begin(self, connection: asyncpg.Connection, found: _Found, *, lost: bool) -> None:
+        if not found.mark and not self._forked(found) and not lost:
             await connection.execute(statement("begin_history", self._schema), found.id, found.present)
             return
         if found.next is None:
             term = max(found.term, self.term) + 1
             given = (found.id, self._ids.uuid(), term, found.present)
             if await connection.fetch(statement("announce_term", self._schema), *given):
-                logger.warning("the database follows another history since its primary changed: term %d begins", term)
+                why = "has lost its last commits" if lost else "follows another history since its primary changed"
+                logger.warning("the database %s: term %d begins", why, term)
             return
         following, term = found.next
         first = True
@@ -161,6 +184,13 @@ class History:
             if term != found.id:
                 connection.terminate()
         self.on_change()
+
+
+def _lost(found: _Found, renewed: _Renewed | None) -> bool:
+    """Whether a history lacks a renewal that was confirmed in it, and nobody has begun a term for that yet."""
+    if renewed is None or renewed.history != found.id:
+        return False
+    return found.renewed_at is None or found.renewed_at < renewed.at
 
 
 def _nothing() -> None:

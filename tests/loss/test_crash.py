@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
+import subprocess
 import time
 
 import pytest
@@ -16,6 +18,7 @@ import pytest
 from pgmcp.clock import Clock, Ids
 from pgmcp.settings import Settings
 from pgmcp.store.database import Database
+from pgmcp.store.history import JUMP
 from pgmcp.store.line import Line
 from pgmcp.types import NodeId
 from tests.harness.clients import RawSession
@@ -51,6 +54,53 @@ async def test_postgres_crashes_under_load(primary, cluster, truth):
         work.check()
     note("crashes", {"calls": len(work.calls), "bad": work.failures})
     assert all("try again" in failure for failure in work.failures), work.failures
+
+
+async def back(primary: Server) -> None:
+    """Start PostgreSQL again."""
+    primary.start(wait=False)
+    await eventually(lambda: primary.state == "ready", "PostgreSQL is back", 20)
+
+
+async def test_a_crash_takes_nothing_back_though_the_role_commits_asynchronously(primary):
+    primary.settings |= {"synchronous_commit": "off", "wal_writer_delay": "10s"}
+    primary.stop()
+    await back(primary)
+    truth = Truth()
+    async with two_nodes(primary.url(), truth) as nodes, RawSession() as session:
+        await session.open(nodes[0].url)
+        for turn in range(5):
+            await session.call_tool(nodes[1].url, "run", text=f"turn {turn}")
+            primary.kill()
+            await back(primary)
+            await session.call_tool(nodes[turn % 2].url, "run", 20, text=f"after {turn}")
+        assert max(truth.ran.values()) == 1
+        assert {node.node._database.history.term for node in nodes} == {0}
+
+
+async def test_a_storage_that_was_put_back_begins_a_term(primary):
+    """The same server, the same timeline, some seconds younger than its nodes."""
+    truth, snapshot = Truth(), primary.data.with_name("snapshot")
+    async with two_nodes(primary.url(), truth) as nodes, RawSession() as session, RawSession() as late:
+        await session.open(nodes[0].url)
+        ear = await session.get(nodes[1].url)
+        primary.kill()
+        await asyncio.to_thread(subprocess.run, ["cp", "-a", primary.data, snapshot], check=True)
+        await back(primary)
+        for number in range(3):
+            await session.call_tool(nodes[1].url, "update", 20, uri=f"test://{number}")
+            await ear.message("notifications/resources/updated")
+        await late.open(nodes[1].url)
+        seen = int((ear.last_event_id or "").rpartition(".")[2])
+        primary.kill()
+        shutil.rmtree(primary.data)
+        await asyncio.to_thread(subprocess.run, ["cp", "-a", snapshot, primary.data], check=True)
+        await back(primary)
+        await session.call_tool(nodes[1].url, "update", 20, uri="test://after")
+        assert (await ear.message("notifications/resources/updated"))["params"]["uri"] == "test://after"
+        assert int((ear.last_event_id or "").rpartition(".")[2]) > JUMP > seen
+        assert (await late.request(nodes[0].url, "ping")).status == 404
+        assert {node.node._database.history.term for node in nodes} == {1}
 
 
 async def claim_was_lost(primary: Server, text: str) -> bool:

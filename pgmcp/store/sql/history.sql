@@ -1,7 +1,10 @@
 -- name: history
 -- Which history the server follows: every promotion of a standby and every restore of a backup begins another timeline.
 -- The name of the WAL file that is being written tells it at once (the control file only after the next checkpoint).
-select h.id, h.term, h.mark, h.next_id, h.next_term, h.next_mark, pg_is_in_recovery() as standby,
+-- $1 is the node that asks: a row of its own that is older than its last good renewal tells that commits were lost.
+select h.id, h.term, h.mark, (
+        select extract(epoch from n.renewed_at)::float8 from {schema}.nodes n where n.node_id = $1
+    ) as renewed_at, h.next_id, h.next_term, h.next_mark, pg_is_in_recovery() as standby,
     case when not pg_is_in_recovery() then
         (select c.system_identifier from pg_control_system() c)::text || '/' || left(pg_walfile_name(pg_current_wal_lsn()), 8)
     end as present
