@@ -81,6 +81,10 @@ class StateRefused(PgmcpError):
     """A value cannot be kept for a session: too large, too many, or no JSON."""
 
 
+class MessageTooLarge(PgmcpError):
+    """The server's code wants to send more in one message than a client may be sent."""
+
+
 class PublicationRefused(PgmcpError):
     """What was to be published is no event that clients know, or names its resource in a way that cannot be stored."""
 

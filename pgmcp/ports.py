@@ -191,7 +191,20 @@ class Log(Protocol):
         ...
 
     async def read(self, cursor: Cursor) -> Page:
-        """What follows the cursor, while this node is still the stream's sink and nothing of it was pruned (G3)."""
+        """What follows the cursor, while this node is still the stream's sink and nothing of it was pruned (G3).
+
+        Of an event with more than ``PAGE_BYTES`` it has the first of them: see ``read_on``.
+        """
+        ...
+
+    async def read_on(self, cursor: Cursor, start: int) -> bytes | None:
+        """The next bytes of the event right after the cursor, ``PAGE_BYTES`` at most.
+
+        None when this node is not the stream's sink any more, or the event is gone.
+
+        Args:
+            start: how many of them are known.
+        """
         ...
 
     async def attach(

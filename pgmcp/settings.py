@@ -76,6 +76,12 @@ class Settings(BaseSettings):
     hold: float = Field(25.0, gt=0, description="Seconds for which a POST is held while the database is away.")
     resume_hold: float = Field(55.0, gt=0, description="Seconds for which a GET is held while the database is away.")
     max_body: int = Field(4 * 1024 * 1024, gt=0, description="Bytes that a request body may have.")
+    max_message: int = Field(
+        64 * 1024 * 1024,
+        ge=64 * 1024,
+        le=96 * 1024 * 1024,
+        description="Bytes that a server may write in one message.",
+    )
     max_batch: int = Field(100, gt=0, description="Messages that a 2025-03-26 batch may have.")
     max_depth: int = Field(100, gt=0, le=200, description="Levels of nesting that a message may have.")
     max_sessions: int = Field(10_000, gt=0, description="Sessions that the cluster may have.")

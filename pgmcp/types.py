@@ -240,10 +240,16 @@ class Cursor:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One message of a stream."""
+    """One message of a stream; of a large one the first bytes, and how many there are besides (``Log.read_on``)."""
 
     seq: int
     message: bytes
+    rest: int = 0
+
+    @property
+    def size(self) -> int:
+        """The message's bytes."""
+        return len(self.message) + self.rest
 
 
 @dataclass(frozen=True, slots=True)

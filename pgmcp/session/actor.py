@@ -39,6 +39,7 @@ from pgmcp.session.questions import Questions, dump
 from pgmcp.session.recent import Recent
 from pgmcp.session.record import Record
 from pgmcp.session.right import Right
+from pgmcp.session.sizes import Sizes
 from pgmcp.session.state import SessionState
 from pgmcp.session.storing import Storing
 from pgmcp.session.topics import topic_of
@@ -89,6 +90,7 @@ class Actor:
         log: Log,
         clock: Clock,
         ids: Ids,
+        sizes: Sizes,
         heard: Callable[[NodeId, StreamId], None],
         version: int | None,
         on_over: Callable[[Actor, Over], None],
@@ -97,7 +99,7 @@ class Actor:
         self.right = Right(ownership, clock, lambda: not self._muted)
         self.record = Record(inbox, self.right, version)
         self._adapter, self._log, self._clock = adapter, log, clock
-        self._heard, self._on_over = heard, on_over
+        self._sizes, self._heard, self._on_over = sizes, heard, on_over
         self.writing = Writing(Stream(*standalone))
         self.storing = Storing(self.writing, self.right, log, heard, self._refused)
         self._standalone, self._streams = self.writing.standalone, self.writing.streams
@@ -110,9 +112,8 @@ class Actor:
         self._early_cancels = Recent(clock)  # those that overtook their requests
         self._finished = Recent(clock)  # a late cancel must not hit the next request that has the id
         self._answered = Recent(clock)
-        self._closable = False
         self._queue: asyncio.Queue[Incoming | None] = asyncio.Queue()
-        self._muted = False
+        self._closable = self._muted = False
         self._task: asyncio.Task[None] | None = None
         self._establishing: set[asyncio.Task[None]] = set()
 
@@ -275,6 +276,7 @@ class Actor:
         """See ``Conversation.emit``."""
         if self._muted:
             return
+        outgoing = self._sizes.fitting(outgoing)
         if outgoing.kind in {Kind.RESULT, Kind.ERROR}:
             await self._answer(outgoing)
             return

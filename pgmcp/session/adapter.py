@@ -73,7 +73,11 @@ class Conversation(Protocol):
         ...
 
     async def emit(self, outgoing: Outgoing) -> None:
-        """Take what the server wrote; returns when it is stored."""
+        """Take what the server wrote; returns when it is stored.
+
+        Raises:
+            MessageTooLarge: it is no answer, and too large; nothing of it is sent.
+        """
         ...
 
 

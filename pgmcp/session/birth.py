@@ -10,6 +10,7 @@ from pgmcp.ports import Inbox, Log
 from pgmcp.session.actor import Actor
 from pgmcp.session.adapter import Adapter
 from pgmcp.session.calls import Over
+from pgmcp.session.sizes import Sizes
 from pgmcp.session.state import KIND, SessionState
 from pgmcp.types import Inheritance, JournalEntry, NodeId, Ownership, StreamId
 
@@ -25,6 +26,7 @@ class Birth:
     ids: Ids
     heard: Callable[[NodeId, StreamId], None]
     on_over: Callable[[Actor, Over], None]
+    sizes: Sizes
 
     def actor(
         self, ownership: Ownership, session_id: str, standalone: tuple[StreamId, int], left: Inheritance | None = None
@@ -49,6 +51,7 @@ class Birth:
             log=self.log,
             clock=self.clock,
             ids=self.ids,
+            sizes=self.sizes,
             heard=self.heard,
             version=None if left is None else left.version,
             on_over=self.on_over,

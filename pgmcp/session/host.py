@@ -33,6 +33,7 @@ from pgmcp.session.delivery import Delivery
 from pgmcp.session.ending import end
 from pgmcp.session.news import News
 from pgmcp.session.restore import ATTEMPTS, Restore, RestoreFailed, SessionOver
+from pgmcp.session.sizes import Sizes
 from pgmcp.session.strays import put_back
 from pgmcp.settings import Settings
 from pgmcp.types import Inheritance, NewSession, NodeId, Ownership, SessionKey, StreamId
@@ -84,7 +85,7 @@ class Host(Service):
         self._holding = False
         self.unsettled = False
         """Whether the database follows another history, and what lives here was not yet brought in line with it."""
-        self._birth = Birth(adapter, inbox, log, clock, ids, heard, self._over)
+        self._birth = Birth(adapter, inbox, log, clock, ids, heard, self._over, Sizes(settings.max_message))
         self._room = asyncio.Semaphore(RESTORES)
         self._tasks = Tasks("work for one session", faults)
 

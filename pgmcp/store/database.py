@@ -3,6 +3,8 @@
 Invariants:
 - One statement is one transaction; nothing here takes an advisory lock, or sets anything for a session of a transaction
   pooler. What role and database say does not matter (``store.pins``).
+- Large rows are written on connections of their own, a few at a time, with deadlines that grow with their size: whoever
+  has small ones does not wait for them.
 - A connection on which a call failed is thrown away, never handed to the next caller. One that did not answer in time,
   or takes no writes any more, takes the idle ones with it: each of them would wait for the same server as long.
 """
@@ -57,6 +59,15 @@ CONTENTION = (
 LOCK_WAIT: ContextVar[str] = ContextVar("LOCK_WAIT", default="250ms")
 """How long the grouped writes of a task wait for a lock."""
 
+LARGE = 1024 * 1024
+"""Bytes from which a statement's rows are large."""
+
+LARGE_CONNECTIONS = 2
+"""Connections for large rows, besides the pool's."""
+
+FLOOR = 2 * 1024 * 1024
+"""Bytes a second that PostgreSQL stores and reads at least, however busy it is."""
+
 BACKOFF = (0.02, 0.05, 0.1, 0.2, 0.5)
 
 
@@ -81,7 +92,7 @@ class Database:
         self.history = History(settings.schema_name, ids or Ids())
         self._frame, self._encoding = Frame(clock), Encoding("UTF8")
         self._pool: asyncpg.Pool | None = None
-        self._turns = asyncio.Semaphore(settings.pool_size)
+        self._turns, self._large_turns = asyncio.Semaphore(settings.pool_size), asyncio.Semaphore(LARGE_CONNECTIONS)
         self._idle: list[PoolConnectionProxy] = []
 
     async def open(self) -> None:
@@ -99,7 +110,7 @@ class Database:
             self._pool = await asyncpg.create_pool(
                 self.settings.database_url,
                 min_size=0,  # with a floor asyncpg logs a traceback for each try while the database is away
-                max_size=self.settings.pool_size,
+                max_size=self.settings.pool_size + LARGE_CONNECTIONS,
                 timeout=self.settings.statement_timeout,
                 connection_class=_Connection,
                 **options,
@@ -156,7 +167,8 @@ class Database:
         if self._pool is None:
             raise unavailable(self.settings.database_url, ConnectionError("not connected"))
         try:
-            async with self._turn(), asyncio.timeout(self.settings.statement_timeout):
+            limit = self.settings.statement_timeout
+            async with self._turn(self._turns, limit), asyncio.timeout(limit):
                 connection = await self._pool.acquire()
                 try:
                     return await understood(connection, self.settings.schema_name)
@@ -172,12 +184,30 @@ class Database:
             DatabaseUnavailable: the pool is closed.
             Exception: whatever asyncpg raises; see ``TROUBLE`` and ``CONTENTION``.
         """
+        return await self._fetch(name, args, self._turns, self.settings.statement_timeout)
+
+    async def fetch_sized(self, name: str, *args: object, size: int) -> list[asyncpg.Record]:
+        """Run a named statement once, as befits the size of its rows.
+
+        Args:
+            size: their bytes; large ones have connections of their own, and more time.
+
+        Raises:
+            Exception: as in ``fetch``.
+        """
+        if size <= LARGE:
+            return await self.fetch(name, *args)
+        return await self._fetch(name, args, self._large_turns, self.settings.statement_timeout + extra(size))
+
+    async def _fetch(
+        self, name: str, args: tuple[object, ...], turns: asyncio.Semaphore, seconds: float
+    ) -> list[asyncpg.Record]:
         pool = self._pool
         if pool is None:
             message = "This node's database connections are closed; start the node again."
             raise DatabaseUnavailable(message)
         term = self.history.known
-        async with self._turn():
+        async with self._turn(turns, seconds):
             connection = await self._connection(pool)
             if term is not None and term != self.history.known:
                 self._idle.append(connection)
@@ -186,7 +216,7 @@ class Database:
             text = statement(name, self.settings.schema_name, LOCK_WAIT.get())
             rows: list[asyncpg.Record] = []
             try:
-                rows = await self._run(connection, text, args)
+                rows = await self._run(connection, text, args, seconds)
             except (*TROUBLE, asyncio.CancelledError) as error:
                 await self._throw_away(pool, connection)
                 while isinstance(error, (TimeoutError, asyncpg.ReadOnlySQLTransactionError)) and self._idle:
@@ -198,8 +228,9 @@ class Database:
             self._idle.append(connection)
         return rows
 
-    async def _run(self, connection: PoolConnectionProxy, text: str, args: tuple[object, ...]) -> list[asyncpg.Record]:
-        seconds = self.settings.statement_timeout
+    async def _run(
+        self, connection: PoolConnectionProxy, text: str, args: tuple[object, ...], seconds: float
+    ) -> list[asyncpg.Record]:
         if not self._encoding.whole:
             args = tuple(self._encoding.given(each) for each in args)
         if self.settings.pooled:
@@ -212,17 +243,17 @@ class Database:
         await pool.release(connection)
 
     @asynccontextmanager
-    async def _turn(self) -> AsyncIterator[None]:
+    async def _turn(self, turns: asyncio.Semaphore, seconds: float) -> AsyncIterator[None]:
         """Wait until one of the connections is free."""
-        if self._turns.locked():
-            async with asyncio.timeout(self.settings.statement_timeout):
-                await self._turns.acquire()
+        if turns.locked():
+            async with asyncio.timeout(seconds):
+                await turns.acquire()
         else:
-            await self._turns.acquire()
+            await turns.acquire()
         try:
             yield
         finally:
-            self._turns.release()
+            turns.release()
 
     async def _connection(self, pool: asyncpg.Pool) -> PoolConnectionProxy:
         """The connection that was used last, or one from the pool, which costs more than a small statement does."""
@@ -285,6 +316,11 @@ class Database:
                 raise PgmcpError(message) from error
             await self.clock.sleep(BACKOFF[min(tries, len(BACKOFF) - 1)])
             tries += 1
+
+
+def extra(size: int) -> float:
+    """Seconds that rows of so many bytes take at most, besides what any statement does."""
+    return size / FLOOR if size > LARGE else 0.0
 
 
 def unavailable(url: str, error: BaseException) -> PgmcpError:

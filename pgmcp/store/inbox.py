@@ -20,7 +20,7 @@ import asyncpg
 
 from pgmcp.clock import Clock, Ids
 from pgmcp.errors import Fenced, OutOfStep, PgmcpError, SessionBusy, SessionUnknown
-from pgmcp.store.database import Database
+from pgmcp.store.database import Database, extra
 from pgmcp.store.floors import Floor, Floors
 from pgmcp.store.group import Group
 from pgmcp.store.opening import Opening
@@ -111,7 +111,7 @@ class TableInbox:
         size = sum(len(message.body) + len(message.context) for message in messages)
         end = self._clock.boottime() + WRITTEN_WAIT
         while True:
-            rows = await self._accepts.put(messages, patience=self._hold, size=size)
+            rows = await self._accepts.put(messages, patience=self._hold + extra(size), size=size)
             if rows[0]["session"] is None:
                 raise _unknown()
             if all(row["accepted"] for row in rows):
@@ -136,7 +136,7 @@ class TableInbox:
         flat = [message for messages in posts for message in messages]
         term = self._database.history.term  # another one may count transactions anew
         floors = {message.session_id: self._counted.of((term, message.session_id)) for message in flat}
-        rows = await self._database.fetch(
+        rows = await self._database.fetch_sized(
             "accept",
             [message.key for message in flat],
             [message.session_id for message in flat],
@@ -159,6 +159,7 @@ class TableInbox:
             [floor.texts[0] for floor in floors.values()],
             [floor.texts[1] for floor in floors.values()],
             [message.arrived for message in flat],
+            size=max(len(message.body) for message in flat),
         )
         for session_id, row in {m.session_id: r for m, r in zip(flat, rows, strict=True) if r["horizon"]}.items():
             seen = Floor.of(row["horizon"], row["unfinished"] or ())

@@ -4,6 +4,7 @@ Invariants:
 - An event is stored under the owner's fence, at the number that its stream expects; numbers have no gaps.
 - A request is finished in the statement that stores its answer.
 - A reader gets events only while it is the stream's sink; the newest sink wins.
+- A large event is read in pieces: it is never in this node's memory as a whole because of its reader.
 - The event that closes a stream, appended while this node was its sink, is handed to that sink's reader without asking
   the table: it was committed, and stored before any replacement. Others are read, since a reader that still has a
   future must notice that it was replaced.
@@ -80,7 +81,7 @@ class TableLog:
         return await self._appends.put(entry, patience=None, size=len(entry.message))
 
     async def _send_appends(self, entries: Sequence[Entry]) -> list[NodeId | PgmcpError | None]:
-        rows = await self._database.fetch(
+        rows = await self._database.fetch_sized(
             "append",
             [entry.ownership.session for entry in entries],
             [entry.ownership.epoch for entry in entries],
@@ -94,6 +95,7 @@ class TableLog:
             self._settings.max_waiting_events,
             self._settings.use_precision,
             self._settings.max_waiting_events * CARRIED,
+            size=max(len(entry.message) for entry in entries),
         )
         for row, entry in zip(rows, entries, strict=True):
             if row["closed"] and row["sink"] == self._node and len(entry.message) <= LAST_BYTES:
@@ -131,6 +133,12 @@ class TableLog:
         for row in rows:
             found.setdefault(row["n"] - 1, []).append(row)
         return [_page(cursor, found.get(place, [])) for place, cursor in enumerate(cursors)]
+
+    async def read_on(self, cursor: Cursor, start: int) -> bytes | None:
+        """See ``Log.read_on``."""
+        at = (cursor.stream, cursor.sink_epoch, self._node, cursor.after + 1)
+        rows = await self._database.persist("read_on", *at, start + 1, PAGE_BYTES, patience=self._resume_hold)
+        return rows[0]["piece"] if rows else None
 
     async def attach(
         self, session_id: str | None, principal: Principal, stream: StreamId | None
@@ -237,7 +245,9 @@ def _stored(row: asyncpg.Record, entry: Entry) -> NodeId | PgmcpError | None:
 def _page(cursor: Cursor, rows: list[asyncpg.Record]) -> Page:
     if not rows:
         return Page(attached=False, closed=False)
-    events = tuple(Event(row["seq"], row["message"]) for row in rows if row["seq"] is not None)
+    events = tuple(
+        Event(row["seq"], row["message"], row["size"] - len(row["message"])) for row in rows if row["seq"] is not None
+    )
     last = events[-1].seq if events else cursor.after
     return Page(
         attached=True,

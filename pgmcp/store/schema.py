@@ -16,6 +16,7 @@ Invariants:
 - ``publications.xact`` and ``requests.xact`` are the transaction that wrote the row: with a snapshot they tell which
   rows a reader has not seen, in whatever order transactions commit. The partial indexes on the latter are made so that
   whoever looks above a floor finds no other index that fits, whatever statistics say: others lead through what is over.
+- ``events.message`` is stored as it is (``external``): a piece of a large one is read without the others.
 - ``streams.replaced_at`` has the last replacements of a sink on a living node, and nothing on nearly every row.
 - At most one request of a session with a given JSON-RPC id is open (``requests_open_rpc_id``).
 - Revisions are four digits that ascend. A build fits a database whose revision is not older than its ``OLDEST``, while

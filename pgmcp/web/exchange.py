@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 
@@ -27,7 +28,7 @@ from pgmcp.ports import Log
 from pgmcp.settings import Settings
 from pgmcp.types import Event, Page, StreamId, StreamKind
 from pgmcp.web.connection import PIECE, Connection, Watch
-from pgmcp.web.pages import Pages
+from pgmcp.web.pages import Interrupted, Pages
 from pgmcp.web.tails import Tail
 from pgmcp.web.wire import INTERNAL_ERROR, Refusal
 
@@ -47,6 +48,9 @@ NOTE_EVERY = 10.0
 
 DROP = 1.0
 """Seconds that letting go of a stream may take when the exchange is over anyway."""
+
+
+_FIRST_KEY = re.compile(rb'\s*\{(?:\s*"(?:jsonrpc|id)"\s*:\s*(?:"(?:[^"\\]|\\.)*"|[^\s",{}]+)\s*,)*\s*"(\w+)"\s*:')
 
 
 def event_id(stream: StreamId, seq: int) -> str:
@@ -114,7 +118,7 @@ class Exchange:
         answers = await self._collect()
         if not answers:
             raise Refusal(503, "The server ended before it answered initialize; look at its log.", INTERNAL_ERROR)
-        error = json.loads(answers[0].message).get("error")
+        error = json.loads(await self._whole(answers[0])).get("error")
         if error is not None:
             raise Refusal(400, str(error.get("message")), int(error.get("code", INTERNAL_ERROR)))
         return Page(attached=True, closed=True, events=tuple(answers))
@@ -166,10 +170,35 @@ class Exchange:
         if self._gone or not answers:
             return
         await self._lease.acting()
-        body = answers[0].message if not batch else b"[" + b",".join(event.message for event in answers) + b"]"
-        await self._start(200, {"content-type": "application/json", "content-length": str(len(body))})
-        if await self._put(body, inside=True, more=False):
+        around = (b"[", b",", b"]") if batch else (b"", b"", b"")
+        length = sum(event.size for event in answers) + (len(answers) + 1 if batch else 0)
+        await self._start(200, {"content-type": "application/json", "content-length": str(length)})
+        if await self._put_json(answers, *around):
             self._carried = self._pages.after
+
+    async def _put_json(self, answers: Sequence[Event], start: bytes, between: bytes, end: bytes) -> bool:
+        """Write answers one after the other; whether all of it was written."""
+        held = start  # what is written with what follows, for the last piece has to say that it is the last
+        try:
+            for number, event in enumerate(answers):
+                held += between if number else b""
+                async for piece in self._pages.message(event):
+                    if len(held) + len(piece) > PIECE:
+                        if held and not await self._put(held, inside=True):
+                            return False
+                        held = b""
+                    held += piece
+        except Interrupted:
+            self._connection.abort()
+            return False
+        return await self._put(held + end, inside=True, more=False)
+
+    async def _whole(self, event: Event) -> bytes:
+        """The message of an event, however large."""
+        try:
+            return b"".join([piece async for piece in self._pages.message(event)])
+        except Interrupted:
+            raise self._why_over() from None
 
     # -- server-sent events ----------------------------------------------------------------------------------------
 
@@ -257,15 +286,33 @@ class Exchange:
             return False
         frames = bytearray()
         for event, following in zip(events, [*events[1:], None], strict=True):
-            frames += b"event: message\r\nid: %s\r\ndata: %s\r\n\r\n" % (
-                event_id(self._tail.stream, event.seq).encode(),
-                event.message,
-            )
+            frames += b"event: message\r\nid: %s\r\ndata: " % event_id(self._tail.stream, event.seq).encode()
+            frames += event.message
+            if event.rest:
+                if not await self._put_large(frames, event):
+                    return False
+                frames.clear()
+            frames += b"\r\n\r\n"
             if following is None or len(frames) + len(following.message) > PIECE:
-                if not await self._put(bytes(frames)):
+                if not await self._put(bytes(frames), inside=event.rest > 0):
                     return False
                 self._carried = event.seq
                 frames.clear()
+        return True
+
+    async def _put_large(self, begun: bytearray, event: Event) -> bool:
+        """Write an event that was begun, piece by piece, but for its end; whether that was done."""
+        if not await self._put(bytes(begun)):
+            return False
+        try:
+            pieces = self._pages.message(event)
+            await anext(pieces)  # it stands in what was begun
+            async for piece in pieces:
+                if not await self._put(piece, inside=True):
+                    return False
+        except Interrupted:
+            self._connection.abort()
+            return False
         return True
 
     async def _put(self, text: bytes, *, inside: bool = False, more: bool = True) -> bool:
@@ -332,4 +379,8 @@ class Exchange:
 
 
 def _is_answer(event: Event) -> bool:
-    return "method" not in json.loads(event.message)
+    """Whether an event is an answer; said by the first key that is neither ``jsonrpc`` nor ``id``."""
+    found = _FIRST_KEY.match(event.message)
+    if found is None and not event.rest:
+        return "method" not in json.loads(event.message)
+    return found is None or found[1] in {b"result", b"error"}

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 
 from pgmcp.clock import Clock
 from pgmcp.errors import DatabaseUnavailable
 from pgmcp.ports import Log
-from pgmcp.types import Cursor, Page
+from pgmcp.types import Cursor, Event, Page
 from pgmcp.web.tails import Tail
+
+
+class Interrupted(Exception):
+    """A large event ends in the middle."""
 
 
 class Pages:
@@ -71,6 +76,24 @@ class Pages:
             return reading.result()
         except DatabaseUnavailable:
             return None
+
+    async def message(self, event: Event) -> AsyncIterator[bytes]:
+        """An event's message, piece by piece.
+
+        Raises:
+            Interrupted: the rest cannot be had: this reader is not the sink any more, or it took too long.
+        """
+        yield event.message
+        have = len(event.message)
+        while have < event.size:
+            try:
+                piece = await self._log.read_on(self.cursor(event.seq - 1), have)
+            except DatabaseUnavailable as error:
+                raise Interrupted from error
+            if not piece:
+                raise Interrupted
+            yield piece
+            have += len(piece)
 
     def close(self) -> None:
         """Read no more."""

@@ -30,6 +30,7 @@ class Talker:
         server.tool()(self.hold)
         server.tool()(self.flood)
         server.tool()(self.large)
+        server.tool(structured_output=False)(self.whole)
         server.tool()(self.update)
         server.tool()(self.burst)
         server.tool()(self.change)
@@ -55,6 +56,10 @@ class Talker:
 
     async def large(self, size: int) -> str:
         """Answer with many bytes at once."""
+        return "x" * size
+
+    async def whole(self, size: int) -> str:
+        """Answer with many bytes at once, as text only."""
         return "x" * size
 
     async def update(self, uris: list[str], ctx: Context) -> str:

@@ -11,6 +11,7 @@ from pgmcp.errors import OutOfStep, StreamTaken
 from pgmcp.types import (
     ANONYMOUS,
     PAGE,
+    PAGE_BYTES,
     REPLACEMENTS,
     Attachment,
     Claimed,
@@ -63,11 +64,29 @@ async def test_an_append_names_the_sink(scene: Scene) -> None:
     assert await scene.note(3) == scene.owner.node
 
 
-@pytest.mark.parametrize("message", [b"", b"\0", b"\xff\xfe", b'"\\u0000"', b"x" * 2_000_000], ids=len)
+@pytest.mark.parametrize("message", [b"", b"\0", b"\xff\xfe", b'"\\u0000"', b"x" * 3_000_000], ids=len)
 async def test_messages_survive_byte_for_byte(scene: Scene, message: bytes) -> None:
     await scene.note(1, message)
-    page = await scene.edge.log.read(Cursor(scene.stream, 1, 0))
-    assert [event.message for event in page.events] == [message]
+    cursor = Cursor(scene.stream, 1, 0)
+    (event,) = (await scene.edge.log.read(cursor)).events
+    assert event.size == len(message)
+    found = event.message
+    while len(found) < event.size:
+        piece = await scene.edge.log.read_on(cursor, len(found))
+        assert piece
+        found += piece
+    assert found == message
+
+
+async def test_a_large_event_is_its_sinks_only_to_the_last_piece(scene: Scene) -> None:
+    cursor = Cursor(scene.stream, 1, 0)
+    await scene.note(1, b"x" * (PAGE_BYTES + 7))
+    (event,) = (await scene.edge.log.read(cursor)).events
+    assert (len(event.message), event.rest) == (PAGE_BYTES, 7)
+    assert await scene.edge.log.read_on(cursor, PAGE_BYTES) == b"x" * 7
+    assert await scene.owner.log.read_on(cursor, PAGE_BYTES) is None
+    await scene.attach(scene.edge)
+    assert await scene.edge.log.read_on(cursor, PAGE_BYTES) is None
 
 
 async def test_pages_follow_the_cursor_to_the_end(scene: Scene) -> None:

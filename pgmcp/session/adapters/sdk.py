@@ -200,7 +200,8 @@ def _token(values: Mapping[str, Any], type_name: str) -> AccessToken:
 
 def _outgoing(item: SessionMessage) -> Outgoing:
     message, metadata = item.message, item.metadata
-    text = message.model_dump_json(by_alias=True, exclude_unset=True).encode()
+    # the model's model_dump_json decodes what is encoded again here: a second of the event loop for 60 MiB
+    text = message.__pydantic_serializer__.to_json(message, by_alias=True, exclude_unset=True)
     related = metadata.related_request_id if isinstance(metadata, ServerMessageMetadata) else None
     belongs_to = None if related is None else json.dumps(related)
     if isinstance(message, JSONRPCRequest):

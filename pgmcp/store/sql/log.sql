@@ -10,8 +10,8 @@ with guard as materialized (
     select set_config('lock_timeout', '250ms', true)
 ), asked as materialized (
     select *
-    from unnest($1::bigint[], $2::bigint[], $3::uuid[], $4::bigint[], $5::bytea[], $6::uuid[], $7::text[], $9::text[])
-        with ordinality as a (session, epoch, stream, seq, message, finishes, outcome, topic, n)
+    from unnest($1::bigint[], $2::bigint[], $3::uuid[], $4::bigint[], $6::uuid[], $7::text[], $9::text[])
+        with ordinality as a (session, epoch, stream, seq, finishes, outcome, topic, n)
 ), held as materialized (
     select s.id, s.epoch, s.last_active_at
     from guard, {schema}.sessions s
@@ -86,8 +86,12 @@ with guard as materialized (
     returning st.id, st.closed
 ), stored as (
     insert into {schema}.events (stream, seq, message, topic)
-    select f.stream, f.seq, f.message, f.topic from fit f join moving m on m.stream = f.stream
-    order by f.stream, f.seq
+    -- messages are taken where they are stored, and go through no other step: each would copy them
+    select o.stream, o.seq, ($5::bytea[])[o.n], o.topic
+    from (
+        select f.stream, f.seq, f.topic, f.n from fit f join moving m on m.stream = f.stream
+        order by f.stream, f.seq
+    ) o
 )
 select
     f.n is null as fenced,
@@ -103,8 +107,9 @@ order by a.n;
 
 -- name: read_streams
 -- What each stream holds after the reader's cursor, while the reader is still its sink and nothing after its cursor was
--- pruned or cut that it does not know of ($7).
-select a.n, st.closed, st.next_seq, e.seq, e.message
+-- pruned or cut that it does not know of ($7). Of an event of more than $6 bytes only so many: see read_on.
+select a.n, st.closed, st.next_seq, e.seq, e.size,
+    case when e.size > $6 then substring(e.message from 1 for $6::integer) else e.message end as message
 from unnest($1::uuid[], $2::bigint[], $3::bigint[], $7::bigint[])
     with ordinality as a (stream, sink_epoch, after, floor, n)
 cross join lateral (
@@ -115,9 +120,10 @@ cross join lateral (
 ) st
 left join lateral (
     -- at most $5 events and, unless the first is larger, $6 bytes; the sizes are known without reading the messages
-    select e.seq, e.message
+    select e.seq, e.message, e.size
     from (
-        select p.seq, p.message, sum(octet_length(p.message)) over upto as bytes, row_number() over upto as place
+        select p.seq, p.message, octet_length(p.message) as size,
+            sum(octet_length(p.message)) over upto as bytes, row_number() over upto as place
         from (
             select q.seq, q.message from {schema}.events q
             where q.stream = a.stream and q.seq > a.after
@@ -129,6 +135,13 @@ left join lateral (
     where e.bytes <= $6 or e.place = 1
 ) e on true
 order by a.n, e.seq;
+
+-- name: read_on
+-- The bytes of one event from $5 on, $6 of them at most, while the reader is still its stream's sink.
+select substring(e.message from $5::integer for $6::integer) as piece
+from {schema}.streams st
+join {schema}.events e on e.stream = st.id and e.seq = $4
+where st.id = $1 and st.sink_epoch = $2 and st.sink = $3;
 
 -- name: sink_epoch
 -- Of a stream ($2), or of a session's standalone one.

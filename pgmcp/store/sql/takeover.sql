@@ -164,12 +164,13 @@ limit 1000;
 
 -- name: inherited_said
 -- What an earlier owner has said on these streams, as far as it matters: questions, cancels of its own, progress. The
--- newest first.
+-- newest first; not what has more than a megabyte, which is an answer or a question that stays open at the client.
 select st.id as stream, e.message
 from unnest($1::uuid[]) as st (id)
 cross join lateral (
     select q.seq, q.message from {schema}.events q
     where q.stream = st.id
+      and octet_length(q.message) <= 1048576
       and (
           position('"id":'::bytea in q.message) > 0 and position('"method":'::bytea in q.message) > 0
           or position('"notifications/cancelled"'::bytea in q.message) > 0

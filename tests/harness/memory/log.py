@@ -103,9 +103,17 @@ class MemoryLog:
             size += len(message)
             if found and size > PAGE_BYTES:
                 break
-            found.append(Event(seq, message))
+            found.append(Event(seq, message[:PAGE_BYTES], len(message[PAGE_BYTES:])))
         at_end = (found[-1].seq if found else cursor.after) >= stream.next_seq - 1
         return Page(attached=True, closed=stream.closed and at_end, events=tuple(found), more=not at_end)
+
+    async def read_on(self, cursor: Cursor, start: int) -> bytes | None:
+        def work() -> bytes | None:
+            stream = self._carried(cursor)
+            event = None if stream is None else stream.events.get(cursor.after + 1)
+            return None if event is None else event[0][start : start + PAGE_BYTES]
+
+        return await self._wire.persist("read_on", work, patience=self._cluster.settings.resume_hold)
 
     def _carried(self, cursor: Cursor) -> StreamRow | None:
         stream = self._cluster.streams.get(cursor.stream)

@@ -1,0 +1,45 @@
+"""How large a message of the server may be.
+
+A message beyond the limit is never stored: its client gets an error instead of an answer; whatever else the server's
+code sends is refused where it is sent, and the code gets the error.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+
+from pgmcp.errors import MessageTooLarge
+from pgmcp.session.adapter import Kind, Outgoing
+from pgmcp.session.questions import dump
+
+logger = logging.getLogger(__name__)
+
+INTERNAL_ERROR = -32603
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """The limit; ``most`` in bytes."""
+
+    most: int
+
+    def fitting(self, outgoing: Outgoing) -> Outgoing:
+        """A message that may be sent: the given one, or an error in place of an answer that is too large.
+
+        Raises:
+            MessageTooLarge: it is too large and no answer.
+        """
+        size = len(outgoing.message)
+        if size <= self.most:
+            return outgoing
+        what = "answer" if outgoing.kind in {Kind.RESULT, Kind.ERROR} else outgoing.method
+        text = f"The server's {what} has {size} bytes, of {self.most} that a message may have (--max-message)."
+        logger.warning("%s Nothing of it is stored or sent", text)
+        if outgoing.rpc_id is None or outgoing.kind not in {Kind.RESULT, Kind.ERROR}:
+            raise MessageTooLarge(text)
+        data = {"reason": "too_large", "bytes": size, "limit": self.most}
+        error = {"code": INTERNAL_ERROR, "message": f"{text} Ask for less at a time.", "data": data}
+        answer = dump({"jsonrpc": "2.0", "id": json.loads(outgoing.rpc_id), "error": error})
+        return Outgoing(Kind.ERROR, answer, outgoing.rpc_id, None, outgoing.related)
