@@ -324,11 +324,11 @@ async def test_trust_that_ends_while_a_delivery_is_noted(database):
             return held
 
         log.release = late
+        await session.call(nodes[0].url, "resources/subscribe", {"uri": WATCHED})
+        await session.call_tool(nodes[0].url, "touch_watched_resource", text="x")
+        async with asyncio.timeout(5):
+            await noting.wait()
         with Cut(nodes[1], nodes[0]):
-            await session.call(nodes[0].url, "resources/subscribe", {"uri": WATCHED})
-            await session.call_tool(nodes[0].url, "touch_watched_resource", text="x")
-            async with asyncio.timeout(5):
-                await noting.wait()
             await falls(nodes[1], LeaseState.SUSPENDED)
             go_on.set()
             before = listening.comments
