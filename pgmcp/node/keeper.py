@@ -21,6 +21,9 @@ logger = logging.getLogger(__name__)
 REJOIN = 0.5
 """Seconds between attempts to join again."""
 
+LONGEST = 30.0
+"""Seconds that a node stays away at most when it has failed several times in a row."""
+
 STEADY = 60.0
 """Seconds after which an incarnation has lived long enough for those before it not to count any more."""
 
@@ -69,6 +72,7 @@ class Keeper(Service):
                 await incarnation.run()
                 self._count(failed=incarnation.failed)
                 await self.stop()
+                await self._pause()
             if self._leaving():
                 return
             try:
@@ -81,6 +85,11 @@ class Keeper(Service):
                 self._faults.note("joining again", error)
                 self._count(failed=True)
                 await self._clock.sleep(REJOIN)
+
+    async def _pause(self) -> None:
+        """Give the other nodes time after a failure: whoever joins takes sessions, and three restores end one."""
+        if self._failures and not self._leaving():
+            await self._clock.sleep(min(REJOIN * 2 ** (self._failures - 1), LONGEST))
 
     async def stop(self) -> None:
         """Leave the cluster."""

@@ -78,14 +78,14 @@ with held as materialized (
     where n.state in ('left', 'dead')
       and exists (select from {schema}.nodes me where me.node_id = $1 and me.state = 'ready')
       and (
-          exists (select from {schema}.requests r where r.session = s.id and r.finished_at is null)
+          exists (select from {schema}.requests r where r.session + 0 = s.id and r.finished_at is null)
           or exists (
               select from {schema}.streams st join {schema}.nodes k on k.node_id = st.sink
               where st.session = s.id and not st.closed and k.state in ('joining', 'ready', 'draining')
           )
           or exists (select from {schema}.journal j where j.session = s.id and j.kind = 'subscription')
       )
-    order by exists (select from {schema}.requests r where r.session = s.id and r.finished_at is null) desc, s.id
+    order by exists (select from {schema}.requests r where r.session + 0 = s.id and r.finished_at is null) desc, s.id
     limit $2
     for update of s skip locked
 ), taken as (
@@ -99,7 +99,7 @@ with held as materialized (
     from held join taken on taken.id = held.id
 )
 select t.id, t.epoch from taken t
-order by exists (select from {schema}.requests r where r.session = t.id and r.finished_at is null) desc, t.id;
+order by exists (select from {schema}.requests r where r.session + 0 = t.id and r.finished_at is null) desc, t.id;
 
 -- name: restores_begun
 select restores from {schema}.sessions where id = $1;
