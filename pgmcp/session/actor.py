@@ -299,15 +299,14 @@ class Actor:
             await asyncio.shield(self.storing.store(stream, message, topic=topic))
 
     async def _answer(self, outgoing: Outgoing) -> None:
-        own = self._own.get(outgoing.rpc_id or "")
-        if own is not None:
+        rpc_id = outgoing.rpc_id or ""
+        if (own := self._own.get(rpc_id)) is not None:
             if not own.done():
                 own.set_result(json.loads(outgoing.message))
             return
-        call = self._calls.get(outgoing.rpc_id or "")
+        call = self._calls.get(rpc_id)
         if call is None:
             return
-        rpc_id = outgoing.rpc_id or ""
         entries = journal_entries(call.method, call.body, outgoing.message) if outgoing.kind is Kind.RESULT else []
         if entries:
             task = asyncio.create_task(self._establish(rpc_id, call, entries, outgoing.message))

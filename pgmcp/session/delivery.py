@@ -11,9 +11,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable
 
+from pgmcp.boxes import SecretBox
 from pgmcp.clock import Clock
 from pgmcp.errors import DatabaseUnavailable, PgmcpError
-from pgmcp.ports import SecretBox
 from pgmcp.session.actor import Actor
 from pgmcp.session.caller import Caller, place
 from pgmcp.types import Claimed

@@ -20,9 +20,10 @@ import logging
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+from pgmcp.boxes import SecretBox
 from pgmcp.clock import Clock, Ids
 from pgmcp.errors import ClusterFull, DatabaseUnavailable, Fenced, PgmcpError, TooManySessions
-from pgmcp.ports import Inbox, Log, SecretBox, Takeovers
+from pgmcp.ports import Inbox, Log, Takeovers
 from pgmcp.service import Faults, Service, Tasks
 from pgmcp.session import terms
 from pgmcp.session.actor import Actor

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 from mcp_types.version import is_version_at_least
 
+from pgmcp.boxes import SecretBox
 from pgmcp.clock import Clock, Ids
 from pgmcp.cluster.lease import Lease
 from pgmcp.cluster.takeover import Takeover
 from pgmcp.cluster.wakeups import Wakeups
-from pgmcp.ports import Inbox, Log, SecretBox
+from pgmcp.ports import Inbox, Log
 from pgmcp.session.adapter import Adapter
 from pgmcp.session.caller import Caller, place
 from pgmcp.session.host import Host
