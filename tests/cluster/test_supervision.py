@@ -74,6 +74,10 @@ DUTIES: dict[str, tuple[Callable[[Incarnation], Any], str, Callable[[Incarnation
 }
 
 
+LOOKERS = {"the host", "the look for messages"}
+"""Both look for messages: whichever comes first meets what was broken."""
+
+
 async def alive(node: RunningNode) -> int:
     async with httpx.AsyncClient(trust_env=False) as client:
         return (await client.get(f"{node.url}/livez")).status_code
@@ -96,7 +100,8 @@ async def test_a_duty_that_fails_begins_anew(
         breaks(monkeypatch, owner(before), name)
         provoke(before)
         await eventually(lambda: faults.counts, "it is counted")
-        where = "the host" if duty == "the look for messages" and faults.counts["the host"] else duty
+        where = next(iter(faults.counts)) if duty in LOOKERS else duty
+        assert where == duty or where in LOOKERS
         assert faults.counts == {where: 1}
         assert f"{where} failed" in caplog.text
         assert "Bug" in caplog.text, "with its trace"
