@@ -18,7 +18,7 @@ def upgrade() -> None:
     op.create_index(
         op.f("requests_rpc_id_idx"),
         "requests",
-        [sa.text("(session + 0)"), "rpc_id", "position"],
+        [sa.text("(session + 0)"), sa.text("(rpc_id || '')"), "position"],
         schema=schema,
         postgresql_where=sa.text("rpc_id is not null"),
     )

@@ -230,7 +230,7 @@ requests = Table(
     Index(
         "requests_rpc_id_idx",
         text("(session + 0)"),
-        "rpc_id",
+        text("(rpc_id || '')"),
         "position",
         postgresql_where=text("rpc_id is not null"),
     ),

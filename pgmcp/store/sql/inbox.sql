@@ -187,7 +187,7 @@ with guard as materialized (
         select q.id, q.stream, q.body, q.finished_at
         from (
             select l.* from {schema}.requests l
-            where l.session + 0 = m.session and l.rpc_id = m.rpc_id
+            where l.session + 0 = m.session and l.rpc_id || '' = m.rpc_id and l.rpc_id is not null
             order by l.position desc
             limit 1
         ) q
