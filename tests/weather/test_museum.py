@@ -231,13 +231,13 @@ async def test_museum_21_a_limit_is_a_limit_also_for_sweeps_at_once(database, ta
             node.node,
         )
         await tables.execute("analyze")
-        times = (3600.0, 3600.0, 60.0)
+        times = (3600.0, 3600.0, 60.0, 1.0)
         ended = await asyncio.gather(*(node.database.ask("expire_sessions", *times, 100) for _ in range(8)))
         assert all(len(found) <= 100 for found in ended)
         assert len({row["id"] for found in ended for row in found}) == sum(map(len, ended)) > 0
         left = await tables.value("select count(*) from pgmcp.sessions where session_id like 'old%'")
         assert left == 1000 - sum(map(len, ended))
-        pruned = await asyncio.gather(*(node.database.ask("prune_streams", 60.0, 500) for _ in range(3)))
+        pruned = await asyncio.gather(*(node.database.ask("prune_streams", 60.0, 86400.0, 500) for _ in range(3)))
         assert all(len(rows) <= 500 for rows in pruned)
         assert await tables.value("select count(*) from pgmcp.streams where closed") == 2000 - sum(map(len, pruned))
 

@@ -132,12 +132,12 @@ async def test_a_pooler_s_strangers_see_nothing_of_it(role: Role) -> None:
     with pooler(address) as through:
         async with store(through, listen_url=address) as node:
             seen = await node.database._run(
-                node.database._idle[-1], LOOK, (["transaction_isolation", "synchronous_commit"],)
+                node.database._idle[-1], LOOK, (["transaction_isolation", "synchronous_commit"],), 5.0
             )
             assert dict(seen) == {"transaction_isolation": "read committed", "synchronous_commit": "on"}
             await exchange(node)
             with pytest.raises(asyncpg.DivisionByZeroError):
-                await node.database._run(node.database._idle[-1], "select 1 / $1::int", (0,))
+                await node.database._run(node.database._idle[-1], "select 1 / $1::int", (0,), 5.0)
             await exchange(node)
             stranger = await asyncpg.connect(through, statement_cache_size=0)
             assert await stranger.fetchval("show transaction_isolation") == "serializable"
