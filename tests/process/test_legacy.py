@@ -21,6 +21,7 @@ from mcp.server.auth.settings import AuthSettings
 from mcp.server.mcpserver import Context, MCPServer
 from pydantic import FileUrl
 
+from pgmcp.settings import Settings
 from pgmcp.store import upkeep
 from tests.harness.clients import RawExchange, RawSession
 from tests.harness.cluster import RunningNode, cluster, eventually, everything
@@ -482,7 +483,8 @@ async def test_sessions_of_vanished_clients_expire(database: str, monkeypatch: p
         await working.close()
         await gone.close()
         assert await expire() == [], "a client may come back within a minute"
-        monkeypatch.setattr(upkeep, "SSE_GONE", 0.3)
+        monkeypatch.setattr(upkeep, "CLIENT_GONE", 0.3)
+        monkeypatch.setattr(Settings, "use_precision", 0.1)
 
         async def one_is_over() -> bool:
             return len(await expire()) == 1
