@@ -13,7 +13,6 @@ from typing import Any
 
 import httpx
 
-from tests.chaos.nursery import ForkedNode, Nursery
 from tests.harness.clients import Message, RawExchange, RawSession, SseEvent
 from tests.harness.cluster import Tables, eventually
 from tests.harness.processes import NodeProcess, free_ports
@@ -42,8 +41,7 @@ class Stage:
         self._database, self._folder = database, folder
         self._truth = folder / "truth"
         self._truth.touch()
-        self._http = httpx.AsyncClient(trust_env=False, timeout=2)
-        self._nursery = Nursery()
+        self._http = httpx.AsyncClient(trust_env=False, verify=False, timeout=2)
         self._opened: list[str] = []
 
     # -- nodes -----------------------------------------------------------------------------------------------------
@@ -51,8 +49,7 @@ class Stage:
     def add(self, count: int, **env: str) -> list[NodeProcess]:
         """Begin to start more nodes."""
         added = [
-            ForkedNode(
-                self._nursery,
+            NodeProcess(
                 TARGET,
                 database_url=self._database,
                 name=f"node-{len(self.nodes) + number}",
@@ -192,7 +189,7 @@ class Stage:
     async def close(self) -> None:
         """Hang up; every node ends at once."""
         await self._http.aclose()
-        self._nursery.close()
+        self.kill(*self.nodes)
 
 
 class Call:

@@ -47,7 +47,7 @@ def kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[Kept]:
 async def test_a_line_for_each_exchange_at_its_end(database, kept):
     kept.setFormatter(logs._Json())
     async with cluster(database, everything, 2, access_log=True) as nodes:
-        async with RawSession() as session, httpx.AsyncClient(trust_env=False) as http:
+        async with RawSession() as session, httpx.AsyncClient(trust_env=False, verify=False) as http:
             await session.open(nodes[0].url)
             count = len(kept.lines)
             listening = await session.get(nodes[1].url)
@@ -108,7 +108,7 @@ async def test_somebody_elses_uvicorn_masks_session_ids(database, capsys, prefix
     async with (
         serving(app, access_log=True, log_level="info") as base,
         RawSession(path=f"{prefix}/sse") as client,
-        httpx.AsyncClient(trust_env=False) as http,
+        httpx.AsyncClient(trust_env=False, verify=False) as http,
     ):
         where = (await (await client.get(base)).next()).data
         path, _, session_id = where.partition("?session_id=")

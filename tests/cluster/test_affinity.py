@@ -83,7 +83,10 @@ async def test_a_forged_hint_is_an_unknown_session(pair: Sequence[RunningNode]) 
 
 
 async def test_http_sse_tells_too(pair: Sequence[RunningNode]) -> None:
-    async with httpx.AsyncClient(trust_env=False) as http, http.stream("GET", f"{pair[0].url}/sse") as stream:
+    async with (
+        httpx.AsyncClient(trust_env=False, verify=False) as http,
+        http.stream("GET", f"{pair[0].url}/sse") as stream,
+    ):
         assert stream.headers["set-cookie"] == "pgmcp_node=n1; Path=/; HttpOnly; SameSite=Lax"
 
 

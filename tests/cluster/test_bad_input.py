@@ -189,7 +189,7 @@ async def test_what_is_malformed_gets_an_error_and_changes_nothing(database, sub
     async with (
         cluster(database, everything, 2, max_body=LIMIT, max_batch=BATCH) as nodes,
         tables_of(database) as tables,
-        httpx.AsyncClient(trust_env=False, timeout=10) as http,
+        httpx.AsyncClient(trust_env=False, verify=False, timeout=10) as http,
         RawSession(protocol_version=version) as session,
     ):
         http.headers.clear()
@@ -220,7 +220,7 @@ async def test_a_body_over_the_limit_without_a_declared_length(database):
     async with (
         cluster(database, everything, 1, max_body=LIMIT) as [node],
         tables_of(database) as tables,
-        httpx.AsyncClient(trust_env=False) as http,
+        httpx.AsyncClient(trust_env=False, verify=False) as http,
     ):
         before = await tables.counts()
         headers = {"accept": ACCEPT, "content-type": "application/json", "mcp-session-id": "x"}

@@ -70,7 +70,7 @@ async def test_it_works_there(build, prefix, database):
         for turn, base in enumerate([one, other, one, other], 1):
             assert (await session.call_tool(base, "count"))["structuredContent"] == {"result": turn}
         if build is not plain:
-            async with httpx.AsyncClient() as client:
+            async with httpx.AsyncClient(verify=False) as client:
                 assert (await client.get(f"{one}/own")).text == "own"
 
 
@@ -78,7 +78,7 @@ async def test_it_works_there(build, prefix, database):
 async def test_http_and_sse_names_an_endpoint_that_is_there(build, prefix, database):
     async with (
         two(build, database) as (one, other),
-        httpx.AsyncClient() as client,
+        httpx.AsyncClient(verify=False) as client,
         client.stream("GET", f"{one}{prefix}/sse") as stream,
     ):
         lines = stream.aiter_lines()
@@ -91,7 +91,7 @@ async def test_http_and_sse_names_an_endpoint_that_is_there(build, prefix, datab
 
 async def test_a_lifespan_that_was_not_run_is_said_so(database):
     app = Starlette(routes=[Mount("/tools", Cluster(database).app(everything()))])
-    async with serving(app) as base, httpx.AsyncClient() as client:
+    async with serving(app) as base, httpx.AsyncClient(verify=False) as client:
         answer = await client.post(
             f"{base}/tools/mcp",
             json={"jsonrpc": "2.0", "id": 1, "method": "ping"},

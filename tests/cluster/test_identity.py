@@ -109,7 +109,7 @@ def server() -> MCPServer:
 
 async def raw(base: str, method: str, headers: dict[str, str], body: dict | None = None) -> httpx.Response:
     fixed = {"accept": "application/json, text/event-stream", "content-type": "application/json"}
-    async with httpx.AsyncClient(trust_env=False, timeout=10) as http:
+    async with httpx.AsyncClient(trust_env=False, verify=False, timeout=10) as http:
         return await http.request(method, f"{base}/mcp", headers={**fixed, **headers}, json=body)
 
 
@@ -159,7 +159,7 @@ async def test_who_may_not_is_told_so_on_every_node(database, subtests):
 
 
 async def test_every_node_serves_the_resource_metadata(database):
-    async with cluster(database, server, 2) as nodes, httpx.AsyncClient(trust_env=False) as http:
+    async with cluster(database, server, 2) as nodes, httpx.AsyncClient(trust_env=False, verify=False) as http:
         for node in nodes:
             answer = await http.get(f"{node.url}/.well-known/oauth-protected-resource/mcp")
             assert answer.status_code == 200

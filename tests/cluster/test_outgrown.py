@@ -8,7 +8,7 @@ from tests.harness.cluster import RunningNode, cluster, eventually, everything, 
 
 
 async def readiness(node: RunningNode) -> tuple[int, str]:
-    async with httpx.AsyncClient(trust_env=False) as http:
+    async with httpx.AsyncClient(trust_env=False, verify=False) as http:
         answer = await http.get(f"{node.url}/readyz")
         return answer.status_code, answer.json()["status"]
 

@@ -79,12 +79,12 @@ LOOKERS = {"the host", "the look for messages"}
 
 
 async def alive(node: RunningNode) -> int:
-    async with httpx.AsyncClient(trust_env=False) as client:
+    async with httpx.AsyncClient(trust_env=False, verify=False) as client:
         return (await client.get(f"{node.url}/livez")).status_code
 
 
 async def ready(node: RunningNode) -> bool:
-    async with httpx.AsyncClient(trust_env=False) as client:
+    async with httpx.AsyncClient(trust_env=False, verify=False) as client:
         return (await client.get(f"{node.url}/readyz")).status_code == 200
 
 

@@ -52,7 +52,7 @@ class Server(ServerProcess):
 
     def is_ready(self) -> bool:
         try:
-            return httpx.get(f"{self.url}/readyz", timeout=2, trust_env=False).status_code == 200
+            return httpx.get(f"{self.url}/readyz", timeout=2, trust_env=False, verify=False).status_code == 200
         except httpx.HTTPError:
             return False
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -19,8 +20,12 @@ from typing import Self, TypeVar
 
 import httpx
 
+from tests.harness import nursery
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 POLL = 0.02
+PLAIN = ssl.create_default_context()
+"""For clients that use no TLS: each that reads the system's certificates anew costs 50 ms."""
 ProcessT = TypeVar("ProcessT", bound="ManagedProcess")
 
 # Runs before the program itself, in the child: "kill me when my parent ends", then become the program.
@@ -67,22 +72,25 @@ class ManagedProcess:
         self.command = tuple(command)
         self.log_path = log_path
         self.env = dict(env or {})
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: subprocess.Popen[bytes] | nursery.Child | None = None
 
     def start(self) -> Self:
         """Start the process without waiting for it."""
         assert self._process is None or self._process.poll() is not None, f"{self.command[0]} runs already"
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        self._process = self._spawn({**os.environ, **self.env})
+        return self
+
+    def _spawn(self, env: Mapping[str, str]) -> subprocess.Popen[bytes] | nursery.Child:
         with self.log_path.open("ab") as log:
-            self._process = subprocess.Popen(
+            return subprocess.Popen(
                 [sys.executable, "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *self.command],
                 cwd=REPOSITORY,
-                env={**os.environ, **self.env},
+                env=env,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
-        return self
 
     def is_ready(self) -> bool:
         """Whether the process does its work; here: whether it runs."""
@@ -100,7 +108,7 @@ class ManagedProcess:
         return self
 
     @property
-    def process(self) -> subprocess.Popen[bytes]:
+    def process(self) -> subprocess.Popen[bytes] | nursery.Child:
         """The running or ended process."""
         assert self._process is not None, "not started"
         return self._process
@@ -199,7 +207,7 @@ class ServerProcess(ManagedProcess):
 
 
 class NodeProcess(ServerProcess):
-    """One pgmcp node: ``pgmcp serve TARGET``; ready when ``/readyz`` says 200."""
+    """One pgmcp node: ``pgmcp serve TARGET``; ready when ``/readyz`` says 200; a fork unless of another build."""
 
     def __init__(
         self,
@@ -225,9 +233,12 @@ class NodeProcess(ServerProcess):
         )
         self.name = name
 
+    def _spawn(self, env: Mapping[str, str]) -> subprocess.Popen[bytes] | nursery.Child:
+        return super()._spawn(env) if "PYTHONPATH" in self.env else nursery.bear(self.command[3:], env, self.log_path)
+
     def is_ready(self) -> bool:
         try:
-            return httpx.get(f"{self.url}/readyz", timeout=2, trust_env=False).status_code == 200
+            return httpx.get(f"{self.url}/readyz", timeout=2, trust_env=False, verify=PLAIN).status_code == 200
         except httpx.HTTPError:
             return False
 

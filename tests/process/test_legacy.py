@@ -193,7 +193,7 @@ class Sse:
         self._ids = itertools.count(1)
         self._streams: list[RawExchange] = []
         self._http = httpx.AsyncClient(
-            headers=dict(headers or {}), timeout=httpx.Timeout(10, read=None), trust_env=False
+            headers=dict(headers or {}), timeout=httpx.Timeout(10, read=None), trust_env=False, verify=False
         )
 
     @property
@@ -366,7 +366,7 @@ async def test_a_client_that_does_not_say_what_it_has_starts_anew(bases: Sequenc
 
 
 async def test_methods_that_are_not_served(bases: Sequence[str]) -> None:
-    async with Sse() as client, httpx.AsyncClient(trust_env=False) as http:
+    async with Sse() as client, httpx.AsyncClient(trust_env=False, verify=False) as http:
         await client.open(bases[0])
         for method, path, allowed in (
             ("POST", "/sse", "GET"),
@@ -467,7 +467,7 @@ async def test_foreign_sessions_are_as_unknown_ones(database: str) -> None:
             assert foreign.content == unknown.content
             await eve.get(node.url, stream.last_event_id)
             assert eve.session_id != ada.session_id, "eve has taken ada's stream"
-        async with httpx.AsyncClient(trust_env=False) as nobody:
+        async with httpx.AsyncClient(trust_env=False, verify=False) as nobody:
             for method, path in (("GET", "/sse"), ("POST", ada.endpoint)):
                 assert (await nobody.request(method, f"{pair[1].url}{path}")).status_code == 401
         assert await ada.call(pair[1].url, stream, "count") == 2

@@ -58,7 +58,7 @@ async def test_what_was_sent_to_a_frozen_node_came_before_it_thawed():
         await send({"type": "http.response.start", "status": 204, "headers": []})
         await send({"type": "http.response.body", "body": b""})
 
-    async with serving(app) as url, httpx.AsyncClient(trust_env=False) as client:
+    async with serving(app) as url, httpx.AsyncClient(trust_env=False, verify=False) as client:
         assert (await client.post(url, content=b"1")).status_code == 204
         reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
         writer.write(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 1\r\n\r\n1")  # goes to the kernel at once
