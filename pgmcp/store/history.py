@@ -50,8 +50,8 @@ class _Found:
     term: int
     mark: str
     present: str
-    renewed_at: float | None
-    """The node's last renewal, as its row has it."""
+    renewed_at: float
+    """The node's last renewal, as its row has it; infinite when somebody has removed that row."""
     next: tuple[UUID, int] | None
     """The term that is announced for the present history, and has not begun."""
 
@@ -120,8 +120,9 @@ class History:
         self._open[connection] = found.id
 
     async def _look(self, connection: asyncpg.Connection, renewed: _Renewed | None) -> _Found | None:
+        asked = (renewed.node, renewed.at) if renewed is not None else (None, None)
         try:
-            row = await connection.fetchrow(statement("history", self._schema), renewed.node if renewed else None)
+            row = await connection.fetchrow(statement("history", self._schema), *asked)
         except _NO_TABLES:
             return None  # whoever needs them says so
         except _NOT_ALLOWED as error:
@@ -190,7 +191,7 @@ def _lost(found: _Found, renewed: _Renewed | None) -> bool:
     """Whether a history lacks a renewal that was confirmed in it, and nobody has begun a term for that yet."""
     if renewed is None or renewed.history != found.id:
         return False
-    return found.renewed_at is None or found.renewed_at < renewed.at
+    return found.renewed_at < renewed.at
 
 
 def _nothing() -> None:

@@ -80,6 +80,7 @@ async def test_a_node_that_was_declared_dead_stops_and_joins_again(database, los
 
         await eventually(joined, "the node joins again")
         assert nodes[0].incarnation.node_id != old.node_id
+        assert await tables.value("select term from pgmcp.history") == 0, "no commit was lost"
         assert (old.host.sessions, len(old.tails), old.line.up) == (0, 0, False)
         assert await tables.value("select state from pgmcp.nodes where node_id = $1", old.node_id) in {None, "dead"}
         assert (

@@ -1,9 +1,11 @@
 -- name: history
 -- Which history the server follows: every promotion of a standby and every restore of a backup begins another timeline.
 -- The name of the WAL file that is being written tells it at once (the control file only after the next checkpoint).
--- $1 is the node that asks: a row of its own that is older than its last good renewal tells that commits were lost.
-select h.id, h.term, h.mark, (
-        select extract(epoch from n.renewed_at)::float8 from {schema}.nodes n where n.node_id = $1
+-- $1 is the node that asks: a row of its own that is older than its last good renewal tells that commits were lost. Where
+-- its row is missing, only a server that started after that renewal can have lost it: else somebody has removed it.
+select h.id, h.term, h.mark, coalesce(
+        (select extract(epoch from n.renewed_at)::float8 from {schema}.nodes n where n.node_id = $1),
+        case when pg_postmaster_start_time() < to_timestamp($2) then 'infinity'::float8 else '-infinity' end
     ) as renewed_at, h.next_id, h.next_term, h.next_mark, pg_is_in_recovery() as standby,
     case when not pg_is_in_recovery() then
         (select c.system_identifier from pg_control_system() c)::text || '/' || left(pg_walfile_name(pg_current_wal_lsn()), 8)
