@@ -54,11 +54,12 @@ class Inbox(Protocol):
         """
         ...
 
-    async def make_room(self, principal: Principal) -> list[SessionKey]:
+    async def make_room(self, principal: Principal, address: str | None = None) -> list[SessionKey]:
         """End a session, where there are too many, for a new one of this caller.
 
-        Of a caller with a name its own that was used longest ago; in a full cluster one whose client did not end the
-        handshake within a minute. Never one of which anything runs or is carried, nor is accepted meanwhile.
+        Of a caller with a name, or of an address with anonymous ones, the one that was used longest ago; in a full
+        cluster one whose client did not end the handshake within a minute. Never one of which anything runs or is
+        carried, nor is accepted meanwhile.
 
         Returns:
             what was ended, for its owner and its exchanges to be told.

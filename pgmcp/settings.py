@@ -69,6 +69,10 @@ class Settings(BaseSettings):
     allowed_origins: Names = Field(
         (), description="Origin headers to accept; default on a loopback address: loopback names."
     )
+    bind_to: Literal["client,subject", "subject"] = Field(
+        "client,subject",
+        description="Whose a session is: the token's client and subject, or its subject alone; the same on all nodes.",
+    )
     forwarded_allow_ips: str = Field("127.0.0.1", description="Proxies whose X-Forwarded headers are believed.")
     response: Literal["sse", "json", "auto"] = Field("sse", description="How a POST is answered.")
     log_format: Literal["text", "json"] = Field("text", description="How log lines look.")
@@ -85,7 +89,9 @@ class Settings(BaseSettings):
     max_batch: int = Field(100, gt=0, description="Messages that a 2025-03-26 batch may have.")
     max_depth: int = Field(100, gt=0, le=200, description="Levels of nesting that a message may have.")
     max_sessions: int = Field(10_000, gt=0, description="Sessions that the cluster may have.")
-    max_sessions_per_caller: int = Field(1_000, gt=0, description="Sessions that one authenticated caller may have.")
+    max_sessions_per_caller: int = Field(
+        1_000, gt=0, description="Sessions that one caller may have; without authentication, one address of clients."
+    )
     max_in_flight: int = Field(100, gt=0, description="Requests of one session that may be unfinished.")
     max_streams: int = Field(100, gt=0, description="Streams of one session that may be open at once.")
     max_exchanges: int = Field(5_000, gt=0, description="Exchanges of 2026-07-28 that a node may have open.")

@@ -121,12 +121,13 @@ class Ownership:
 
 @dataclass(frozen=True, slots=True)
 class NewSession:
-    """A session that its first owner is about to create."""
+    """A session that its first owner is about to create; ``address`` tells callers apart that have no name."""
 
     session_id: str
     principal: Principal
     transport: str
     standalone: StreamId
+    address: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,9 +37,10 @@ from pgmcp.store.secrets import CONTEXTS, REFRESH, KeyRing, StateRing
 from pgmcp.store.wrapping import wrapping_of
 from pgmcp.types import Publication
 from pgmcp.web.admission import Admission
-from pgmcp.web.application import Application, host_rules
+from pgmcp.web.application import Application
 from pgmcp.web.connection import Bounded
 from pgmcp.web.edge import Edge
+from pgmcp.web.hosts import host_rules, unprotected
 from pgmcp.web.legacy import SseMessages, SseStream
 from pgmcp.web.modern import Eras, Modern
 from pgmcp.web.parting import Parting
@@ -149,6 +150,8 @@ class Node:
         """
         self._started = True
         mask_session_ids()  # whoever runs the HTTP server
+        if warning := unprotected(self.settings):
+            logger.warning(warning)
         async with contextlib.AsyncExitStack() as stack:
             try:
                 await self._start(stack)

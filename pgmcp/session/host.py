@@ -117,7 +117,7 @@ class Host(Service):
             try:
                 return await self._inbox.open_session(new)
             except (ClusterFull, TooManySessions):
-                for ended in await self._inbox.make_room(new.principal):
+                for ended in await self._inbox.make_room(new.principal, new.address):
                     self._ended(ended)
         return await self._inbox.open_session(new)
 

@@ -93,9 +93,9 @@ class TableInbox:
         """See ``Inbox.open_session``."""
         return await self._opening.open(new)
 
-    async def make_room(self, principal: Principal) -> list[SessionKey]:
+    async def make_room(self, principal: Principal, address: str | None = None) -> list[SessionKey]:
         """See ``Inbox.make_room``."""
-        return await self._opening.make_room(principal)
+        return await self._opening.make_room(principal, address)
 
     async def find(self, session_id: str, principal: Principal) -> SessionFacts:
         """See ``Inbox.find``."""

@@ -2,8 +2,8 @@
 
 Invariants:
 - Nothing that is in use makes room: no session of which anything runs or is carried.
-- A caller that has a name makes room for itself only: its own session that was used longest ago gives way. In a full
-  cluster those give way whose client never ended the handshake.
+- A caller makes room for itself only: its own session that was used longest ago gives way. Those that have no name are
+  one caller for each address. In a full cluster those give way whose client never ended the handshake.
 
 Failure handling: a session that comes into use while it is chosen stays, and another one is chosen. Opening counts
 without a lock: what is under way at the same moment may pass a bound, a pool's worth for each node. Far from the bound
@@ -43,11 +43,12 @@ class Opening:
         """See ``Inbox.open_session``."""
         who, most, most_each = new.principal, self._settings.max_sessions, self._settings.max_sessions_per_caller
         whose, tries = (new.transport, who.client_id, who.issuer, who.subject), 0
+        address = _address(who, new.address)
 
         async def once() -> list[asyncpg.Record]:
             nonlocal tries
             tries += 1  # each spends those before it, which may arrive when the session has ended
-            what = (new.session_id, self._node, *whose, new.standalone, bound, most_each, tries)
+            what = (new.session_id, self._node, *whose, new.standalone, bound, most_each, tries, address)
             return await self._database.fetch("open_session", *what)
 
         for _ in range(LOOKS):
@@ -70,12 +71,13 @@ class Opening:
         self._places -= 1
         return self._places >= MUCH and self._database.clock.boottime() - self._counted < COUNTED
 
-    async def make_room(self, principal: Principal) -> list[SessionKey]:
+    async def make_room(self, principal: Principal, address: str | None = None) -> list[SessionKey]:
         """See ``Inbox.make_room``."""
-        limits, ended = self._settings, []
-        if principal.client_id is not None:
-            who = (principal.client_id, principal.issuer, principal.subject, limits.max_sessions_per_caller)
-            ended += await self._end_one("make_room_of_caller", who, self._crowded())
+        limits, ended, address = self._settings, [], _address(principal, address)
+        if principal.client_id is not None or address is not None:
+            who = (principal.client_id, principal.issuer, principal.subject)
+            of_caller = (*who, limits.max_sessions_per_caller, address)
+            ended += await self._end_one("make_room_of_caller", of_caller, self._crowded())
         if not ended:
             ended += await self._end_one("make_room", (limits.max_sessions, CLIENT_GONE), self._full())
         return ended
@@ -100,3 +102,8 @@ class Opening:
     def _crowded(self) -> PgmcpError:
         most = self._settings.max_sessions_per_caller
         return TooManySessions(f"All {most} sessions that you may have are in use; end one before you open another.")
+
+
+def _address(principal: Principal, address: str | None) -> str | None:
+    """The address, where it stands for the caller."""
+    return (address or None) if principal.client_id is None else None

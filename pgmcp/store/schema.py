@@ -18,6 +18,7 @@ Invariants:
   whoever looks above a floor finds no other index that fits, whatever statistics say: others lead through what is over.
 - ``events.message`` is stored as it is (``external``): a piece of a large one is read without the others.
 - ``streams.replaced_at`` has the last replacements of a sink on a living node, and nothing on nearly every row.
+- ``sessions.address`` is where a session was opened from whose caller has no name, and nothing for others.
 - At most one request of a session with a given JSON-RPC id is open (``requests_open_rpc_id``).
 - Revisions are four digits that ascend. A build fits a database whose revision is not older than its ``OLDEST``, while
   it knows the revision in ``schema_range.needs``, which only contract steps raise.
@@ -58,7 +59,7 @@ XACT = text("(pg_current_xact_id()::text)::bigint")
 TIME = DateTime(timezone=True)
 
 VERSION_TABLE = "alembic_version"
-OLDEST = "0014"
+OLDEST = "0016"
 """The oldest revision with everything that this build's statements use."""
 
 VIEWS = ("live_nodes", "live_sessions", "live_requests", "live_streams", "takeover_history")
@@ -134,7 +135,9 @@ sessions = Table(
     Column("created_at", TIME, nullable=False, server_default=NOW),
     Column("last_active_at", TIME, nullable=False, server_default=NOW),
     Column("expires_at", TIME),
+    Column("address", Text),
     CheckConstraint("state in ('live', 'ending')", name="state"),
+    Index("sessions_address_idx", "address", postgresql_where=text("address is not null")),
     Index(
         "sessions_caller_idx",
         text("left(coalesce(principal_subject, principal_client), 100)"),

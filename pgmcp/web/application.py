@@ -10,12 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 
 from litestar import Litestar
-from mcp.server.transport_security import TransportSecurityMiddleware, TransportSecuritySettings
 from starlette.applications import Starlette
 from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Receive, Scope, Send
-
-from pgmcp.settings import LOOPBACK, Settings
 
 
 class Application:
@@ -58,17 +55,3 @@ class Application:
             if any(route.matches(scope)[0] is not Match.NONE for route in self._routes):
                 return self._others
         return self._litestar  # type: ignore[return-value]
-
-
-def host_rules(settings: Settings) -> TransportSecurityMiddleware:
-    """The SDK's Host and Origin rules: loopback names on a loopback address, else what the operator lists."""
-    hosts, origins = list(settings.allowed_hosts), list(settings.allowed_origins)
-    if not hosts and settings.host in LOOPBACK:
-        names = ("127.0.0.1", "localhost", "[::1]")
-        hosts = [*names, *(f"{name}:*" for name in names)]
-        origins = origins or [f"http://{name}{port}" for name in names for port in ("", ":*")]
-    return TransportSecurityMiddleware(
-        TransportSecuritySettings(
-            enable_dns_rebinding_protection=bool(hosts), allowed_hosts=hosts, allowed_origins=origins
-        )
-    )

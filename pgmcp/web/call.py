@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 from dataclasses import dataclass
+from functools import lru_cache
+from ipaddress import IPv4Address, ip_address, ip_network
+from typing import Literal
 
 from mcp.server.auth.middleware.bearer_auth import AuthenticatedUser, authorization_context
 from starlette.requests import Request
 from starlette.responses import Response
 
 from pgmcp.types import ANONYMOUS, Principal
+from pgmcp.web.admission import Guest
 from pgmcp.web.connection import Connection
 from pgmcp.web.wire import Refusal
 
@@ -18,6 +23,11 @@ OWNER = "pgmcp_node"
 """The affinity cookie: the name of the session's owner."""
 
 SESSION_ID, LAST_EVENT_ID, VERSION = "mcp-session-id", "last-event-id", "mcp-protocol-version"
+
+LONGEST_ADDRESS = 100
+"""Characters of an address that is none: what a proxy passes on."""
+
+_PORTED = re.compile(r"(?:\[(.*)\]|([\d.]+)):\d+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +38,8 @@ class Call:
     connection: Connection
     arrived: float = math.inf
     """When the request had come, by the node's clock; infinite where nobody asks."""
+    bind_to: Literal["client,subject", "subject"] = "client,subject"
+    """What of a token says whose a session is."""
 
     def header(self, name: str) -> str:
         """A header's value without blanks around it (not every HTTP parser strips them); empty when it is missing."""
@@ -49,12 +61,22 @@ class Call:
 
     @property
     def principal(self) -> Principal:
-        """Who is asking, as the SDK's authentication found out."""
+        """Who is asking, as the SDK's authentication found out.
+
+        Where only the subject counts, the client of a token that has one is the empty name.
+        """
         user = self.request.scope.get("user")
         if not isinstance(user, AuthenticatedUser):
             return ANONYMOUS
         found = authorization_context(user)
-        return Principal(found["client_id"], found["issuer"], found["subject"])
+        client = "" if self.bind_to == "subject" and found["subject"] else found["client_id"]
+        return Principal(client, found["issuer"], found["subject"])
+
+    @property
+    def guest(self) -> Guest:
+        """The caller, session or not: the principal or, where nobody is known, the address."""
+        principal, client = self.principal, self.request.client
+        return Guest(principal, network(client.host) if principal == ANONYMOUS and client is not None else "")
 
     async def body(self, limit: int, seconds: float) -> bytes:
         """Read the body.
@@ -112,3 +134,20 @@ class Call:
     async def send_response(self, response: Response) -> None:
         """Answer with a whole response."""
         await response(self.request.scope, self.connection.receive, self.connection.send)
+
+
+@lru_cache(maxsize=4096)
+def network(address: str) -> str:
+    """What stands for a client's address: a client has all of an IPv6 /64, and would be another one with each call.
+
+    Args:
+        address: as the HTTP server or a proxy gives it, perhaps with a port.
+    """
+    ported = _PORTED.fullmatch(address)
+    try:
+        found = ip_address((ported[1] or ported[2]) if ported else address.strip("[]").partition("%")[0])
+    except ValueError:
+        return address.replace("\0", "")[:LONGEST_ADDRESS]
+    if isinstance(found, IPv4Address):
+        return str(found)
+    return str(found.ipv4_mapped or ip_network((found, 64), strict=False))

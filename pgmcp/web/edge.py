@@ -68,6 +68,7 @@ class Edge:
             principal=call.principal,
             transport=transport,
             standalone=self.new_stream(),
+            address=call.guest.address,
         )
 
     def turn(self, post: Post, call: Call, session_id: str) -> AbstractAsyncContextManager[None]:

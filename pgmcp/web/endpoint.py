@@ -74,7 +74,7 @@ class Front(ABC):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one exchange."""
-        call = Call(Request(scope, receive), connection_of(scope))
+        call = Call(Request(scope, receive), connection_of(scope), bind_to=self._settings.bind_to)
         try:
             await self._checked(call)
         except ClientDisconnect:

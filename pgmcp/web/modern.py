@@ -25,8 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pgmcp.errors import NodeFull, NodeNotReady
 from pgmcp.settings import Settings
-from pgmcp.types import ANONYMOUS
-from pgmcp.web.admission import Admission, Guest
+from pgmcp.web.admission import Admission
 from pgmcp.web.call import VERSION, Call
 from pgmcp.web.connection import Watch
 from pgmcp.web.endpoint import Front
@@ -104,7 +103,7 @@ class Modern(Front):
             answer = _Answer(call, body, exchange.scope.cancel)
             with exchange.scope:
                 async with self._admission.turn(
-                    guest(call), call.connection.receive, asks=True, most=WAITING, patience=limits.hold
+                    call.guest, call.connection.receive, asks=True, most=WAITING, patience=limits.hold
                 ):
                     with Watch(call.connection.receive, exchange.scope.cancel):
                         await self._server(call.request.scope, answer.receive, answer.send)
@@ -157,9 +156,3 @@ class _Answer:
             raise NodeNotReady(message)
         if not self._ended:
             await self.send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-def guest(call: Call) -> Guest:
-    """In whose line an exchange stands."""
-    principal, client = call.principal, call.request.client
-    return Guest(principal, client.host if principal == ANONYMOUS and client is not None else "")

@@ -302,3 +302,56 @@ async def test_nothing_secret_lies_about(database, caplog):
 def _ours(record: logging.LogRecord) -> bool:
     """The test's own HTTP client and its debug output are no part of a node."""
     return not record.name.startswith(("httpcore", "httpx", "asyncio"))
+
+
+@pytest.mark.parametrize("bind_to", ["client,subject", "subject"])
+async def test_whose_a_session_is_may_leave_out_the_client(database, bind_to):
+    """A client that registers anew is another client, and the same subject."""
+    badges = {
+        "first": ("old", "ada", "https://one"),
+        "anew": ("new", "ada", "https://one"),
+        "other": ("old", "bob", "https://one"),
+        "elsewhere": ("old", "ada", "https://two"),
+        "machine": ("old", None, "https://one"),
+        "machine2": ("new", None, "https://one"),
+    }
+
+    class Registry:
+        async def verify_token(self, token: str) -> AccessToken:
+            client, subject, issuer = badges[token]
+            claims = {"iss": issuer}
+            return AccessToken(token=token, client_id=client, scopes=["use"], subject=subject, claims=claims)
+
+    def make() -> MCPServer:
+        made = server()
+        made._token_verifier = Registry()
+
+        @made.tool()
+        async def whose() -> str:
+            found = get_access_token()
+            return f"{found.client_id} {found.subject}"
+
+        return made
+
+    async def status(who: str, session_id: str) -> int:
+        headers = {"authorization": f"Bearer {who}", "mcp-session-id": session_id}
+        return (await raw(nodes[1].url, "POST", headers, PING)).status_code
+
+    async with (
+        cluster(database, make, 2, bind_to=bind_to) as nodes,
+        tables_of(database) as tables,
+        RawSession(headers={"authorization": "Bearer first"}) as session,
+        RawSession(headers={"authorization": "Bearer machine"}) as machine,
+    ):
+        await session.open(nodes[0].url)
+        await machine.open(nodes[0].url)
+        kept = 200 if bind_to == "subject" else 404
+        whose = {"first": 200, "anew": kept, "other": 404, "elsewhere": 404, "machine": 404}
+        assert {who: await status(who, session.session_id) for who in whose} == whose
+        for who in ("machine2", "first", "anew"):  # without a subject, the client
+            assert await status(who, machine.session_id) == 404
+        told = await session.call_tool(nodes[1].url, "whose")
+        assert told["content"][0]["text"] == "old ada"  # the handler sees the token as it is
+        names = {row["principal"] for row in await tables.rows("select principal from pgmcp.live_sessions")}
+        expected = {"subject": "ada@https://one", "client,subject": "ada@https://one via old"}
+        assert names == {expected[bind_to], "https://one via old"}

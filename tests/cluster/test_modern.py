@@ -19,7 +19,7 @@ from starlette.requests import Request
 from pgmcp.web.admission import Guest
 from pgmcp.web.call import Call
 from pgmcp.web.connection import Connection
-from pgmcp.web.modern import guest, is_modern
+from pgmcp.web.modern import is_modern
 from tests.cluster.test_identity import bearer, server
 from tests.harness.clients import RawSession
 from tests.harness.cluster import cluster, eventually, everything, tables_of
@@ -267,11 +267,14 @@ def test_each_caller_has_a_line_and_so_has_each_address_where_nobody_is_known():
         if who:
             token = AccessToken(token="t", client_id="c", scopes=[], subject=who)
             scope["user"] = AuthenticatedUser(token)
-        return guest(Call(Request(scope), Connection(None, None, 1)))
+        return Call(Request(scope), Connection(None, None, 1)).guest
 
     assert line("10.0.0.1") == line("10.0.0.1") != line("10.0.0.2")
     assert line("10.0.0.1", "ada") == line("10.0.0.2", "ada") != line("10.0.0.1", "bob")
     assert line(None) != line("10.0.0.1") != line("10.0.0.1", "ada")
+    assert line("2001:db8::1") == line("[2001:db8::ffff]:443") != line("2001:db8:0:1::1")  # a client has a /64
+    assert line("10.0.0.1") == line("10.0.0.1:5000") == line("::ffff:10.0.0.1")
+    assert line("junk" * 1000) == line("junk" * 2000)
 
 
 # leaving

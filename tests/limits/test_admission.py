@@ -37,8 +37,9 @@ async def test_sessions_in_all(database, talker):
         tables_of(database) as tables,
         contextlib.AsyncExitStack() as stack,
     ):
-        # three anonymous callers: they are not one caller
-        sessions = [await stack.enter_async_context(RawSession()) for _ in range(4)]
+        # anonymous callers of several addresses: they are not one caller
+        callers = [RawSession(headers={"x-forwarded-for": f"10.0.0.{number}"}) for number in range(4)]
+        sessions = [await stack.enter_async_context(caller) for caller in callers]
         for session, node in zip(sessions, itertools.cycle(nodes), strict=False):
             if session is not sessions[3]:
                 await session.open(node.url)

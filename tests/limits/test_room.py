@@ -103,6 +103,43 @@ async def test_a_caller_whose_sessions_are_all_in_use_is_refused(database, holdi
         await call.close()
 
 
+async def test_the_anonymous_callers_of_one_address_make_room_for_each_other(database):
+    """One that opens sessions without end fills nobody's place but its own."""
+
+    def at(address: str) -> RawSession:
+        return RawSession(headers={"x-forwarded-for": address})
+
+    async with (
+        cluster(database, lambda: MCPServer("open"), 2, max_sessions=4, max_sessions_per_caller=2) as nodes,
+        tables_of(database) as tables,
+        at("10.0.0.1") as flood,
+        at("2001:db8::1") as one,
+        at("2001:db8::2") as two,
+    ):
+        for number in range(6):
+            flood.session_id = None
+            await flood.open(nodes[number % 2].url)
+        for session in (one, two):  # of one /64
+            await session.open(nodes[0].url)
+            assert (await session.call(nodes[1].url, "ping"))["result"] == {}
+        where = "select address, count(*) from pgmcp.sessions group by address order by address"
+        assert [tuple(row) for row in await tables.rows(where)] == [("10.0.0.1", 2), ("2001:db8::/64", 2)]
+        streams = [await session.get(nodes[1].url) for session in (one, two)]
+        async with at("2001:db8::3") as three:
+            refused = await three.initialize(nodes[0].url)
+            assert (refused.status, refused.headers["retry-after"]) == (429, "1")
+            async with RawSession(path="/sse", headers={"x-forwarded-for": "2001:db8::4"}) as older:
+                assert (await older.get(nodes[1].url)).status == 429
+        for stream in streams:
+            await stream.close()
+
+
+async def test_the_address_of_a_caller_with_a_name_is_not_kept(database, holding, of):
+    async with cluster(database, holding, 1) as [node], tables_of(database) as tables, of("ada") as session:
+        await session.open(node.url)
+        assert await tables.value("select count(*) from pgmcp.sessions where address is null") == 1
+
+
 async def test_in_a_full_cluster_a_handshake_that_was_never_ended_makes_room(database, talker):
     """Anonymous callers have no name: what is whole stays, whoever it belongs to."""
     async with (

@@ -205,5 +205,18 @@ async def test_room_is_made_once(database: str) -> None:
         assert await node.inbox.make_room(ME) == [second.key]
 
 
-def new() -> NewSession:
-    return NewSession(IDS.token(), ME, "streamable", StreamId(IDS.uuid()))
+async def test_anonymous_callers_share_by_address(database: str) -> None:
+    async with store(database, max_sessions_per_caller=2) as node:
+        here = [await node.inbox.open_session(new(ANONYMOUS, "10.0.0.1")) for _ in range(2)]
+        assert isinstance(await outcome(node.inbox.open_session(new(ANONYMOUS, "10.0.0.1"))), TooManySessions)
+        for address in ("10.0.0.2", None, None, None, ""):  # nobody knows where the others are
+            await node.inbox.open_session(new(ANONYMOUS, address))
+        for address in ("10.0.0.2", None, ""):
+            assert await node.inbox.make_room(ANONYMOUS, address) == []
+        assert await node.inbox.make_room(ANONYMOUS, "10.0.0.1") == [here[0].session]
+        assert await node.inbox.make_room(ANONYMOUS, "10.0.0.1") == []
+        await node.inbox.open_session(new(ME, "10.0.0.1"))  # who has a name is not counted by address
+
+
+def new(who: Principal = ME, address: str | None = None) -> NewSession:
+    return NewSession(IDS.token(), who, "streamable", StreamId(IDS.uuid()), address)

@@ -34,6 +34,7 @@ SMALL = {
     "0012": frozenset({"require-concurrent-index-creation"}),
     "0013": frozenset({"require-concurrent-index-creation"}),
     "0014": frozenset({"require-concurrent-index-creation"}),
+    "0016": frozenset({"require-concurrent-index-creation"}),
 }
 """What is done to tables of few rows (``secrets``, ``sessions``), to the few of ``events`` with a topic, or to
 ``requests``, which keeps those of some minutes: an index takes tenths of a second there."""

@@ -1,20 +1,24 @@
 -- name: open_session
 -- The first owner creates a session with its standalone stream; a repeat finds its own row. $8 and $9 bound the sessions
--- in all (null: that is far away) and those of one caller that has a name. Each term has epochs of its own: after a loss of
+-- in all (null: that is far away) and those of one caller: of a name, or else of an address ($11). Each term has epochs of its own: after a loss of
 -- commits the key of a session may come up once more. $10 numbers the tries: each spends those before it, which may
 -- still be on their way and must not bring a session back that its client has ended meanwhile.
 with counted as materialized (
     select case when $8::bigint is not null then (select count(*) from {schema}.sessions) end as everybody,
-        case when $4::text is not null then (
-            select count(*) from {schema}.sessions s
-            where s.principal_client = $4
-              and left(coalesce(s.principal_subject, s.principal_client), 100) = left(coalesce($6, $4), 100)
-              and (s.principal_issuer, s.principal_subject) is not distinct from ($5::text, $6::text)
-        ) else 0 end as own
+        case
+            when $4::text is not null then (
+                select count(*) from {schema}.sessions s
+                where s.principal_client = $4
+                  and left(coalesce(s.principal_subject, s.principal_client), 100) = left(coalesce($6, $4), 100)
+                  and (s.principal_issuer, s.principal_subject) is not distinct from ($5::text, $6::text)
+            )
+            when $11::text is not null then (select count(*) from {schema}.sessions s where s.address = $11)
+            else 0
+        end as own
 ), made as (
     insert into {schema}.sessions
-        (session_id, owner, transport, principal_client, principal_issuer, principal_subject, epoch)
-    select $1, $2, $3, $4, $5, $6, coalesce((select 1000000 * h.term from {schema}.history h), 0) + 1
+        (session_id, owner, transport, principal_client, principal_issuer, principal_subject, address, epoch)
+    select $1, $2, $3, $4, $5, $6, $11, coalesce((select 1000000 * h.term from {schema}.history h), 0) + 1
     from counted where coalesce(everybody < $8, true) and own < $9
       and not exists (
           select from {schema}.spent_states where state = sha256(convert_to($1::text || '/' || $10::integer, 'UTF8'))
@@ -37,22 +41,26 @@ with counted as materialized (
 select found.id, found.epoch, counted.everybody, counted.own from counted left join found on true;
 
 -- name: make_room_of_caller
--- fence: DELETE locks the row FOR UPDATE; only then in_use() looks, with a snapshot of its own. While a caller ($1, $2, $3)
--- has $4 sessions, the one that was used longest ago ends, if nothing of it runs or is carried. Use is noted once a minute
--- or so: of the hundred that were noted first, the last request decides. A repeat finds that there is room.
-with crowd as materialized (
-    select count(*) as own
+-- fence: DELETE locks the row FOR UPDATE; only then in_use() looks, with a snapshot of its own. While a caller ($1, $2, $3,
+-- or those without a name at the address $5) has $4 sessions, the one that was used longest ago ends, if nothing of it runs
+-- or is carried. Use is noted once a minute or so: of the hundred that were noted first, the last request decides. A repeat
+-- finds that there is room.
+with own as materialized (
+    select s.id, s.last_active_at
     from {schema}.sessions s
     where s.principal_client = $1
       and left(coalesce(s.principal_subject, s.principal_client), 100) = left(coalesce($3, $1), 100)
       and (s.principal_issuer, s.principal_subject) is not distinct from ($2::text, $3::text)
+    union all
+    select s.id, s.last_active_at
+    from {schema}.sessions s
+    where $1::text is null and s.address = $5::text
+), crowd as materialized (
+    select count(*) as own from own
 ), unused as materialized (
     select s.id, s.last_active_at
-    from crowd, {schema}.sessions s
+    from crowd, own s
     where crowd.own >= $4::bigint
-      and s.principal_client = $1
-      and left(coalesce(s.principal_subject, s.principal_client), 100) = left(coalesce($3, $1), 100)
-      and (s.principal_issuer, s.principal_subject) is not distinct from ($2::text, $3::text)
       and not exists (select from {schema}.requests r where r.session + 0 = s.id and r.finished_at is null)
       and not exists (select from {schema}.streams st where st.session = s.id and st.sink is not null)
     order by s.last_active_at

@@ -69,23 +69,29 @@ class MemoryInbox:
         settings, rows = self._cluster.settings, self._cluster.sessions.values()
         if len(rows) >= settings.max_sessions:
             raise ClusterFull
-        named = new.principal.client_id is not None
-        if named and sum(row.principal == new.principal for row in rows) >= settings.max_sessions_per_caller:
+        if len(self._own(new.principal, new.address)) >= settings.max_sessions_per_caller:
             raise TooManySessions
         row = SessionRow(SessionKey(self._cluster.number()), new.session_id, self._node, new.principal, new.transport)
+        row.address = new.address
         row.created_at = self._cluster.now()
         self._cluster.sessions[row.id] = row
         self._cluster.streams[new.standalone] = StreamRow(new.standalone, row.id, StreamKind.STANDALONE)
         self._cluster.owned(self._node, row.ownership)
         return row.ownership
 
-    async def make_room(self, principal: Principal) -> list[SessionKey]:
-        return await self._wire.persist("make_room", lambda: self._make_room(principal))
+    def _own(self, principal: Principal, address: str | None) -> list[SessionRow]:
+        if principal.client_id is None and not address:
+            return []
+        rows = [row for row in self._cluster.sessions.values() if row.principal == principal]
+        return [row for row in rows if principal.client_id is not None or row.address == address]
 
-    def _make_room(self, principal: Principal) -> list[SessionKey]:
+    async def make_room(self, principal: Principal, address: str | None = None) -> list[SessionKey]:
+        return await self._wire.persist("make_room", lambda: self._make_room(principal, address))
+
+    def _make_room(self, principal: Principal, address: str | None) -> list[SessionKey]:
         settings, rows = self._cluster.settings, list(self._cluster.sessions.values())
         unused = [row for row in rows if not self._in_use(row)]
-        own = [row for row in rows if row.principal == principal and principal.client_id is not None]
+        own = self._own(principal, address)
         if own and len(own) >= settings.max_sessions_per_caller:
             candidates, error = [row for row in unused if row in own], TooManySessions()
         elif len(rows) >= settings.max_sessions:

@@ -54,6 +54,7 @@ class SessionRow:
     settled: Established | None = None
     version: int = 0
     created_at: float = 0.0
+    address: str | None = None
 
     @property
     def ownership(self) -> Ownership:

@@ -1,0 +1,79 @@
+"""Host and Origin: by which names clients may reach a node, and from which web pages.
+
+Invariants:
+- Each list is a rule of its own. (The SDK's middleware has no rule at all without hosts.)
+- On a loopback address the default of either list are the loopback names. Elsewhere hosts have no default, and without
+  origins no page may come in as soon as there are hosts.
+- Nothing of a refused header is logged: it is a stranger's text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from mcp.server.transport_security import TransportSecurityMiddleware, TransportSecuritySettings
+from starlette.requests import Request
+from starlette.responses import Response
+
+from pgmcp.settings import LOOPBACK, Settings
+
+NAMES = ("127.0.0.1", "localhost", "[::1]")
+
+
+class HostRules(TransportSecurityMiddleware):
+    """The rules of one node.
+
+    Args:
+        hosts: what ``Host`` may say, as ``host`` or ``host:*``; None for anything.
+        origins: what ``Origin`` may say where there is one, the same way; None for anything.
+    """
+
+    def __init__(self, hosts: Collection[str] | None, origins: Collection[str] | None) -> None:
+        super().__init__(
+            TransportSecuritySettings(
+                enable_dns_rebinding_protection=hosts is not None or origins is not None,
+                allowed_hosts=list(hosts or ()),
+                allowed_origins=list(origins or ()),
+            )
+        )
+        self._hosts, self._origins = hosts, origins
+
+    async def validate_request(self, request: Request, is_post: bool = False) -> Response | None:
+        """The answer to a request that may not come in; None for one that may."""
+        headers = request.headers
+        if is_post and not headers.get("content-type", "").lower().startswith("application/json"):
+            return Response("Invalid Content-Type header", status_code=400)
+        if self._hosts is not None and not _listed(headers.get("host", ""), self._hosts):
+            return Response("Invalid Host header", status_code=421)
+        origin = headers.get("origin")
+        if self._origins is not None and origin and not _listed(origin, self._origins):
+            return Response("Invalid Origin header", status_code=403)
+        return None
+
+
+def host_rules(settings: Settings) -> HostRules:
+    """What the operator lists, or the default."""
+    hosts: Sequence[str] | None = settings.allowed_hosts or None
+    origins: Sequence[str] | None = settings.allowed_origins or None
+    if settings.host in LOOPBACK:
+        hosts = hosts or [name + port for name in NAMES for port in ("", ":*")]
+        origins = origins or [f"http://{name}{port}" for name in NAMES for port in ("", ":*")]
+    elif hosts is not None:
+        origins = origins or ()
+    return HostRules(hosts, origins)
+
+
+def unprotected(settings: Settings) -> str | None:
+    """What to tell the operator of a node that answers under any name and to any web page; None for another one."""
+    if settings.host in LOOPBACK or settings.allowed_hosts or settings.allowed_origins:
+        return None
+    return (
+        f"this node listens on {settings.host} and answers under any name, to any web page: give it the names that "
+        "clients use (--allowed-hosts mcp.example.com) and the pages that may call it (--allowed-origins)"
+    )
+
+
+def _listed(value: str, allowed: Collection[str]) -> bool:
+    if value in allowed:
+        return True
+    return any(each.endswith(":*") and value.startswith(each[:-1]) for each in allowed)
