@@ -94,7 +94,18 @@ class Settings(BaseSettings):
     )
     max_in_flight: int = Field(100, gt=0, description="Requests of one session that may be unfinished.")
     max_streams: int = Field(100, gt=0, description="Streams of one session that may be open at once.")
-    max_exchanges: int = Field(5_000, gt=0, description="Exchanges of 2026-07-28 that a node may have open.")
+    max_exchanges: int = Field(
+        5_000,
+        gt=0,
+        description="Exchanges of 2026-07-28 that a node may have open; one caller a quarter, alone three quarters.",
+    )
+    max_listens: int = Field(
+        1_000, gt=0, description="subscriptions/listen streams that a node may have open; shared in the same way."
+    )
+    rate: float = Field(0.0, ge=0, description="POSTs of one caller that a node takes in a second; 0: any number.")
+    initialize_rate: float = Field(
+        20.0, ge=0, description="Sessions that one caller may open at a node in a second; 0: any number."
+    )
     max_waiting_events: int = Field(
         256, gt=0, description="Standalone notifications that wait for a listener; 64 times as many while one is there."
     )

@@ -44,6 +44,7 @@ from pgmcp.web.hosts import host_rules, unprotected
 from pgmcp.web.legacy import SseMessages, SseStream
 from pgmcp.web.modern import Eras, Modern
 from pgmcp.web.parting import Parting
+from pgmcp.web.rates import Rates
 from pgmcp.web.streamable import Streamable
 
 logger = logging.getLogger(__name__)
@@ -71,7 +72,15 @@ class Node:
         self._publications = TablePublications(self._database, self._clock, self._ids)
         self._target = target_of(served, settings.mcp_path)
         self._admission = Admission(self._clock)
-        self._modern = Modern(self._stateless, self._admission, security=host_rules(settings), settings=settings)
+        self._rates = Rates(settings, self._clock)
+        self._modern = Modern(
+            self._stateless,
+            self._admission,
+            security=host_rules(settings),
+            rates=self._rates,
+            settings=settings,
+            clock=self._clock,
+        )
         self._revision, self._started, self._draining = "", False, False
         self.faults = Faults()
         self.watchdog: Watchdog | None = None
@@ -82,16 +91,16 @@ class Node:
 
     def endpoints(self) -> dict[str, ASGIApp]:
         """The node's MCP endpoints by their paths, behind the served server's authentication."""
-        settings, security = self.settings, host_rules(self.settings)
+        settings, security, rates = self.settings, host_rules(self.settings), self._rates
 
         def edge() -> Edge:
             return self.incarnation().edge
 
         messages = settings.messages_path
         endpoints: dict[str, ASGIApp] = {
-            settings.mcp_path: Eras(self._modern, Streamable(edge, security=security, settings=settings)),
-            settings.sse_path: SseStream(edge, security=security, settings=settings, messages=messages),
-            messages.rstrip("/"): SseMessages(edge, security=security, settings=settings),
+            settings.mcp_path: Eras(self._modern, Streamable(edge, security=security, rates=rates, settings=settings)),
+            settings.sse_path: SseStream(edge, security=security, rates=rates, settings=settings, messages=messages),
+            messages.rstrip("/"): SseMessages(edge, security=security, rates=rates, settings=settings),
         }
         return {path: self._target.protect(endpoint) for path, endpoint in endpoints.items()}
 

@@ -82,6 +82,17 @@ class Edge:
             patience=limits.hold,
         )
 
+    def opening(self, call: Call) -> AbstractAsyncContextManager[None]:
+        """A turn of the caller to open a session; there is a line of them, as of the messages of one session."""
+        limits = self.settings
+        return self.admission.turn(
+            (call.guest, None),
+            call.connection.receive,
+            asks=True,
+            most=limits.max_streams,
+            patience=limits.hold,
+        )
+
     def leave(self, *, at_once: bool = False) -> None:
         """End every exchange, and refuse what waits for its turn."""
         self.tails.leave(at_once=at_once)

@@ -34,6 +34,7 @@ from pgmcp.types import StreamId
 from pgmcp.web.call import Call
 from pgmcp.web.connection import connection_of
 from pgmcp.web.edge import Edge
+from pgmcp.web.rates import Rates
 from pgmcp.web.wire import INTERNAL_ERROR, INVALID_REQUEST, Refusal
 
 logger = logging.getLogger(__name__)
@@ -57,11 +58,12 @@ class Front(ABC):
 
     Args:
         security: Host and Origin rules.
+        rates: how much a caller may ask of the node.
         settings: the node's settings.
     """
 
-    def __init__(self, *, security: TransportSecurityMiddleware, settings: Settings) -> None:
-        self._security, self._settings = security, settings
+    def __init__(self, *, security: TransportSecurityMiddleware, rates: Rates, settings: Settings) -> None:
+        self._security, self._rates, self._settings = security, rates, settings
 
     @abstractmethod
     async def take(self, call: Call, body: bytes) -> None:
@@ -71,6 +73,11 @@ class Front(ABC):
             Refusal: something is wrong with it.
             PgmcpError: it cannot be answered, or not now.
         """
+
+    def opens(self, call: Call) -> bool:
+        """Whether an exchange asks for a session of its own, by its headers."""
+        del call
+        return False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one exchange."""
@@ -86,6 +93,10 @@ class Front(ABC):
 
     async def _checked(self, call: Call) -> None:
         request, limits = call.request, self._settings
+        if request.method == "POST":
+            self._rates.post(call.guest)
+        if self.opens(call):
+            self._rates.opening(call.guest)
         body = await call.body(limits.max_body, limits.read_timeout) if request.method == "POST" else b""
         problem = await self._security.validate_request(request, is_post=request.method == "POST")
         if problem is not None:
@@ -100,11 +111,14 @@ class Endpoint(Front):
     Args:
         edge: the node's present incarnation; raises ``NodeNotReady`` while there is none.
         security: Host and Origin rules.
+        rates: how much a caller may ask of the node.
         settings: the node's settings.
     """
 
-    def __init__(self, edge: Callable[[], Edge], *, security: TransportSecurityMiddleware, settings: Settings) -> None:
-        super().__init__(security=security, settings=settings)
+    def __init__(
+        self, edge: Callable[[], Edge], *, security: TransportSecurityMiddleware, rates: Rates, settings: Settings
+    ) -> None:
+        super().__init__(security=security, rates=rates, settings=settings)
         self._edge = edge
 
     @abstractmethod

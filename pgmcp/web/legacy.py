@@ -24,6 +24,7 @@ from pgmcp.types import Attachment, Cursor, StreamKind
 from pgmcp.web.call import LAST_EVENT_ID, Call
 from pgmcp.web.edge import Edge
 from pgmcp.web.endpoint import Endpoint, cursor
+from pgmcp.web.rates import Rates
 from pgmcp.web.wire import Refusal, parse_post
 
 
@@ -39,11 +40,16 @@ class SseStream(Endpoint):
         edge: Callable[[], Edge],
         *,
         security: TransportSecurityMiddleware,
+        rates: Rates,
         settings: Settings,
         messages: str,
     ) -> None:
-        super().__init__(edge, security=security, settings=settings)
+        super().__init__(edge, security=security, rates=rates, settings=settings)
         self._messages = messages
+
+    def opens(self, call: Call) -> bool:
+        """See ``Front.opens``; what cannot be resumed is counted when that is known."""
+        return call.request.method == "GET" and not call.header(LAST_EVENT_ID)
 
     async def answer(self, edge: Edge, call: Call, body: bytes) -> None:
         """See ``Endpoint.answer``."""
@@ -52,9 +58,12 @@ class SseStream(Endpoint):
         last = call.header(LAST_EVENT_ID)
         attached, after = await self._resumed(edge, call, last) if last else (None, 0)
         if attached is None:
+            if last:
+                self._rates.opening(call.guest)
             await edge.lease.acting()
             new = edge.new_session(call, "sse")
-            await edge.host.open(new)
+            async with edge.opening(call):
+                await edge.host.open(new)
             carried = await edge.attach(call, None, new.standalone)
             if not isinstance(carried, Attachment):
                 raise SessionUnknown("Session not found")

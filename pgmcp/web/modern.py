@@ -6,7 +6,8 @@ Invariants:
 - Nothing of it is stored, and neither lease nor incarnation is asked for: it goes on while the database is away, and
   while the node joins again.
 - Its client's disconnect cancels it (2026-07-28, "Cancellation"), also while it waits for its turn.
-- It stands in the line of its caller: the principal, or, where nobody is known, the address.
+- It stands in the line of its caller: the principal, or, where nobody is known, the address. One caller has a share of
+  the places only, of those for calls and of those for ``subscriptions/listen``.
 
 Failure handling: it dies with its node, and its client asks again. A node that leaves lets calls finish within the
 drain limit, and ends ``subscriptions/listen`` streams with their result.
@@ -23,12 +24,15 @@ from mcp.server.transport_security import TransportSecurityMiddleware
 from mcp_types.version import HANDSHAKE_PROTOCOL_VERSIONS
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pgmcp.errors import NodeFull, NodeNotReady
+from pgmcp.clock import Clock
+from pgmcp.errors import NodeNotReady
 from pgmcp.settings import Settings
 from pgmcp.web.admission import Admission
 from pgmcp.web.call import VERSION, Call
 from pgmcp.web.connection import Watch
 from pgmcp.web.endpoint import Front
+from pgmcp.web.rates import Rates
+from pgmcp.web.shares import Shares
 
 WAITING = 500
 """Exchanges of one caller that may wait for their turn."""
@@ -78,10 +82,19 @@ class Modern(Front):
     """
 
     def __init__(
-        self, server: ASGIApp, admission: Admission, *, security: TransportSecurityMiddleware, settings: Settings
+        self,
+        server: ASGIApp,
+        admission: Admission,
+        *,
+        security: TransportSecurityMiddleware,
+        rates: Rates,
+        settings: Settings,
+        clock: Clock,
     ) -> None:
-        super().__init__(security=security, settings=settings)
+        super().__init__(security=security, rates=rates, settings=settings)
         self._server, self._admission = server, admission
+        self._calls = Shares(settings.max_exchanges, "exchanges", clock)
+        self._listens = Shares(settings.max_listens, f"{LISTEN} streams", clock)
         self._open: set[_Open] = set()
 
     @property
@@ -112,15 +125,15 @@ class Modern(Front):
 
     @contextmanager
     def _opened(self, call: Call) -> Iterator[_Open]:
-        if len(self._open) >= self._settings.max_exchanges:
-            message = f"This node has {len(self._open)} exchanges open; try again or ask another one."
-            raise NodeFull(message)
-        exchange = _Open(anyio.CancelScope(), call.header(METHOD) == LISTEN)
-        self._open.add(exchange)
-        try:
-            yield exchange
-        finally:
-            self._open.discard(exchange)
+        """Hold a place of the caller; a header that says another method than the body is refused by the SDK."""
+        listens = call.header(METHOD) == LISTEN
+        exchange = _Open(anyio.CancelScope(), listens)
+        with (self._listens if listens else self._calls).held(call.guest):
+            self._open.add(exchange)
+            try:
+                yield exchange
+            finally:
+                self._open.discard(exchange)
 
 
 class _Answer:

@@ -47,7 +47,8 @@ class Posting:
             raise Refusal(406, f"Not Acceptable: Client must accept {wanted}")
         post = parse_post(body, self._edge.settings.max_batch, self._edge.settings.max_depth)
         if post.initialize is not None:
-            await self._initialize(post, post.initialize)
+            async with self._edge.opening(self._call):
+                await self._initialize(post, post.initialize)
             return
         session_id = self._call.session_id
         if post.batch:

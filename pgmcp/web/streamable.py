@@ -12,7 +12,7 @@ Invariants:
 from __future__ import annotations
 
 from pgmcp.types import Attachment
-from pgmcp.web.call import LAST_EVENT_ID, Call
+from pgmcp.web.call import LAST_EVENT_ID, SESSION_ID, Call
 from pgmcp.web.edge import Edge
 from pgmcp.web.endpoint import Endpoint, cursor
 from pgmcp.web.posting import Posting
@@ -23,6 +23,10 @@ METHODS = "GET, POST, DELETE"
 
 class Streamable(Endpoint):
     """The endpoint as an ASGI application."""
+
+    def opens(self, call: Call) -> bool:
+        """See ``Front.opens``; without a session id everything else is refused."""
+        return call.request.method == "POST" and not call.header(SESSION_ID)
 
     async def answer(self, edge: Edge, call: Call, body: bytes) -> None:
         """See ``Endpoint.answer``."""

@@ -232,7 +232,9 @@ async def test_it_is_served_while_the_database_is_away_and_after_the_node_was_fe
 
 async def test_as_many_as_a_node_may_have_and_no_more(database):
     async with cluster(database, everything, 1, max_exchanges=2) as [node], Modern() as client:
-        open_ones = [await client.tool(node.url, "slow", seconds=60, steps=6000) for _ in range(2)]
+        callers = [{"x-forwarded-for": f"10.0.0.{number}"} for number in range(2)]
+        slow = {"name": "slow", "arguments": {"seconds": 60, "steps": 6000}}
+        open_ones = [await client.request(node.url, "tools/call", slow, headers=caller) for caller in callers]
         refused = await client.request(node.url, "server/discover")
         assert (refused.status, refused.json()["error"]["code"]) == (503, -32603)
         assert refused.headers["retry-after"]

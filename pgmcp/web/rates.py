@@ -1,0 +1,83 @@
+"""Rates: how much one caller may ask of this node in a second.
+
+A caller (a principal or, where nobody is known, an address) has a bucket for each kind of thing: it fills at the rate,
+up to ``BURST`` seconds' worth, and what is asked takes one out.
+
+Invariants:
+- Whoever is refused is so before anything of the body is parsed or stored, and is told when there is room again.
+- Not more than ``CALLERS`` buckets are kept; those go first that were used longest ago, for they are full again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+
+from pgmcp.clock import Clock
+from pgmcp.settings import Settings
+from pgmcp.web.admission import Guest
+from pgmcp.web.wire import Refusal
+
+BURST = 10.0
+"""Seconds' worth that may come at once."""
+
+CALLERS = 10_000
+"""Callers that a node remembers."""
+
+
+class Bucket:
+    """One kind of thing, for every caller.
+
+    Args:
+        rate: how many a second; 0 for any number.
+    """
+
+    def __init__(self, rate: float, clock: Clock) -> None:
+        self._rate, self._most, self._clock = rate, max(1.0, rate * BURST), clock
+        self._left: OrderedDict[Guest, tuple[float, float]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._left)
+
+    def take(self, caller: Guest) -> float:
+        """Take one out; the seconds until there is one again, if there is none: 0 if it was taken."""
+        if not self._rate:
+            return 0.0
+        now = self._clock.boottime()
+        left, since = self._left.pop(caller, (self._most, now))
+        left = min(self._most, left + (now - since) * self._rate)
+        wait = 0.0 if left >= 1 else (1 - left) / self._rate
+        self._left[caller] = (left if wait else left - 1), now
+        if len(self._left) > CALLERS:
+            self._left.popitem(last=False)
+        return wait
+
+
+class Rates:
+    """The rates of one node."""
+
+    def __init__(self, settings: Settings, clock: Clock) -> None:
+        self._settings = settings
+        self._posts, self._openings = Bucket(settings.rate, clock), Bucket(settings.initialize_rate, clock)
+
+    def post(self, caller: Guest) -> None:
+        """Count a POST of any kind.
+
+        Raises:
+            Refusal: 429, there are too many.
+        """
+        if wait := self._posts.take(caller):
+            raise _refusal(f"You may send {self._settings.rate:g} messages a second to a node", wait)
+
+    def opening(self, caller: Guest) -> None:
+        """Count a session that a caller wants to open.
+
+        Raises:
+            Refusal: 429, there are too many.
+        """
+        if wait := self._openings.take(caller):
+            raise _refusal(f"You may open {self._settings.initialize_rate:g} sessions a second at a node", wait)
+
+
+def _refusal(text: str, wait: float) -> Refusal:
+    return Refusal(429, f"{text}; wait before you try again.", headers={"retry-after": str(math.ceil(wait))})

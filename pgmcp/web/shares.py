@@ -1,0 +1,66 @@
+"""Shares: how many of a node's places one caller may hold.
+
+Invariants:
+- Nobody holds more than three quarters of them; while others are about, or were within ``ALONE`` seconds, a quarter,
+  and not more than are free. So whoever comes finds room, however many hold as many as they may.
+- Who holds nothing yet may have a place as long as there is one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from pgmcp.clock import Clock
+from pgmcp.errors import NodeFull, SessionBusy
+from pgmcp.web.admission import ALONE, Guest
+
+
+class Shares:
+    """Places of one kind.
+
+    Args:
+        most: how many there are.
+        what: what takes one, in the plural.
+    """
+
+    def __init__(self, most: int, what: str, clock: Clock) -> None:
+        self._most, self._what, self._clock = most, what, clock
+        self._held: Counter[Guest] = Counter()
+        self._total = 0
+        self._latest: Guest | None = None
+        self._shared = float("-inf")
+
+    @contextmanager
+    def held(self, caller: Guest) -> Iterator[None]:
+        """Hold a place for as long as the context lasts.
+
+        Raises:
+            NodeFull: there is none.
+            SessionBusy: the caller holds as many as it may.
+        """
+        if caller != self._latest:
+            self._shared = self._clock.boottime() if self._latest is not None else self._shared
+            self._latest = caller
+        if self._total >= self._most:
+            message = f"This node has {self._total} {self._what} open; try again or ask another one."
+            raise NodeFull(message)
+        own = self._held[caller]  # a Counter remembers nobody by that
+        if own and own >= self._share(own):
+            message = f"You have {own} {self._what} open, as many as you may at this node now; end one before the next."
+            raise SessionBusy(message)
+        self._held[caller] += 1
+        self._total += 1
+        try:
+            yield
+        finally:
+            self._total -= 1
+            self._held[caller] -= 1
+            if not self._held[caller]:
+                del self._held[caller]
+
+    def _share(self, own: int) -> int:
+        if own == self._total and self._clock.boottime() - self._shared >= ALONE:
+            return self._most * 3 // 4
+        return min(self._most // 4, self._most - self._total)
