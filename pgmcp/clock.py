@@ -19,8 +19,16 @@ class Clock:
         return time.clock_gettime(_BOOTTIME)
 
     def wall(self) -> float:
-        """Seconds since 1970; for humans and file names, never for a decision."""
+        """Seconds since 1970; for humans and file names, and for what others have dated (see ``moment``)."""
         return time.time()
+
+    def moment(self, wall: float) -> float:
+        """When the date is ``wall``, by this clock, as both stand now: what is done to the date later moves nothing.
+
+        Args:
+            wall: seconds since 1970; infinite for never.
+        """
+        return self.boottime() + wall - self.wall()
 
     async def sleep(self, seconds: float) -> None:
         """Pause the calling task."""

@@ -73,6 +73,12 @@ class Call:
         return Principal(client, found["issuer"], found["subject"])
 
     @property
+    def expires_at(self) -> float:
+        """When its token expires, in seconds since 1970; infinite where none was asked for, or it never does."""
+        user = self.request.scope.get("user")
+        return (isinstance(user, AuthenticatedUser) and user.access_token.expires_at) or math.inf
+
+    @property
     def guest(self) -> Guest:
         """The caller, session or not: the principal or, where nobody is known, the address."""
         principal, client = self.principal, self.request.client

@@ -33,6 +33,7 @@ from pgmcp.types import (
 from pgmcp.web.admission import Admission
 from pgmcp.web.call import SESSION_ID, Call
 from pgmcp.web.exchange import Exchange
+from pgmcp.web.expiry import Expiry
 from pgmcp.web.tails import Tail, Tails
 from pgmcp.web.wire import Post
 
@@ -206,6 +207,7 @@ class Edge:
             connection=call.connection,
             priming=version is not None and is_version_at_least(version, RESUMES),
             notes_all=notes_all,
+            expiry=Expiry(self.clock, call.expires_at),
             lost=lost,
             headers={SESSION_ID: session_id} | affinity,
         )

@@ -9,6 +9,9 @@ Invariants:
 - An exchange ends with the final chunk whenever the node ends it: clients count an abrupt end as a failure. Only what
   was cut in the middle ends abruptly.
 
+- An exchange ends when its token has expired, as if the connection had broken: its client goes on with another one.
+  What it has begun to write, it writes to its end.
+
 Failure handling: while the database is away reads wait, and comments keep the connection open. A stream that has a
 newer sink, or whose session is over, ends the exchange.
 """
@@ -28,6 +31,7 @@ from pgmcp.ports import Log
 from pgmcp.settings import Settings
 from pgmcp.types import Event, Page, StreamId, StreamKind
 from pgmcp.web.connection import PIECE, Connection, Watch
+from pgmcp.web.expiry import Expiry, expired
 from pgmcp.web.pages import Interrupted, Pages
 from pgmcp.web.tails import Tail
 from pgmcp.web.wire import INTERNAL_ERROR, Refusal
@@ -69,6 +73,7 @@ class Exchange:
         kind: a standalone stream may be idle for long, and what was written to it counts as delivered.
         priming: whether the client's revision knows priming events (2025-11-25).
         notes_all: whether each step along a standalone stream is noted before it is made.
+        expiry: of the token that opened it.
         lost: what to answer when the stream turns out not to be there any more; nothing if that is as it should be.
         headers: further response headers.
     """
@@ -88,6 +93,7 @@ class Exchange:
         connection: Connection,
         priming: bool,
         notes_all: bool,
+        expiry: Expiry,
         lost: Callable[[], Awaitable[Sequence[bytes]]],
         headers: dict[str, str],
     ) -> None:
@@ -95,7 +101,7 @@ class Exchange:
         self._carried = after
         self._poll = settings.poll if kind is StreamKind.REQUEST else settings.idle_poll
         self._pages = Pages(tail, sink_epoch, after, floor, log, clock, min(settings.poll, settings.keepalive))
-        self._log, self._lease, self._settings, self._clock = log, lease, settings, clock
+        self._log, self._lease, self._settings, self._clock, self._expiry = log, lease, settings, clock, expiry
         self._connection = connection
         self._priming, self._notes_all, self._headers = priming, notes_all, headers
         self._lost = lost
@@ -145,7 +151,9 @@ class Exchange:
         answers: list[Event] = []
         with self._watching():
             while not self._gone:
-                page = await self._pages.next(self._poll, look=False)
+                if self._expiry.passed:
+                    raise expired()
+                page = await self._pages.next(self._expiry.within(self._poll), look=False)
                 if page is None:
                     self._tail.moved.set()
                     continue
@@ -224,7 +232,7 @@ class Exchange:
 
     async def _carry(self, page: Page | None, *, look: bool) -> bool:
         """Write what comes; whether the stream itself has ended."""
-        while not self._gone and self._lease.suspended_for < SUSPENDED:
+        while not self._gone and not self._expiry.passed and self._lease.suspended_for < SUSPENDED:
             if page is not None:
                 if page.events and not await self._write_events(page.events):
                     return False
@@ -269,7 +277,8 @@ class Exchange:
 
     async def _next_or_comment(self, *, look: bool) -> Page | None:
         silent = self._clock.boottime() - self._written
-        page = await self._pages.next(min(self._poll, max(0.0, self._settings.keepalive - silent)), look=look)
+        wait = self._expiry.within(min(self._poll, max(0.0, self._settings.keepalive - silent)))
+        page = await self._pages.next(wait, look=look)
         if page is not None:
             return page
         await self._comment(self._clock.boottime() - self._written < self._settings.keepalive)
@@ -340,6 +349,8 @@ class Exchange:
         """
         while not self._gone and self._lease.suspended_for < SUSPENDED:
             await self._connection.ready()
+            if self._expiry.passed and not inside:
+                return False
             if self._lease.trusted:
                 return not self._gone
             if await self._lease.trusted_within(self._settings.keepalive):

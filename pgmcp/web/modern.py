@@ -5,7 +5,8 @@ One rule says to which era an exchange belongs: ``is_modern``.
 Invariants:
 - Nothing of it is stored, and neither lease nor incarnation is asked for: it goes on while the database is away, and
   while the node joins again.
-- Its client's disconnect cancels it (2026-07-28, "Cancellation"), also while it waits for its turn.
+- Its client's disconnect cancels it (2026-07-28, "Cancellation"), also while it waits for its turn; so does the end of
+  the token that opened it, for nothing of it could be fetched later.
 - It stands in the line of its caller: the principal, or, where nobody is known, the address. One caller has a share of
   the places only, of those for calls and of those for ``subscriptions/listen``.
 
@@ -15,6 +16,7 @@ drain limit, and ends ``subscriptions/listen`` streams with their result.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,8 +33,10 @@ from pgmcp.web.admission import Admission
 from pgmcp.web.call import VERSION, Call
 from pgmcp.web.connection import Watch
 from pgmcp.web.endpoint import Front
+from pgmcp.web.expiry import Expiry, expired
 from pgmcp.web.rates import Rates
 from pgmcp.web.shares import Shares
+from pgmcp.web.wire import Refusal
 
 WAITING = 500
 """Exchanges of one caller that may wait for their turn."""
@@ -72,6 +76,11 @@ class _Open:
     listens: bool
     cut: bool = False
 
+    @property
+    def expired(self) -> bool:
+        """Whether its token has expired, and so it was ended."""
+        return self.scope.cancelled_caught and anyio.current_time() >= self.scope.deadline
+
 
 class Modern(Front):
     """The endpoint as an ASGI application.
@@ -92,7 +101,7 @@ class Modern(Front):
         clock: Clock,
     ) -> None:
         super().__init__(security=security, rates=rates, settings=settings)
-        self._server, self._admission = server, admission
+        self._server, self._admission, self._clock = server, admission, clock
         self._calls = Shares(settings.max_exchanges, "exchanges", clock)
         self._listens = Shares(settings.max_listens, f"{LISTEN} streams", clock)
         self._open: set[_Open] = set()
@@ -120,14 +129,15 @@ class Modern(Front):
                 ):
                     with Watch(call.connection.receive, exchange.scope.cancel):
                         await self._server(call.request.scope, answer.receive, answer.send)
-            if exchange.cut:
-                await answer.end()
+            if exchange.cut or exchange.expired:
+                await answer.end(expired() if exchange.expired else None)
 
     @contextmanager
     def _opened(self, call: Call) -> Iterator[_Open]:
         """Hold a place of the caller; a header that says another method than the body is refused by the SDK."""
         listens = call.header(METHOD) == LISTEN
-        exchange = _Open(anyio.CancelScope(), listens)
+        left = Expiry(self._clock, call.expires_at).within(math.inf)
+        exchange = _Open(anyio.CancelScope(deadline=anyio.current_time() + left), listens)
         with (self._listens if listens else self._calls).held(call.guest):
             self._open.add(exchange)
             try:
@@ -158,14 +168,15 @@ class _Answer:
         if self._connection.gone:
             self._on_gone()
 
-    async def end(self) -> None:
+    async def end(self, why: Refusal | None) -> None:
         """End what was cut.
 
         Raises:
-            NodeNotReady: nothing was sent yet.
+            Refusal: nothing was sent yet; that is the answer.
+            NodeNotReady: the same, where there is none.
         """
         if not self._started:
             message = "This node is leaving; send the same request again."
-            raise NodeNotReady(message)
+            raise why or NodeNotReady(message)
         if not self._ended:
             await self.send({"type": "http.response.body", "body": b"", "more_body": False})
