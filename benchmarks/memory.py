@@ -185,6 +185,7 @@ def main() -> None:
         port = free_port()
         most = str(2 * (given.sessions + FIRST))
         env = {"PGMCP_DATABASE_URL": server.url, "PYTHONPATH": str(Path(__file__).parent), "PGMCP_MAX_SESSIONS": most}
+        env |= {"PGMCP_MAX_SESSIONS_PER_CALLER": most, "PGMCP_INITIALIZE_RATE": "0"}  # all come from one address
         target = TARGET
         if given.trace:
             env["PGMCP_BENCH_TRACE"], target = "1", f"{Path(__file__).resolve()}:mcp"

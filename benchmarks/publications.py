@@ -318,6 +318,8 @@ def main() -> None:
         ports = [free_port() for _ in range(NODES)]
         paths = os.pathsep.join(map(str, (ROOT, Path(__file__).parent)))  # the nodes load this file, which loads others
         env = {"PGMCP_DATABASE_URL": server.url, "PYTHONPATH": paths, "PGMCP_DRAIN_NOTICE": "0"}
+        most = str(4 * given.streams)  # all come from one address
+        env |= {"PGMCP_INITIALIZE_RATE": "0", "PGMCP_MAX_LISTENS": most, "PGMCP_MAX_SESSIONS_PER_CALLER": most}
         target = f"{Path(__file__).resolve()}:mcp"
         nodes = [
             spawn("-m", "pgmcp", "serve", target, "--port", str(port), "--node-name", f"n{place}", env=env)

@@ -253,6 +253,7 @@ def main() -> None:
         ports = [free_port() for _ in range(NODES)]
         paths = f"{ROOT}:{Path(__file__).parent}"
         env = {"PGMCP_DATABASE_URL": server.url, "PGMCP_IDLE_TIMEOUT": IDLE, "PYTHONPATH": paths}
+        env["PGMCP_MAX_SESSIONS_PER_CALLER"] = "10000"  # all come from one address
         target = f"{Path(__file__).resolve()}:mcp"
         nodes = [spawn("-m", "pgmcp", "serve", target, "--port", str(port), env=env) for port in ports]
         try:

@@ -143,7 +143,7 @@ def target(template: NoopExecutor) -> Iterator[Target]:
         try:
             async for database in _temporary(template.template_dbname):
                 async with (
-                    running_node(database, everything(), "fuzz", Clock(), max_body=100_000) as node,
+                    running_node(database, everything(), "fuzz", Clock(), max_body=100_000, initialize_rate=0) as node,
                     tables_of(database) as tables,
                     RawSession(protocol_version="2025-03-26") as session,
                 ):
