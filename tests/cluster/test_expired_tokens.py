@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
-from collections.abc import Callable
 
 import pytest
 from mcp.server.auth.provider import AccessToken
@@ -158,16 +156,19 @@ async def test_an_http_sse_stream_ends_and_goes_on(database, holder, edge):
                 sent = await poster.post(nodes[edge].url, message if rpc_id is None else {**message, "id": rpc_id})
                 assert sent.status == 202
 
-        stream = await client.get(nodes[0].url, headers=SHORT)
-        where = (await stream.next()).data
+        first = await client.get(nodes[0].url)
+        where = (await first.next()).data
         info = {"name": "c", "version": "1"}
         await post("initialize", 0, protocolVersion="2024-11-05", capabilities={}, clientInfo=info)
-        await stream.response(0)
+        while first.last_event_id is None:
+            await first.next()
         await post("notifications/initialized", None)
         await post("tools/call", 1, **HOLD)
+        stream = await client.get(nodes[edge].url, first.last_event_id, headers=SHORT)
+        assert (await stream.next()).data == where
         await stream.rest()
-        assert stream.error is None
-        resumed = await client.get(nodes[edge].url, stream.last_event_id)
+        assert (stream.error, stream.last_event_id) == (None, None)
+        resumed = await client.get(nodes[1 - edge].url, first.last_event_id)
         assert (await resumed.next()).data == where
         holder.release.set()
         assert (await resumed.response(1))["result"]["content"][0]["text"] == "held"

@@ -33,7 +33,7 @@ async def reopened(session: RawSession, base: str) -> bool:
 
 async def test_sessions_in_all(database, talker):
     async with (
-        cluster(database, talker, 2, max_sessions=3, max_sessions_per_caller=1) as nodes,
+        cluster(database, talker, 2, max_sessions=3, max_sessions_per_caller=3) as nodes,
         tables_of(database) as tables,
         contextlib.AsyncExitStack() as stack,
     ):
