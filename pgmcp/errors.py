@@ -91,3 +91,13 @@ class PublicationRefused(PgmcpError):
 
 class NoSession(PgmcpError):
     """Session state was asked for outside of a session's handlers."""
+
+
+def unknown(error: BaseException) -> bool:
+    """Whether nobody raised it on purpose: then its text may quote anything."""
+    return not isinstance(error, PgmcpError)
+
+
+def told(error: BaseException) -> str:
+    """What a log line says of an error: our own text, or only the kind of one that nobody expected."""
+    return type(error).__name__ if unknown(error) else str(error)

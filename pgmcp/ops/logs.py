@@ -1,38 +1,96 @@
-"""Log lines, as text for people or as JSON for machines. Neither carries message contents, tokens or session ids."""
+"""Log lines, as text for people or as JSON for machines. Neither carries message contents, tokens or session ids.
+
+Invariants:
+- One event is one line, whatever is in it: control characters, line ends of all kinds, lone surrogates and what turns
+  the direction of text are escaped, in messages, loggers' names and traces alike. So nobody can forge a line.
+- What libraries and pgmcp itself log shows nothing that clients sent (``redaction``).
+
+Failure handling: a record that cannot be written is replaced by a line that names its logger.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
-from typing import Literal
+import threading
+from typing import IO, Any, Literal
 from urllib.parse import unquote_plus
 
-TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+from pgmcp.ops.redaction import LIBRARIES, capture_warnings, said, trace
+
+logger = logging.getLogger(__name__)
+
+_UNFIT = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u061c\\u200e\\u200f\\u2028-\\u202e\\u2066-\\u2069\\ud800-\\udfff]")
+
+
+def _escaped(text: str) -> str:
+    return _UNFIT.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode("ascii"), text)
+
+
+class _Text(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        """One line; a trace comes behind the message, its line ends escaped."""
+        line = f"{self.formatTime(record)} {record.levelname} {record.name}: {said(record)}"
+        return _escaped("\n".join(filter(None, (line, trace(record), record.stack_info))))
 
 
 class _Json(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        """One object a line."""
-        line = {
+        """One object a line; json.dumps escapes whatever is not printable ASCII."""
+        line: dict[str, Any] = {
             "time": self.formatTime(record),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": record.getMessage(),
-            **getattr(record, "fields", {}),
+            "message": said(record),
         }
-        if record.exc_info:
-            line["traceback"] = self.formatException(record.exc_info)
+        if record.name.startswith("pgmcp."):
+            line |= getattr(record, "fields", {})
+        if traced := trace(record):
+            line["traceback"] = traced
+        if record.stack_info:
+            line["stack"] = record.stack_info
         return json.dumps(line)
+
+
+class _Handler(logging.StreamHandler[IO[str]]):
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's own name
+        """Say in one line that a record could not be written; logging's own way prints it and its arguments."""
+        failed = sys.exc_info()[1]
+        if isinstance(failed, OSError):
+            return  # there is nowhere to say it
+        text = f"a record of {record.name!a} could not be written: {type(failed).__name__}"
+        lost = logging.LogRecord(__name__, logging.ERROR, __file__, 0, text, None, None)
+        try:
+            self.stream.write(self.format(lost) + self.terminator)
+            self.flush()
+        except OSError:
+            return
+
+
+def handler(style: Literal["text", "json"], stream: IO[str]) -> logging.Handler:
+    """What writes log lines in one style."""
+    made = _Handler(stream)
+    made.setFormatter(_Json() if style == "json" else _Text())
+    return made
 
 
 def configure(style: Literal["text", "json"]) -> None:
     """Send every log line of the process to standard error, in one style, whoever had set it up before."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Json() if style == "json" else logging.Formatter(TEXT))
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
-    logging.captureWarnings(capture=True)
+    logging.basicConfig(level=logging.INFO, handlers=[handler(style, sys.stderr)], force=True)
+    for name, known in logging.root.manager.loggerDict.items():
+        if isinstance(known, logging.Logger) and name.partition(".")[0] in LIBRARIES:
+            known.handlers.clear()  # FastMCP has some of its own, which print whole messages
+            known.propagate = True
+    capture_warnings()
+    sys.unraisablehook = lambda lost: _nobody_caught(lost.exc_value)
+    threading.excepthook = lambda lost: _nobody_caught(lost.exc_value)
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # that a node runs, it says itself
+
+
+def _nobody_caught(error: BaseException | None) -> None:
+    logger.error("an error that nobody could catch", exc_info=error)
 
 
 def mask_session_ids() -> None:

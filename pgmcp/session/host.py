@@ -22,7 +22,7 @@ from typing import Any
 
 from pgmcp.boxes import SecretBox
 from pgmcp.clock import Clock, Ids
-from pgmcp.errors import ClusterFull, DatabaseUnavailable, Fenced, PgmcpError, TooManySessions
+from pgmcp.errors import ClusterFull, DatabaseUnavailable, Fenced, PgmcpError, TooManySessions, told, unknown
 from pgmcp.ports import Inbox, Log, Takeovers
 from pgmcp.service import Faults, Service, Tasks
 from pgmcp.session import terms
@@ -155,8 +155,7 @@ class Host(Service):
             logger.info("session %s is over here: %s", session, error)
             self.drop(session)
         except Exception as error:
-            known = isinstance(error, PgmcpError)
-            logger.warning("session %s was not restored this time: %s", session, error, exc_info=not known)
+            logger.warning("session %s was not restored this time: %s", session, told(error), exc_info=unknown(error))
             self.drop(session)
             if not isinstance(error, Fenced):
                 self._again.add(ownership)
@@ -360,7 +359,7 @@ class Host(Service):
         except DatabaseUnavailable as error:
             logger.warning("session %s waits for its messages: %s", session, error)
         except Exception as error:
-            logger.warning("session %s lost step: %s", session, error, exc_info=not isinstance(error, PgmcpError))
+            logger.warning("session %s lost step: %s", session, told(error), exc_info=unknown(error))
             resident.actor.mute()
             self._over(resident.actor, Over.OUT_OF_STEP)
         finally:

@@ -107,7 +107,7 @@ class Restore:
         if "initialize" in entries:
             answer = await self._ask(entries["initialize"])
             if "error" in answer:
-                message = f"The server refused the handshake that it accepted before: {answer['error'].get('message')}"
+                message = f"The server refused the handshake that it accepted before ({answer['error'].get('code')})"
                 raise RestoreFailed(message)
             self._compare(json.loads(entries["result"])["result"], answer["result"])
         initialized = entries.get("initialized") or self._claimed_initialized()
@@ -119,7 +119,7 @@ class Restore:
             if entry.kind in {"level", "subscription"} and entry.body is not None:
                 answer = await self._ask(entry.body)
                 if "error" in answer:
-                    logger.warning("a restored server refused %s: %s", entry.kind, answer["error"].get("message"))
+                    logger.warning("a restored server refused %s (%s)", entry.kind, answer["error"].get("code"))
         if self._hooks.restore is not None:
             await self._import(self._hooks.restore, entries.get(EXPORT))
 

@@ -30,6 +30,7 @@ from pgmcp.store.encoding import Encoding, encoding_of, read_unescaped
 from pgmcp.store.history import History
 from pgmcp.store.migrations import understood
 from pgmcp.store.pins import PLANS, STARTUP, Frame, pin
+from pgmcp.store.reason import reason
 from pgmcp.store.statements import statement
 
 Result = TypeVar("Result")
@@ -312,7 +313,7 @@ class Database:
                 if self.clock.boottime() >= end:
                     raise unavailable(self.settings.database_url, error) from error
             except asyncpg.PostgresError as error:
-                message = f"PostgreSQL refused a statement: {error}"
+                message = f"PostgreSQL refused a statement: {reason(error)}"
                 raise PgmcpError(message) from error
             await self.clock.sleep(BACKOFF[min(tries, len(BACKOFF) - 1)])
             tries += 1
@@ -326,6 +327,5 @@ def extra(size: int) -> float:
 def unavailable(url: str, error: BaseException) -> PgmcpError:
     """The error for a database that cannot be used now; it names the place, never the password."""
     return DatabaseUnavailable(
-        f"{place(url)} does not answer ({type(error).__name__}: {error}). "
-        "Check that it runs and that --database-url is right."
+        f"{place(url)} does not answer ({reason(error)}). Check that it runs and that --database-url is right."
     )

@@ -31,6 +31,7 @@ import asyncpg
 from pgmcp.clock import Clock
 from pgmcp.errors import DatabaseUnavailable, PgmcpError
 from pgmcp.store.database import BACKOFF, CONTENTION, LOCK_WAIT, TROUBLE
+from pgmcp.store.reason import reason
 
 logger = logging.getLogger(__name__)
 
@@ -196,7 +197,7 @@ class Group(Generic[Row, Result]):
         except asyncpg.PostgresError as error:
             if len(batch) > 1:
                 return error
-            _settle(batch, [PgmcpError(f"PostgreSQL refused the row: {error}")])
+            _settle(batch, [PgmcpError(f"PostgreSQL refused the row: {reason(error)}")])
         except PgmcpError as error:
             _settle(batch, [error] * len(batch))
         except Exception:
@@ -244,7 +245,7 @@ class Group(Generic[Row, Result]):
     def _patient(self, batch: list[_Waiting[Row, Result]], error: BaseException) -> list[_Waiting[Row, Result]]:
         """Those rows that may still wait; the others are settled."""
         now = self._clock.boottime()
-        message = f"PostgreSQL did not take the write in time ({type(error).__name__}: {error}); try again."
+        message = f"PostgreSQL did not take the write in time ({reason(error)}); try again."
         late = [waiting for waiting in batch if waiting.until <= now]
         _settle(late, [DatabaseUnavailable(message)] * len(late))
         return [waiting for waiting in batch if waiting.until > now]

@@ -29,6 +29,7 @@ from pgmcp.errors import DatabaseUnavailable
 from pgmcp.service import Service
 from pgmcp.settings import Settings
 from pgmcp.store.database import TROUBLE, Database
+from pgmcp.store.reason import reason
 from pgmcp.store.statements import statement
 from pgmcp.types import NodeId, NodeState
 
@@ -115,7 +116,7 @@ class Line(Service):
         try:
             await self._connect()
         except (*TROUBLE, asyncpg.PostgresError, ValueError) as error:
-            message = f"The line to PostgreSQL cannot be opened ({type(error).__name__}: {error}). Check --listen-url."
+            message = f"The line to PostgreSQL cannot be opened ({reason(error)}). Check --listen-url."
             raise DatabaseUnavailable(message) from error
 
     async def stop(self) -> None:
@@ -221,7 +222,7 @@ class Line(Service):
             return await self._in_time(self._fetch(connection, name, *args))
         except (*TROUBLE, asyncpg.PostgresError) as error:
             self._lost.set()
-            message = f"The line to PostgreSQL did not answer ({type(error).__name__}: {error})."
+            message = f"The line to PostgreSQL did not answer ({reason(error)})."
             raise DatabaseUnavailable(message) from error
 
     async def _fetch(self, connection: asyncpg.Connection, name: str, *args: object) -> list[asyncpg.Record]:

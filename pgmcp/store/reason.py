@@ -1,0 +1,26 @@
+"""What an error of the database says, without the values of rows and statements.
+
+PostgreSQL quotes them in details, and of some classes in the message itself; asyncpg quotes arguments that it cannot
+encode. Such texts end in logs and answers, so what may quote is named by its kind, SQLSTATE and constraint only.
+"""
+
+from __future__ import annotations
+
+import asyncpg
+
+_SPEAKING = ("08", "0A", "25", "28", "3D", "3F", "40", "42", "53", "54", "55", "57", "58", "XX")
+"""Classes whose message names servers, roles, tables and limits, and nothing that came from clients."""
+
+
+def reason(error: BaseException) -> str:
+    """Why the database did not do what it was asked."""
+    kind = type(error).__name__
+    if isinstance(error, ValueError):  # asyncpg's own, of an argument that it cannot encode
+        return kind
+    if not isinstance(error, asyncpg.PostgresError):
+        return f"{kind}: {error}"
+    state = str(error.sqlstate or "")
+    if state.startswith(_SPEAKING):
+        return f"{kind}: {error.args[0] if error.args else state}"
+    constraint = getattr(error, "constraint_name", None)
+    return f"{kind}, SQLSTATE {state}{f', {constraint}' if constraint else ''}"
