@@ -54,7 +54,9 @@ check: $(VENV)/.dev ## lint, formatting, import rules, types
 lock: $(BIN)/uv ## pin the newest versions that pyproject.toml allows, with their hashes
 	$(UV) $(LOCK) --upgrade --extra embedded pyproject.toml -o requirements.txt
 	$(UV) $(LOCK) --upgrade --all-extras --group dev -c requirements.txt pyproject.toml -o requirements-dev.txt
-	@! grep -n '://' requirements.txt requirements-dev.txt  # where packages come from is the machine's matter
+	sed -n '/^requires/s/[^"]*"\([^"]*\)".*/\1/p' pyproject.toml | head -n 1 | \
+		$(UV) $(LOCK) --upgrade - -o docker/requirements-build.txt
+	@! grep -n '://' requirements.txt requirements-dev.txt docker/requirements-build.txt  # where from is the machine's matter
 
 .PHONY: reference
 reference: $(VENV)/.runtime ## write docs/settings.md anew

@@ -38,6 +38,20 @@ HOP_BY_HOP = frozenset(
         b"upgrade",
     }
 )
+FOR_THE_NODE = frozenset(
+    {
+        b"authorization",
+        b"content-length",
+        b"content-type",
+        b"cookie",
+        b"forwarded",
+        b"host",
+        b"last-event-id",
+        b"origin",
+    }
+)
+"""What nodes decide by, beside ``X-Forwarded-`` and ``Mcp-``: no ``Connection`` takes it away (RFC 9110 section 7.6.1
+leaves no client the right to name what is meant for all recipients)."""
 TIMEOUTS = {"connect": 5.0, "read": None, "write": None, "pool": None}  # seconds
 LOOK = 0.5  # seconds between two looks at a node
 ANSWER = 1.0  # seconds within which a node answers that it lives
@@ -236,8 +250,12 @@ def _request(scope: Scope, body: _Body, port: int) -> httpx.Request:
 def _end_to_end(headers: Headers) -> Headers:
     """The headers that are meant for the other end; blanks around a value are not part of it."""
     named = b",".join(value for name, value in headers if name.lower() == b"connection").lower().split(b",")
-    dropped = HOP_BY_HOP.union(word.strip() for word in named)
+    dropped = HOP_BY_HOP.union(word for word in map(bytes.strip, named) if not _for_the_node(word))
     return [(name, value.strip()) for name, value in headers if name.lower() not in dropped]
+
+
+def _for_the_node(name: bytes) -> bool:
+    return name in FOR_THE_NODE or name.startswith((b"x-forwarded-", b"mcp-"))
 
 
 async def _refuse(send: Send, reason: str) -> None:

@@ -45,6 +45,7 @@ from pgmcp.web.legacy import SseMessages, SseStream
 from pgmcp.web.modern import Eras, Modern
 from pgmcp.web.parting import Parting
 from pgmcp.web.rates import Rates
+from pgmcp.web.reserved import Reserved
 from pgmcp.web.streamable import Streamable
 
 logger = logging.getLogger(__name__)
@@ -102,7 +103,7 @@ class Node:
             settings.sse_path: SseStream(edge, security=security, rates=rates, settings=settings, messages=messages),
             messages.rstrip("/"): SseMessages(edge, security=security, rates=rates, settings=settings),
         }
-        return {path: self._target.protect(endpoint) for path, endpoint in endpoints.items()}
+        return {path: Reserved(self._target.protect(endpoint)) for path, endpoint in endpoints.items()}
 
     def health(self) -> list[HTTPRouteHandler]:
         """The health routes."""

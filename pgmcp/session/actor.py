@@ -35,6 +35,7 @@ from pgmcp.session.caller import Caller
 from pgmcp.session.calls import Call, Over, Stream
 from pgmcp.session.journal import handshake, journal_entries
 from pgmcp.session.news import News
+from pgmcp.session.own import OwnRequests
 from pgmcp.session.questions import Questions, dump
 from pgmcp.session.recent import Recent
 from pgmcp.session.record import Record
@@ -62,9 +63,6 @@ REQUEST_CANCELLED = -32800
 INTERNAL_ERROR, INVALID_REQUEST = -32603, -32600
 STOP = 2.0
 """Seconds that a stopped server session may take to unwind."""
-
-ANSWER = 5.0
-"""Seconds that a server session may take to answer the node itself."""
 
 
 class Actor:
@@ -107,12 +105,12 @@ class Actor:
         self._working: set[RequestKey] = set()
         self._questions = Questions(ids)
         self.news = News(self.emit)
-        self._own: dict[str, asyncio.Future[dict[str, Any]]] = {}
         self._floors: dict[str, float | None] = {}
         self._early_cancels = Recent(clock)  # those that overtook their requests
         self._finished = Recent(clock)  # a late cancel must not hit the next request that has the id
         self._answered = Recent(clock)
         self._queue: asyncio.Queue[Incoming | None] = asyncio.Queue()
+        self._own = OwnRequests(ids, self._queue.put_nowait)
         self._closable = self._muted = False
         self._task: asyncio.Task[None] | None = None
         self._establishing: set[asyncio.Task[None]] = set()
@@ -132,9 +130,7 @@ class Actor:
         except Exception:
             logger.exception("server session %s crashed", self.ownership.session)
         finally:
-            for answer in self._own.values():
-                if not answer.done():
-                    answer.set_exception(PgmcpError("The server session ended before it answered the node"))
+            self._own.fail()
             self._lose(Over.ENDED)
 
     def mute(self) -> None:
@@ -161,17 +157,8 @@ class Actor:
         self._closable = is_version_at_least(version, RESUMES)
 
     async def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Send the server a request of the node's own; its answer.
-
-        Raises:
-            TimeoutError: it took longer than ``ANSWER`` seconds.
-        """
-        rpc_id = f"pgmcp-{len(self._own)}"
-        answer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
-        self._own[json.dumps(rpc_id)] = answer
-        self._queue.put_nowait(Incoming(dump(request | {"id": rpc_id}), can_ask=False))
-        async with asyncio.timeout(ANSWER):
-            return await answer
+        """Send the server a request of the node's own; its answer (see ``OwnRequests.ask``)."""
+        return await self._own.ask(request)
 
     def tell(self, notification: bytes) -> None:
         """Send the server a notification of the node's own."""
@@ -300,9 +287,7 @@ class Actor:
 
     async def _answer(self, outgoing: Outgoing) -> None:
         rpc_id = outgoing.rpc_id or ""
-        if (own := self._own.get(rpc_id)) is not None:
-            if not own.done():
-                own.set_result(json.loads(outgoing.message))
+        if self._own.take(rpc_id, outgoing.message):
             return
         call = self._calls.get(rpc_id)
         if call is None:

@@ -8,6 +8,8 @@ Invariants:
 - Every key of the ring opens. The newest that is ``RIPE`` seals: by then every node has read it (all in database time).
   The only key of a ring seals at once.
 - A key that was replaced is kept for longer than anything lives that it has sealed.
+- Where nodes have a secrets key, what lies in clear is taken up once, all of a ring in one statement. From then on a
+  key in clear is refused: it was planted.
 
 Failure handling: a node that cannot read the ring goes on with what it has. An unknown key is looked up once more
 before it is refused; for what clients send, once in ``SETTLED`` seconds.
@@ -16,6 +18,7 @@ before it is refused; for what clients send, once in ``SETTLED`` seconds.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from dataclasses import dataclass
 
@@ -24,9 +27,11 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from pgmcp.clock import Ids
-from pgmcp.errors import DatabaseUnavailable, PgmcpError
+from pgmcp.errors import DatabaseUnavailable, PgmcpError, SettingsError
 from pgmcp.store.database import Database
 from pgmcp.store.wrapping import Stored, Wrapping
+
+logger = logging.getLogger(__name__)
 
 CONTEXTS, STATES = "context", "request-state"
 
@@ -64,6 +69,7 @@ class KeyRing:
         self._keys: dict[int, _Key] = {}
         self._looking = asyncio.Lock()
         self._looked, self._found = float("-inf"), True
+        self._wrapped, self._refused = False, set[int]()
 
     async def load(self) -> None:
         """Read the ring, after making its next key if it is time for one.
@@ -76,16 +82,40 @@ class KeyRing:
         made = self._wrapping.wrap(AESGCM.generate_key(256), self._purpose)
         await self._persist("add_key", self._purpose, made.key, made.wrapped_by, settings.key_rotation)
         await self._persist("drop_keys", self._purpose, RIPE + settings.max_age + KEPT)
-        rows, keys = await self._persist("key_ring", self._purpose), dict[int, _Key]()
-        now = clock.boottime()
-        for row in rows:
-            stored = Stored(row["key"], row["wrapped_by"])
-            key = self._wrapping.unwrap(stored, self._purpose)
-            if self._wrapping.outdated(stored):
-                anew = self._wrapping.wrap(key, self._purpose)
-                await self._persist("wrap_key", row["id"], anew.key, anew.wrapped_by, stored.key)
-            keys[row["id"]] = _Key(AESGCM(key), now + RIPE - row["age"])
-        self._keys = keys
+        rows = await self._persist("key_ring", self._purpose)
+        now, ring = clock.boottime(), self._ours({row["id"]: Stored(row["key"], row["wrapped_by"]) for row in rows})
+        opened = {key_id: self._wrapping.unwrap(stored, self._purpose) for key_id, stored in ring.items()}
+        await self._wrap({key_id: stored for key_id, stored in ring.items() if self._wrapping.outdated(stored)}, opened)
+        ages = {row["id"]: row["age"] for row in rows}
+        self._keys = {key_id: _Key(AESGCM(key), now + RIPE - ages[key_id]) for key_id, key in opened.items()}
+
+    def _ours(self, ring: dict[int, Stored]) -> dict[int, Stored]:
+        """The keys that may be used: where keys were ever wrapped, one that lies in clear was planted."""
+        if not self._wrapping.wraps:
+            return ring
+        self._wrapped |= any(stored.wrapped_by is not None for stored in ring.values())
+        clear = [key_id for key_id, stored in ring.items() if stored.wrapped_by is None] if self._wrapped else []
+        for key_id in set(clear) - self._refused:
+            logger.error(
+                "key %d of ring %s lies in clear, though the ring's keys are wrapped: it is not used. Whoever may "
+                "write table secrets, or a node without the --secrets-key, has put it there; look who, and delete it",
+                key_id,
+                self._purpose,
+            )
+        self._refused.update(clear)
+        ours = {key_id: stored for key_id, stored in ring.items() if key_id not in clear}
+        if not ours:
+            message = f"Every key of ring {self._purpose} lies in clear, and they were wrapped: restore table secrets."
+            raise SettingsError(message)
+        return ours
+
+    async def _wrap(self, outdated: dict[int, Stored], opened: dict[int, bytes]) -> None:
+        if not outdated:
+            return
+        anew = [self._wrapping.wrap(opened[key_id], self._purpose) for key_id in outdated]
+        before = [stored.key for stored in outdated.values()]
+        await self._persist("wrap_keys", list(outdated), before, [each.key for each in anew], anew[0].wrapped_by)
+        self._wrapped = True
 
     def seal(self, plain: bytes, place: bytes) -> bytes:
         """See ``SecretBox.seal``."""

@@ -52,6 +52,11 @@ class Wrapping:
         self._keys = {hashlib.sha256(_INFO + key).digest()[:_PRINT]: AESGCM(key) for key in derived}
         self._first = next(iter(self._keys), None)
 
+    @property
+    def wraps(self) -> bool:
+        """Whether it was given a key."""
+        return self._first is not None
+
     def wrap(self, key: bytes, purpose: str) -> Stored:
         """A key as it is to be stored."""
         if self._first is None:

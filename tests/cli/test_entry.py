@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from pgmcp.cli.entry import Entry
+from pgmcp.cli.entry import Entry, _end_to_end
 from pgmcp.cli.local import _entry_config, _Server
 from pgmcp.clock import Clock
 from tests.harness.clients import RawSession
@@ -108,6 +108,29 @@ async def test_what_a_frozen_node_carries_is_broken_off_and_goes_on_elsewhere(tw
         resumed = await session.get(port.url, stream.last_event_id)
         assert resumed.status == 200
         assert port.entry.taken == {"node-1": 1, "node-2": 2}
+
+
+def test_a_connection_header_takes_nothing_from_the_node_that_it_decides_by() -> None:
+    kept = [
+        (b"host", b"evil.example"),
+        (b"Origin", b"http://evil.example"),
+        (b"authorization", b"Bearer x"),
+        (b"content-length", b"2"),
+        (b"x-forwarded-for", b"192.0.2.1"),
+        (b"mcp-session-id", b"n1-0"),
+    ]
+    words = b", ".join(name for name, _ in kept)
+    sent = [*kept, (b"connection", b"close, X-Hop"), (b"Connection", words), (b"x-hop", b"1"), (b"te", b"trailers")]
+    assert _end_to_end(sent) == kept
+
+
+async def test_foreign_hosts_and_origins_are_refused_whatever_connection_says(two: list[NodeProcess]) -> None:
+    async with opened(two) as port, httpx.AsyncClient(trust_env=False, timeout=BOUND) as client:
+        for header, status in (("origin", 403), ("host", 421)):
+            for connection in ("keep-alive", f"keep-alive, {header}", f"{header.upper()}"):
+                headers = {header: "http://evil.example" if header == "origin" else "evil.example"}
+                answer = await client.get(f"{port.url}/mcp", headers={**headers, "connection": connection})
+                assert answer.status_code == status, (header, connection)
 
 
 async def test_a_node_that_is_gone_costs_no_request(two: list[NodeProcess]) -> None:

@@ -8,7 +8,7 @@ import inspect
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import asyncpg
 import uvicorn
@@ -74,14 +74,16 @@ async def running_node(
 
 
 @contextlib.asynccontextmanager
-async def serving(app: Any, *, access_log: bool = False, log_level: str = "warning") -> AsyncIterator[str]:
+async def serving(
+    app: Any, *, access_log: bool = False, log_level: str = "warning", lifespan: Literal["on", "off"] = "on"
+) -> AsyncIterator[str]:
     """Run any ASGI application on a free port; where it listens."""
     config = uvicorn.Config(
         app,
         port=0,
         access_log=access_log,
         log_level=log_level,
-        lifespan="on",
+        lifespan=lifespan,
         timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=2,
     )

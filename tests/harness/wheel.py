@@ -33,6 +33,7 @@ def installed(folder: Path) -> Path:
     source.mkdir()
     for name in copied():
         at = REPOSITORY / name
+        (source / name).parent.mkdir(exist_ok=True)
         shutil.copytree(at, source / name, ignore=LEFT_OUT) if at.is_dir() else shutil.copy(at, source / name)
     _uv("build", "--wheel", "--python", sys.executable, "--out-dir", str(folder / "dist"), str(source))
     [wheel] = (folder / "dist").glob("*.whl")

@@ -107,6 +107,22 @@ async def test_a_client_works_through_it(balancer: Shipped, request: pytest.Fixt
         assert len(set(used)) == 1, "the official client keeps the cookie"
 
 
+async def _tells_the_client(scope: Any, _: Any, send: Any) -> None:
+    if scope["type"] == "http":
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": scope["client"][0].encode()})
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+async def test_a_client_cannot_choose_its_address(name: str, tmp_path: Path) -> None:
+    """Nodes see whom the balancer saw, whatever the client says."""
+    async with serving(_tells_the_client, lifespan="off") as url, httpx.AsyncClient(trust_env=False) as http:
+        with Shipped(name, dict.fromkeys(NAMES, int(url.rpartition(":")[2])), tmp_path / "balancer") as balancer:
+            for forged in ("203.0.113.7", "203.0.113.7, 203.0.113.8", "127.0.0.1, 203.0.113.9"):
+                answer = await http.get(balancer.url, headers={"x-forwarded-for": forged})
+                assert answer.text == "127.0.0.1"
+
+
 @pytest.mark.parametrize("balancer", WITH_AFFINITY, indirect=True)
 async def test_the_hint_leads_to_the_owner(balancer: Shipped) -> None:
     """A client that keeps no cookies, as most: the session id is enough."""

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,27 @@ def test_their_values_work(env: dict[str, str], monkeypatch: pytest.MonkeyPatch)
     Settings()
 
 
+def test_only_the_balancer_is_believed() -> None:
+    for given in ({}, {"NGINX_ADDRESS": "10.1.2.3"}):
+        services = compose(**given)["services"]
+        [balancer] = [each["networks"]["default"]["ipv4_address"] for each in services.values() if "networks" in each]
+        believed = {
+            each["environment"]["PGMCP_FORWARDED_ALLOW_IPS"]
+            for name, each in services.items()
+            if name.startswith("node-")
+        }
+        assert believed == {balancer}
+    [network] = compose()["networks"]["default"]["ipam"]["config"]
+    inside, others = ip_network(network["subnet"]), ip_network(network["ip_range"])
+    address = ip_address(compose()["services"]["nginx"]["networks"]["default"]["ipv4_address"])
+    assert others.subnet_of(inside)
+    assert address in inside
+    assert address not in others, "Docker might give it to somebody else"
+    for env in environments():
+        assert "*" not in env.get("PGMCP_FORWARDED_ALLOW_IPS", "")
+        assert "/" not in env.get("PGMCP_FORWARDED_ALLOW_IPS", "")
+
+
 def test_every_kind_of_platform_waits_for_the_drain() -> None:
     defaults = Settings()
     expected = defaults.drain_notice + defaults.drain_limit + SPARE
@@ -187,11 +209,16 @@ def test_the_document_names_files_that_are_there() -> None:
 def test_the_image_is_small_and_runs_as_nobody_in_particular() -> None:
     stages = [value for word, value in instructions() if word == "FROM"]
     assert len(stages) == 2
-    assert all(stage.startswith("python:${PYTHON}-slim") for stage in stages)
+    assert {stage.removesuffix(" AS build") for stage in stages} == {"${BASE}"}, "one argument pins them by digest"
     assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", last("USER"))
-    assert any(
-        "--require-hashes --requirement requirements.txt" in value for word, value in instructions() if word == "RUN"
-    )
+    fetching = [
+        value for word, value in instructions() if word == "RUN" and re.search(r"\bpip (install|wheel)\b", value)
+    ]
+    assert len(fetching) == 4
+    assert all("--require-hashes" in value or "--no-index" in value for value in fetching)
+    build = re.search(r'^requires = \["([\w-]+)', (REPOSITORY / "pyproject.toml").read_text(), re.MULTILINE)
+    assert build is not None
+    assert re.search(rf"^{build[1]}==\S+ \\\n +--hash=", (DOCKER / "requirements-build.txt").read_text(), re.MULTILINE)
     final = instructions()[max(n for n, (word, _) in enumerate(instructions()) if word == "FROM") :]
     assert [value.split()[0] for word, value in final if word == "COPY"] == ["--from=build"]
     assert json.loads(last("CMD")) == ["--help"]

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable
 
 import asyncpg
 import pytest
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from pgmcp.errors import DatabaseUnavailable, PgmcpError, SettingsError
 from pgmcp.settings import Settings
@@ -254,6 +255,86 @@ async def test_a_secrets_key_is_changed_step_by_step(database: str) -> None:
         alone = ring_of(node, Wrapping([SECOND]))
         await alone.load()
         assert alone.open_known(box, PLACE) == PLAIN
+
+
+async def planted(hand: asyncpg.Connection, purpose: str = CONTEXTS) -> int:
+    """A key that somebody with rights on the table knows, as the newest of a ring."""
+    return int(
+        await hand.fetchval(
+            "insert into pgmcp.secrets (purpose, key, generation, created_at) "
+            "values ($1, $2, 1000, now() - interval '1 hour') returning id",
+            purpose,
+            bytes(32),
+        )
+    )
+
+
+@pytest.mark.parametrize("running", [True, False])
+async def test_a_key_that_was_planted_in_clear_neither_seals_nor_opens(
+    database: str, hand: asyncpg.Connection, caplog: pytest.LogCaptureFixture, running: bool
+) -> None:
+    async with store(database) as node:
+        ring = ring_of(node, Wrapping([FIRST]))
+        await ring.load()
+        before = ring.seal(PLAIN, PLACE)
+        key_id = await planted(hand)
+        if not running:
+            ring = ring_of(node, Wrapping([FIRST]))
+        for _ in range(2):
+            await ring.load()
+        sealed = ring.seal(PLAIN, PLACE)
+        assert key_of(sealed) == key_of(before)
+        forged = key_id.to_bytes(4, "big") + bytes(12) + AESGCM(bytes(32)).encrypt(bytes(12), PLAIN, PLACE)
+        with pytest.raises(PgmcpError):
+            await ring.open(forged, PLACE)
+        assert ring.open_known(before, PLACE) == PLAIN
+        assert await hand.fetchval("select wrapped_by is null from pgmcp.secrets where id = $1", key_id)
+    said = [record.getMessage() for record in caplog.records if "lies in clear" in record.getMessage()]
+    assert len(said) == 1, "once for each key"
+    assert f"key {key_id} of ring {CONTEXTS}" in said[0]
+
+
+async def test_a_running_node_takes_no_ring_that_was_replaced_in_clear(database: str, hand: asyncpg.Connection) -> None:
+    async with store(database) as node:
+        ring = ring_of(node, Wrapping([FIRST]))
+        await ring.load()
+        before = ring.seal(PLAIN, PLACE)
+        await hand.execute("delete from pgmcp.secrets")
+        await planted(hand)
+        with pytest.raises(SettingsError, match="lies in clear"):
+            await ring.load()
+        assert ring.open_known(before, PLACE) == PLAIN
+
+
+async def test_keys_in_clear_are_taken_up_all_or_none(database: str, hand: asyncpg.Connection) -> None:
+    """Also when two nodes do it at once, and when one of the keys changes meanwhile."""
+    await hand.execute("insert into pgmcp.secrets (purpose, key) values ('context', $1), ('context', $2)", *KEYS)
+    async with store(database) as one, store(database) as two:
+        rings = [ring_of(node, Wrapping([FIRST])) for node in (one, two)]
+        async with hand.transaction():
+            await hand.execute("select from pgmcp.secrets for update")
+            loading = [asyncio.create_task(ring.load()) for ring in rings]
+            waiting = (
+                "select count(*) = 2 from pg_locks join pg_stat_activity using (pid) "
+                "where not granted and datname = current_database() and query like '%update%secrets%'"
+            )
+            await eventually(lambda: hand.fetchval(waiting), "both have read it in clear")
+        await asyncio.gather(*loading)
+        assert set(await stored(hand)) == {(60, True)}
+        assert rings[0].open_known(rings[1].seal(PLAIN, PLACE), PLACE) == PLAIN
+        for ring in rings:
+            await ring.load()
+
+
+async def test_a_node_without_the_secrets_key_adds_nothing_to_a_wrapped_ring(
+    database: str, hand: asyncpg.Connection
+) -> None:
+    async with store(database) as node:
+        await ring_of(node, Wrapping([FIRST])).load()
+        await age(hand, node.database.settings.key_rotation + 1)
+        with pytest.raises(SettingsError):
+            await ring_of(node).load()
+        assert await stored(hand) == [(60, True)]
 
 
 @pytest.mark.parametrize("secrets_key", [[], [SECOND]], ids=["none", "another"])

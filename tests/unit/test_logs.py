@@ -1,0 +1,210 @@
+"""Log lines: one for each event, whatever is in it, and nothing of clients where libraries or pgmcp speak."""
+
+from __future__ import annotations
+
+import io
+import json
+import linecache
+import logging
+import sys
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import asyncpg
+import mcp.server.transport_security as library
+import pydantic
+import pytest
+
+from pgmcp.errors import PgmcpError, told
+from pgmcp.ops import logs, redaction
+from pgmcp.ops.redaction import _template, show_warning
+from pgmcp.store.reason import reason
+
+MARK = "m4rk3r"
+EVIL = f"a\n2026-01-01 ERROR root: {MARK}\r\x1b[2J\x85\u2028\u2029\u202e\x00\udc80\x7f"
+LINE_ENDS = "\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
+
+
+class Stream(io.StringIO):
+    def lines(self) -> list[str]:
+        """What was written; ``splitlines`` knows more line ends than a terminal."""
+        text = self.getvalue()
+        assert not any(char in text.replace("\n", "") for char in LINE_ENDS + "\x1b\x00\u202e")
+        return text.splitlines()
+
+
+@pytest.fixture(params=["text", "json"])
+def stream(request: pytest.FixtureRequest) -> Iterator[Stream]:
+    """What a node would write."""
+    written = Stream()
+    handler = logs.handler(request.param, written)
+    root = logging.getLogger()
+    before, root.handlers = root.handlers, [handler]
+    yield written
+    root.handlers = before
+
+
+def of_library(source: str) -> Callable[..., None]:
+    """A function ``speak`` that looks as if it were part of a library."""
+    at = Path(library.__file__).parent / f"invented{abs(hash(source))}.py"
+    module = types.ModuleType("mcp.server.invented")
+    linecache.cache[str(at)] = (len(source), None, source.splitlines(keepends=True), str(at))
+    exec(compile(source, at, "exec"), module.__dict__)
+    return module.speak  # type: ignore[no-any-return]
+
+
+def test_an_event_is_a_line_and_its_text_stays_readable(stream: Stream) -> None:
+    operator = logging.getLogger(f"shop.{EVIL}")
+    operator.warning("sold %s", EVIL)
+    try:
+        raise ValueError(EVIL)
+    except ValueError:
+        operator.exception("not sold", stack_info=True)
+    lines = stream.lines()
+    assert len(lines) == 2
+    assert all(MARK in line for line in lines), "what the served server says is its operator's"
+    assert "ValueError" in lines[1]
+    if lines[0].startswith("{"):
+        told = [json.loads(line) for line in lines]
+        assert told[0]["message"] == f"sold {EVIL}"
+        assert "test_an_event_is_a_line" in told[1]["traceback"]
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        ('logger.warning(f"bad {value} of {value!r:>3}")', "bad {value} of {value}"),
+        ('logger.warning("bad %s", value)', "bad %s"),
+        ('logger.log(30, "bad %s" " and more", value)', "bad %s and more"),
+        ('logger.error(\n        "bad %s",\n        value,\n    )', "bad %s"),
+        ('logger.error("bad %s" % value)', "bad %s"),
+        ("logger.error(value)", "speak (invented"),
+        ("logger.error('bad ' + value)", "bad "),
+        ("[logger.error(value) for _ in '1']", "(invented"),
+    ],
+)
+def test_of_a_library_only_its_source_is_said(stream: Stream, call: str, text: str) -> None:
+    speak = of_library(f"import logging\nlogger = logging.getLogger('mcp.invented')\ndef speak(value):\n    {call}\n")
+    speak(EVIL)
+    [line] = stream.lines()
+    assert text in line
+    assert MARK not in line
+
+
+def test_errors_of_libraries_and_of_pgmcp_have_no_text(stream: Stream) -> None:
+    speak = of_library(
+        "import logging\nlogger = logging.getLogger('mcp.invented')\n"
+        "def speak(error):\n    logger.error('it failed', exc_info=error)\n"
+    )
+
+    class Form(pydantic.BaseModel):
+        age: int
+
+    def fail() -> None:
+        try:
+            Form(age=MARK)  # type: ignore[arg-type]
+        except pydantic.ValidationError as error:
+            error.add_note(MARK)
+            inner = KeyError(MARK)
+            raise ExceptionGroup(MARK, [inner, RuntimeError(MARK)]) from error
+
+    try:
+        fail()
+    except ExceptionGroup as failed:
+        speak(failed)
+    [line] = stream.lines()
+    assert MARK not in line
+    for expected in (
+        "ValidationError",
+        "KeyError",
+        "RuntimeError",
+        "ExceptionGroup",
+        "in fail",
+        "raise ExceptionGroup(",
+    ):
+        assert expected in line
+    logs._nobody_caught(ValueError(MARK))
+    assert MARK not in stream.lines()[1]
+    assert told(ValueError(MARK)) == "ValueError"
+    assert told(PgmcpError("ours")) == "ours"
+
+
+def test_an_error_that_causes_itself_ends(stream: Stream) -> None:
+    first, second = ValueError(), ValueError()
+    first.__context__, second.__context__ = second, first
+    record = logging.LogRecord("pgmcp", 40, redaction.__file__, 1, "it", (), (ValueError, first, None))
+    assert redaction.trace(record)
+
+
+def test_compiled_libraries_are_known_by_their_loggers(stream: Stream) -> None:
+    """What uvloop says comes from no Python file of its own."""
+    logging.getLogger("asyncio").error(f"Future finished result={MARK}")
+    [line] = stream.lines()
+    assert MARK not in line
+
+
+def test_loggers_that_a_server_got_from_fastmcp_are_its_own(stream: Stream) -> None:
+    logging.getLogger("fastmcp.mine").error(MARK)
+    assert MARK in stream.lines()[0]
+
+
+@pytest.mark.parametrize("wrong", [("%d", MARK), ("%s %s", MARK)])
+def test_a_record_that_cannot_be_written_shows_nothing(
+    stream: Stream, wrong: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    logging.getLogger("shop").error(*wrong)
+    [line] = stream.lines()
+    assert "could not be written" in line
+    assert MARK not in line + capsys.readouterr().err
+
+
+def test_only_pgmcp_has_fields(stream: Stream) -> None:
+    logging.getLogger("shop").error("sold", extra={"fields": [object()]})
+    [line] = stream.lines()
+    assert "sold" in line
+
+
+def test_warnings_of_libraries_have_no_text(stream: Stream) -> None:
+    show_warning(MARK, UserWarning, pydantic.__file__, 7)
+    show_warning(f"{MARK}\n", DeprecationWarning, __file__, 8)
+    first, second = stream.lines()
+    assert MARK not in first
+    assert "UserWarning" in first
+    assert f"{Path(pydantic.__file__)}:7" in first
+    assert MARK in second
+
+
+def test_every_handler_of_a_library_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FastMCP brings handlers that print whole messages and tracebacks, and does not propagate."""
+    root, theirs = logging.getLogger(), logging.getLogger("fastmcp")
+    before = root.handlers[:], root.level, theirs.handlers[:], theirs.propagate
+    for module, name in ((warnings, "showwarning"), (sys, "unraisablehook"), (logs.threading, "excepthook")):
+        monkeypatch.setattr(module, name, getattr(module, name))
+    try:
+        theirs.addHandler(logging.NullHandler())
+        theirs.propagate = False
+        logs.configure("text")
+        assert theirs.propagate
+        assert not theirs.handlers
+    finally:
+        root.handlers, root.level, theirs.handlers, theirs.propagate = before
+
+
+def test_templates_are_found_in_what_is_installed() -> None:
+    source = Path(library.__file__).read_text().splitlines()
+    number = next(number for number, line in enumerate(source, 1) if "Invalid Host header" in line)
+    assert _template(library.__file__, number) == "Invalid Host header: {host}"
+
+
+def test_reasons_of_the_database_quote_no_rows() -> None:
+    detail = {"detail": f"Key (name)=({MARK}) already exists.", "sqlstate": "23505", "constraint_name": "names_key"}
+    twice = asyncpg.PostgresError.new({"C": "23505", "M": "duplicate", "D": detail["detail"], "n": "names_key"})
+    assert reason(twice) == "UniqueViolationError, SQLSTATE 23505, names_key"
+    malformed = asyncpg.PostgresError.new({"C": "22P02", "M": f"invalid input syntax for type integer: {MARK}"})
+    assert MARK not in reason(malformed)
+    missing = asyncpg.PostgresError.new({"C": "42703", "M": 'column "x" does not exist', "D": MARK})
+    assert reason(missing) == 'UndefinedColumnError: column "x" does not exist'
+    assert MARK not in reason(asyncpg.exceptions._base.DataError(f"invalid input for query argument $1: {MARK}"))
+    assert reason(ConnectionError("gone")) == "ConnectionError: gone"
