@@ -53,8 +53,9 @@ def serve(settings: Settings, target: str, *, shared_port: bool = False) -> int:
     Raises:
         PgmcpError: the node cannot start; the message says why and what to do.
     """
+    configure(settings.log_format)
     served = load(target)
-    configure(settings.log_format)  # after the target, which may have had ideas of its own
+    configure(settings.log_format)  # anew: the target may have had ideas of its own
     node = Node(settings, served)
     config = uvicorn.Config(
         node.application(),

@@ -133,8 +133,8 @@ async def modern(node: NodeProcess) -> None:
         for method, params in ASKED:
             headers = {"mcp-method": MARK, "mcp-name": MARK}
             await drained(await client.request(node.url, method, params, headers=headers))
-            if "\r" not in method and "\r" not in str((params or {}).get("name", "")):
-                await drained(await client.request(node.url, method, params))
+            plain = json.loads(json.dumps([method, params]).replace(json.dumps(EVIL)[1:-1], MARK))
+            await drained(await client.request(node.url, *plain))  # what fits into headers comes further
         for state in (EVIL, f"pgmcp1.{MARK}"):
             call = {
                 "name": "breaks",
