@@ -20,6 +20,23 @@ Names = Annotated[
 ]
 """Several names; one text with commas in a variable."""
 
+IN_FILE = "file:"
+"""Begins what stands in the place of a database's address when that lies in a file: the file's path follows."""
+
+
+def in_file(name: str, url: str, path: str) -> str:
+    """What goes for an address that was given itself or by the name of a file.
+
+    Raises:
+        ValueError: it was given in both ways.
+    """
+    if url and path and url != IN_FILE + path:
+        option = name.replace("_", "-")
+        message = f"give --{option} or --{option}-file, not both"
+        raise ValueError(message)
+    return IN_FILE + path if path else url
+
+
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
 
@@ -35,9 +52,13 @@ class Settings(BaseSettings):
     database_url: str = Field(
         "", description="PostgreSQL to coordinate through: postgresql://user:password@host/db (or @host1,host2/db)."
     )
+    database_url_file: str = Field(
+        "", description="File with the address of --database-url in its place, read anew for each connection."
+    )
     listen_url: str = Field(
         "", description="Direct connection for LISTEN and leases, when --database-url goes through a pooler."
     )
+    listen_url_file: str = Field("", description="File with the address of --listen-url, likewise.")
     schema_name: str = Field(
         "pgmcp",
         validation_alias="PGMCP_SCHEMA",
@@ -174,6 +195,16 @@ class Settings(BaseSettings):
             )
             raise ValueError(message)
         return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _addresses_in_files(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """An address that lies in a file goes by the file's name: whoever connects reads it anew."""
+        urls = {
+            name: in_file(name, values.get(name) or "", values.get(f"{name}_file") or "")
+            for name in ("database_url", "listen_url")
+        }
+        return {**values, **{name: url for name, url in urls.items() if url}}
 
     @model_validator(mode="after")
     def _one_place_for_the_key(self) -> Settings:

@@ -10,11 +10,13 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any, TypeVar
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import click
 
 from pgmcp.errors import SchemaError, SchemaInUse
+from pgmcp.settings import in_file
 from pgmcp.store import identity, migrations
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -23,8 +25,15 @@ _database_url = click.option(
     "--database-url",
     envvar="PGMCP_DATABASE_URL",
     show_envvar=True,
-    required=True,
+    default="",
     help="PostgreSQL itself, not a transaction pooler: postgresql://user:password@host/db.",
+)
+_database_url_file = click.option(
+    "--database-url-file",
+    envvar="PGMCP_DATABASE_URL_FILE",
+    show_envvar=True,
+    default="",
+    help="File with that address.",
 )
 _schema = click.option(
     "--schema",
@@ -39,7 +48,18 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 def _connected(command: Command) -> Command:
     """Give a command the options of everything that asks a database."""
-    return _database_url(_schema(_json(command)))
+
+    @wraps(command)
+    def addressed(database_url: str, database_url_file: str, **arguments: Any) -> Any:
+        try:
+            url = in_file("database_url", database_url, database_url_file)
+        except ValueError as error:
+            raise click.UsageError(f"{error}.") from None
+        if not url:
+            raise click.UsageError("Missing option '--database-url' (or '--database-url-file').")
+        return command(database_url=url, **arguments)
+
+    return cast("Command", _database_url(_database_url_file(_schema(_json(addressed)))))
 
 
 @click.group()

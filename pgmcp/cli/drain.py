@@ -21,7 +21,7 @@ WAIT = 60.0
     "--timeout", type=click.FloatRange(min=0, min_open=True), default=WAIT, help=f"Seconds to wait. [default {WAIT:g}]"
 )
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
-@settings_options(only=("database_url", "schema_name"))
+@settings_options(only=("database_url", "database_url_file", "schema_name"))
 def drain(node: str, wait: bool, timeout: float, as_json: bool, given: dict[str, Any]) -> None:
     """Have NODE (a name or an id of `pgmcp nodes`) hand its sessions over and leave, as after SIGTERM.
 

@@ -47,7 +47,8 @@ def example(name: str) -> str:
 def of_its_own(given: dict[str, Any]) -> dict[str, Any]:
     """The options of a cluster of its own, whatever the environment says: in a given database it has a new schema."""
     schema = f"pgmcp_demo_{secrets.token_hex(4)}" if given.get("database_url") else "pgmcp"
-    return {"database_url": "", "listen_url": "", "schema_name": schema, "cluster": ""} | given
+    addresses = dict.fromkeys(("database_url", "database_url_file", "listen_url", "listen_url_file"), "")
+    return {**addresses, "schema_name": schema, "cluster": ""} | given
 
 
 @contextmanager
@@ -161,5 +162,6 @@ def _database(settings: Settings, data_dir: Path | None, count: int) -> Iterator
 def _node_environment(settings: Settings, given: dict[str, Any], url: str) -> dict[str, str]:
     env = {**os.environ, **environment(given), **environment({"database_url": url})}
     if not settings.database_url:
-        env.pop("PGMCP_LISTEN_URL", None)  # it would be another database's
+        for name in ("PGMCP_LISTEN_URL", "PGMCP_LISTEN_URL_FILE"):
+            env.pop(name, None)  # it would be another database's
     return env

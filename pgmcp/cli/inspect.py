@@ -15,11 +15,11 @@ from pgmcp.store import views
 def _command(name: str, view: str, text: str) -> click.Command:
     @click.command(name, help=text)
     @click.option("--json", "as_json", is_flag=True, help="Print a JSON array, one row a line.")
-    @settings_options(only=("database_url", "schema_name"))
+    @settings_options(only=("database_url", "database_url_file", "schema_name"))
     def show(as_json: bool, given: dict[str, Any]) -> None:
         settings = load(given)
         if not settings.database_url:
-            message = "No database. Give --database-url or set PGMCP_DATABASE_URL."
+            message = "No database. Give --database-url or --database-url-file, or set PGMCP_DATABASE_URL."
             raise SettingsError(message)
         rows = views.fetch(settings.database_url, settings.schema_name, view)
         click.echo(_array(rows) if as_json else _table(rows, empty=f"no {name}"))

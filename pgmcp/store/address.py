@@ -8,12 +8,19 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import parse_qsl, urlencode
+
+from pgmcp.settings import IN_FILE
 
 WANTED = "target_session_attrs"
 _HOST = re.compile(r"(\[[^\]]*\]|[^:\[\]@]*)(:\d*)?")
 _IN_QUERY = re.compile(r"\?(?:[^@]*&)?\w+=[^@&]*@")
 """An @ in a value of the query; any other one belongs to the login, whatever was left unescaped there."""
+
+
+class AddressUnread(OSError):
+    """The address lies in a file that cannot be read now; those who wait for the database try again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +42,36 @@ def _parts(url: str) -> _Parts:
     return _Parts(scheme + mark, login + at, hosts, path, query)
 
 
+def current(url: str) -> str:
+    """The address itself, read from its file if it lies in one: it may have changed, as passwords do.
+
+    Raises:
+        AddressUnread: the file cannot be read, or nothing is in it.
+    """
+    if not url.startswith(IN_FILE):
+        return url
+    path = url.removeprefix(IN_FILE)
+    try:
+        text = Path(path).read_text("utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        message = f"the file {path} with the database's address cannot be read: {reason}"
+        raise AddressUnread(message) from None
+    if not text:
+        message = f"the file {path} is empty; write the database's address into it"
+        raise AddressUnread(message)
+    return text
+
+
 def servers(url: str) -> list[str]:
     """The address of each server that the URL names, in its order; the URL itself when that is one.
 
     What is malformed is left as it is, for the driver to complain about.
+
+    Raises:
+        AddressUnread: it lies in a file that cannot be read.
     """
+    url = current(url).replace("postgresql+asyncpg://", "postgresql://", 1)
     parts = _parts(url)
     query = parse_qsl(parts.query, keep_blank_values=True)
     named = dict(query)
@@ -70,6 +102,10 @@ def _one(parts: _Parts, host: str, port: str, query: list[tuple[str, str]]) -> s
 
 def place(url: str) -> str:
     """Where the URL points, without user and password; for messages."""
+    try:
+        url = current(url)
+    except AddressUnread:
+        return f"PostgreSQL at the address in {url.removeprefix(IN_FILE)}"
     parts = _parts(url)
     hosts, path = parts.hosts or dict(parse_qsl(parts.query)).get("host", ""), parts.path
     if "@" in url[len(parts.scheme + parts.login) :] and _IN_QUERY.search(url) is None:

@@ -22,10 +22,10 @@ import asyncpg
 from asyncpg.pool import PoolConnectionProxy
 
 from pgmcp.clock import Clock, Ids
-from pgmcp.errors import DatabaseUnavailable, PgmcpError
+from pgmcp.errors import DatabaseUnavailable, PgmcpError, SettingsError
 from pgmcp.settings import Settings
 from pgmcp.store import primary
-from pgmcp.store.address import place
+from pgmcp.store.address import AddressUnread, place
 from pgmcp.store.encoding import Encoding, encoding_of, read_unescaped
 from pgmcp.store.history import History
 from pgmcp.store.migrations import understood
@@ -101,6 +101,7 @@ class Database:
 
         Raises:
             DatabaseUnavailable: PostgreSQL cannot be reached or refuses the login.
+            SettingsError: the file with its address cannot be read.
         """
         if self.settings.pooled:
             options: dict[str, Any] = {"connect": self._connect_pooled, "statement_cache_size": 0}
@@ -117,6 +118,8 @@ class Database:
                 **options,
             )
             self._idle.append(await self._connection(self._pool))
+        except AddressUnread as error:
+            raise SettingsError(f"No database: {error}.") from error
         except (*TROUBLE, asyncpg.PostgresError, ValueError) as error:
             raise unavailable(self.settings.database_url, error) from error
 

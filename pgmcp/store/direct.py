@@ -17,7 +17,7 @@ from sqlalchemy.exc import DBAPIError
 
 from pgmcp.errors import DatabaseUnavailable, PgmcpError, SchemaError, SchemaInUse, SettingsError
 from pgmcp.store import primary
-from pgmcp.store.address import place
+from pgmcp.store.address import AddressUnread, place
 from pgmcp.store.encoding import read_unescaped
 
 T = TypeVar("T")
@@ -60,9 +60,10 @@ async def connect(database_url: str) -> asyncpg.Connection:
     if not database_url:
         message = "No database given. Set --database-url or PGMCP_DATABASE_URL to postgresql://user:password@host/db."
         raise SettingsError(message)
-    dsn = database_url.replace("postgresql+asyncpg://", "postgresql://", 1)
     try:
-        return await primary.connect(dsn, timeout=CONNECT, check=read_unescaped, statement_cache_size=0)
+        return await primary.connect(database_url, timeout=CONNECT, check=read_unescaped, statement_cache_size=0)
+    except AddressUnread as error:
+        raise SettingsError(f"No database: {error}.") from error
     except (asyncpg.exceptions.ClientConfigurationError, ValueError):
         # Its text may quote parts of the password.
         message = "The database URL is malformed. Write it as postgresql://user:password@host:5432/db, %-escaped."

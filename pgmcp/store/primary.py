@@ -13,6 +13,7 @@ from typing import Any
 
 import asyncpg
 
+from pgmcp.store import tls
 from pgmcp.store.address import place, servers
 
 STAGGER = 0.3
@@ -28,6 +29,8 @@ async def _any(_: asyncpg.Connection) -> None:
 async def connect(url: str, *, timeout: float, check: Check = _any, **options: Any) -> asyncpg.Connection:
     """Open a connection to the first server of the URL that answers and is what the URL wants.
 
+    This is where every connection is opened, so that an address in a file is read anew for each.
+
     Args:
         url: one server or several.
         timeout: seconds, for all servers together.
@@ -42,7 +45,11 @@ async def connect(url: str, *, timeout: float, check: Check = _any, **options: A
     each = servers(url)
 
     async def ask(server: str) -> asyncpg.Connection:
-        connection: asyncpg.Connection = await asyncpg.connect(server, timeout=timeout, **options)
+        tls.check(server)
+        try:
+            connection: asyncpg.Connection = await asyncpg.connect(server, timeout=timeout, **options)
+        except Exception as error:
+            raise tls.explained(error) from error
         try:
             await check(connection)
         except BaseException:
