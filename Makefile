@@ -36,7 +36,11 @@ demo: $(VENV)/.runtime ## kill and freeze nodes under a client, and show what it
 
 .PHONY: test
 test: $(VENV)/.dev $(SUITE) $(TYPESCRIPT) tools ## run all tests; make test ARGS="tests/unit -x"
-	@$(BIN)/python -m pytest -n 3 --dist loadgroup $(ARGS)
+	@$(BIN)/python -m pytest -n 3 --dist loadgroup -m "not control" $(ARGS)
+
+.PHONY: controls
+controls: $(VENV)/.dev $(SUITE) tools ## run the conformance suite on the plain SDK server; after make lock
+	@$(BIN)/python -m pytest -m control
 
 # A hundred histories: HISTORY_SEEDS=100 make chaos ARGS="-k history"
 .PHONY: chaos

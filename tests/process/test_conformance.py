@@ -47,12 +47,14 @@ def test_three_nodes_conform_to_every_revision(balancer: Nginx, tmp_path: Path) 
     assert all(len(exchange.ports) == 1 for exchange in finished), "an exchange was tried on a second node"
 
 
+@pytest.mark.control
 def test_control_one_process_of_the_sdk_conforms(tmp_path: Path) -> None:
     with PlainProcess(port=free_ports(1)[0], log_dir=tmp_path) as server:
         for revision, score in {**SCORES, MODERN: MODERN_SCORE}.items():
             check(server, revision, score, tmp_path)
 
 
+@pytest.mark.control
 def test_control_two_processes_of_the_sdk_fail_behind_the_balancer(tmp_path: Path) -> None:
     members = [PlainProcess(port=port, log_dir=tmp_path) for port in free_ports(2)]
     with running(members), Nginx([member.port for member in members]) as nginx:
