@@ -11,7 +11,7 @@ from mcp_types import EmptyResult, NotificationParams, RequestParams
 from tests.harness.clients import RawSession
 from tests.harness.cluster import cluster
 
-TURNS = 1_000
+TURNS = 300
 
 
 class Numbered(NotificationParams):

@@ -119,7 +119,7 @@ async def test_nodes_may_have_the_same_name(database, ledger, tables):
             assert len(owners) == 2
             heard = heard_by(nodes[:1]), heard_by(nodes[1:])
             for number, session in enumerate(opened):
-                assert await run(session, nodes[1 - number].url, str(number)) < 1
+                assert await run(session, nodes[1 - number].url, str(number)) < 10
             for payloads in heard:  # each is once the owner and once the edge: "look at inbox …", "look at stream …"
                 assert sorted(word[0] for payload in payloads for word in payload.split(",")) == ["i", "s"]
         await eventually(lambda: all(node.incarnation.lease.trusted for node in nodes), "both live")
@@ -137,7 +137,7 @@ async def test_a_wrong_wall_clock_changes_nothing(database, ledger, tables, skew
             assert [round(row["left"].total_seconds()) for row in leases] == [10, 10]
 
         async with load(nodes, ledger, weather, each=10) as took:
-            assert max(took) < 1
+            assert max(took) < 10
         async with sessions(nodes, 2) as opened:  # order within a session, also between ids of the two clocks
             for session in opened:
                 ledger.ran.clear()
