@@ -122,6 +122,10 @@ class Inbox(Protocol):
         """Every live session of this node."""
         ...
 
+    async def owners(self, sessions: Sequence[SessionKey]) -> dict[SessionKey, tuple[NodeId, int]]:
+        """Owner and epoch of sessions, of any numbers; those that are over, or never were, are missing."""
+        ...
+
     async def establish(self, ownership: Ownership, facts: Established, version: int) -> None:
         """Record what the handshake settled.
 

@@ -22,6 +22,12 @@ from pgmcp.errors import PgmcpError
 
 logger = logging.getLogger(__name__)
 
+PAUSE = 0.05
+"""Seconds between two looks that others want: anybody may want them, as often as he likes."""
+
+PAUSES, LONGEST_PAUSE = 3, 1.0
+"""Times as long as a look took is the pause after it, and how many seconds that is at most."""
+
 
 class Service:
     """One part of a node; by itself it has nothing to do at its start and its end."""
@@ -106,6 +112,41 @@ class Tasks:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
+
+
+class Looks(Service):
+    """Looks that others want: the first at once, and the next after a pause, however often they are wanted.
+
+    Args:
+        look: one look. Its expected errors (``PgmcpError``) only delay it.
+        pause: seconds between two looks, at least; longer where looks take long, so that they cost a bounded share.
+    """
+
+    def __init__(self, look: Callable[[], Awaitable[None]], clock: Clock, pause: float = PAUSE) -> None:
+        self._look, self._clock, self._pause = look, clock, pause
+        self._wanted = asyncio.Event()
+
+    @property
+    def wanted(self) -> bool:
+        """Whether a look has still to begin."""
+        return self._wanted.is_set()
+
+    def want(self) -> None:
+        """Look soon; once more if that is being done."""
+        self._wanted.set()
+
+    async def run(self) -> None:
+        """See ``Service.run``."""
+        while True:
+            await self._wanted.wait()
+            self._wanted.clear()
+            begun = self._clock.boottime()
+            try:
+                await self._look()
+            except PgmcpError as error:
+                logger.info("%s is tried again later: %s", self._look.__name__, error)
+            took = self._clock.boottime() - begun
+            await self._clock.sleep(max(self._pause, min(PAUSES * took, LONGEST_PAUSE)))
 
 
 def _always() -> bool:

@@ -394,3 +394,5 @@ class Wake:
     orphans: bool = False
     published: bool = False
     everything: bool = False
+    junk: int = 0
+    """Words that say nothing to this build."""

@@ -13,23 +13,22 @@ Failure handling: a look that fails is made again by the next wake-up or poll, f
 
 from __future__ import annotations
 
-import asyncio
-import logging
 from collections.abc import Awaitable, Callable, Collection, Sequence
 
 from pgmcp.clock import Clock
 from pgmcp.errors import PgmcpError
 from pgmcp.ports import Publications
-from pgmcp.service import Faults, Service
+from pgmcp.service import Faults, Looks, Service
 from pgmcp.types import LISTS, Change, Horizon, Publication
-
-logger = logging.getLogger(__name__)
 
 KEPT = 300.0
 """Seconds for which publications are kept, for nodes that could not look."""
 
 ABSENT = KEPT / 2
 """Seconds without a look after which publications may have been missed."""
+
+PAUSE = 0.02
+"""Seconds between two looks, at least."""
 
 
 class Herald(Service):
@@ -56,7 +55,7 @@ class Herald(Service):
         self._horizon: Horizon | None = None
         self._looked_at = 0.0
         self._gap = False
-        self._wanted = asyncio.Event()
+        self._looks = Looks(self._look_or_note, clock, PAUSE)
 
     async def start(self) -> None:
         """Look for the first time: from now on publications are told.
@@ -78,20 +77,20 @@ class Herald(Service):
         """
         if self._horizon is not None:
             self._gap = self._gap or gap
-            self._wanted.set()
+            self._looks.want()
 
     async def run(self) -> None:
         """Look whenever that is wanted, for ever."""
-        while True:
-            await self._wanted.wait()
-            self._wanted.clear()
-            try:
-                await self._look()
-            except PgmcpError as error:
-                logger.info("publications are looked for again later: %s", error)
-            except Exception as error:  # noqa: BLE001 - it is noted, and made up for by the next look
-                self._faults.note("telling publications", error)
-                self._gap = True
+        await self._looks.run()
+
+    async def _look_or_note(self) -> None:
+        try:
+            await self._look()
+        except PgmcpError:
+            raise
+        except Exception as error:  # noqa: BLE001 - it is noted, and made up for by the next look
+            self._faults.note("telling publications", error)
+            self._gap = True
 
     async def _look(self) -> None:
         now = self._clock.boottime()

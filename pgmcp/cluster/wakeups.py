@@ -5,6 +5,8 @@ Invariants:
 - A dirty id stays dirty until the NOTIFY that carried it succeeded.
 - A payload fits PostgreSQL's 7,999 bytes; where it would not, ``*`` says "read everything again".
 
+- What is heard may come from anybody who may connect to the database: it only ever causes a look at the tables.
+
 Failure handling: a lost wake-up delays a message until the next poll, and never loses it. While the database is away
 dirty ids are kept, at most ``BOUND`` for a node, then they turn into ``*``.
 """
@@ -25,8 +27,11 @@ from pgmcp.service import Service
 from pgmcp.types import PUBLISHED, NodeId, Ownership, SessionKey, StreamId, Wake
 
 EVERYTHING, ORPHANS = "*", "o"
-_INBOX, _END, _STREAM = re.compile("i[0-9]+"), re.compile("e[0-9]+"), re.compile("s[0-9a-f]{32}")
-_HANDED = re.compile("h([0-9]+)[.]([0-9]+)")
+_SESSION, _STREAM = re.compile("[ie]([0-9]{1,19})"), re.compile("s[0-9a-f]{32}")
+_HANDED = re.compile("h([0-9]{1,19})[.]([0-9]{1,19})")
+_BEYOND = 2**63
+"""What PostgreSQL's numbers are less than."""
+
 LIMIT = 7_900
 BOUND = 10_000
 RETRY = 0.2
@@ -134,17 +139,29 @@ class Wakeups(Service):
 
 
 def parse(payload: str) -> Wake:
-    """Read a payload; words of a newer build are ignored."""
+    """Read a payload, whoever has sent it; words that say nothing to this build are counted and ignored."""
     if payload == EVERYTHING:
         return Wake(everything=True)
-    words = payload.split(",")
+    sessions: dict[str, set[SessionKey]] = {"i": set(), "e": set()}
+    streams, handed, said = set[StreamId](), set[Ownership](), set[str]()
+    junk = 0
+    for word in payload.split(","):
+        if (found := _SESSION.fullmatch(word)) and int(found[1]) < _BEYOND:
+            sessions[word[0]].add(SessionKey(int(found[1])))
+        elif _STREAM.fullmatch(word):
+            streams.add(StreamId(UUID(word[1:])))
+        elif (found := _HANDED.fullmatch(word)) and max(int(found[1]), int(found[2])) < _BEYOND:
+            handed.add(Ownership(SessionKey(int(found[1])), int(found[2])))
+        elif word in {ORPHANS, PUBLISHED}:
+            said.add(word)
+        else:
+            junk += 1
     return Wake(
-        inboxes=frozenset(SessionKey(int(word[1:])) for word in words if _INBOX.fullmatch(word)),
-        streams=frozenset(StreamId(UUID(word[1:])) for word in words if _STREAM.fullmatch(word)),
-        ended=frozenset(SessionKey(int(word[1:])) for word in words if _END.fullmatch(word)),
-        handed=frozenset(
-            Ownership(SessionKey(int(found[1])), int(found[2])) for word in words if (found := _HANDED.fullmatch(word))
-        ),
-        orphans=ORPHANS in words,
-        published=PUBLISHED in words,
+        inboxes=frozenset(sessions["i"]),
+        streams=frozenset(streams),
+        ended=frozenset(sessions["e"]),
+        handed=frozenset(handed),
+        orphans=ORPHANS in said,
+        published=PUBLISHED in said,
+        junk=junk,
     )

@@ -23,6 +23,7 @@ from pgmcp.cluster.takeover import Takeover
 from pgmcp.cluster.wakeups import Wakeups, parse
 from pgmcp.errors import DatabaseUnavailable, PgmcpError
 from pgmcp.node.continuation import Continuation
+from pgmcp.node.hearsay import Hearsay
 from pgmcp.node.rereading import Rereading
 from pgmcp.ports import Publications
 from pgmcp.service import Faults, Rounds, Service, failure
@@ -86,12 +87,15 @@ class Incarnation(Service):
         self._revision, self._serves, self.faults = revision, serves, faults
         self.over = asyncio.Event()
         self.outgrown = self.failed = False
+        self.junk = 0
+        """Words in wake-ups that said nothing to this build."""
         self.line = Line(
             settings,
             self.node_id,
             clock,
             ids,
-            on_payload=lambda payload: self._hear(parse(payload)),
+            on_payload=self._heard,
+            on_broadcast=self._heard_by_all,
             on_reset=self._on_line_open,
             on_lost=self._on_line_lost,
             database=database,
@@ -154,6 +158,7 @@ class Incarnation(Service):
         self._drain = Drain(
             self.host, takeovers, clock, waiting=lambda: self.tails.patient + busy(), told=self.wakeups.handed
         )
+        self._hearsay = Hearsay(self.node_id, self.host, self.tails, self.inbox, clock)
         self._rereading = Rereading(self.host, self.tails, self.herald, self.takeover, clock, ids)
         uncarried = Uncarried(self.log, self.tails, clock, settings.statement_timeout)
         self._membership: dict[str, Service] = {
@@ -166,6 +171,7 @@ class Incarnation(Service):
             "the host": self.host,
             "the takeover": self.takeover,
             "the herald": self.herald,
+            "the hearsay": self._hearsay,
             "the rereading": self._rereading,
             "the look for messages": self._rounds(settings.poll, self.host.poll),
             "the look while deaf": self._rounds(settings.poll, self._look_while_deaf),
@@ -280,24 +286,43 @@ class Incarnation(Service):
         await self._bus.missed()
 
     def _hear(self, wake: Wake) -> None:
-        if wake.everything:
-            self._rereading.begin()
+        """Hear what this node tells itself: that was committed."""
+        if wake.published:
+            self.herald.look()
+        for session in wake.inboxes:
+            self.host.wake(session)
+        self.tails.wake(wake.streams)
+        if wake.ended:
+            self._hearsay.end(wake.ended)
+
+    def _heard(self, payload: str) -> None:
+        """Look at what somebody says to this node."""
+        wake = self._read(payload)
+        for session in wake.inboxes:
+            self.host.wake(session)
+        self.tails.wake(wake.streams)
+        if wake.handed:
+            self._hearsay.hear(handed=wake.handed)
+
+    def _heard_by_all(self, payload: str) -> None:
+        """Look at what somebody says to all nodes."""
+        wake = self._read(payload)
         if wake.published:
             self.herald.look()
         if wake.orphans:
             self.takeover.orphaned()
-        for ownership in wake.handed:
-            self.host.take_on(ownership)
-        for session in wake.inboxes:
-            self.host.wake(session)
-        for session in wake.ended:
-            self.host.drop(session)
-        self.tails.wake(wake.streams)
         if wake.ended:
-            self.tails.end(wake.ended)
+            self._hearsay.hear(ended=wake.ended)
+
+    def _read(self, payload: str) -> Wake:
+        wake = parse(payload)
+        self.junk += wake.junk
+        if wake.everything:
+            self._rereading.begin()
+        return wake
 
     async def _look_while_deaf(self) -> None:
-        if not self.line.up:
+        if self.line.deaf:
             self._rereading.begin()
 
     async def _look_at_schema(self) -> None:

@@ -5,6 +5,7 @@ Invariants:
   sessions that are over, one for publications, and the grouped reads of the streams that are open.
 - The streams are read ``SOME`` at a time, spread over ``SPREAD`` seconds: a node that was behind is not given all of it
   at once, and nodes whose lines were lost together do not ask together.
+- However often it is wanted, it takes a bounded share of the node's time (``Looks``).
 
 Failure handling: what cannot be asked now is asked by the next poll, or by the next reading, which comes every two
 seconds while the line is down.
@@ -12,14 +13,13 @@ seconds while the line is down.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 
 from pgmcp.clock import Clock, Ids
 from pgmcp.cluster.publications import Herald
 from pgmcp.cluster.takeover import Takeover
 from pgmcp.errors import PgmcpError
-from pgmcp.service import Service
+from pgmcp.service import Looks, Service
 from pgmcp.session.host import Host
 from pgmcp.web.tails import Tails
 
@@ -38,25 +38,30 @@ class Rereading(Service):
     def __init__(self, host: Host, tails: Tails, herald: Herald, takeover: Takeover, clock: Clock, ids: Ids) -> None:
         self._host, self._tails, self._herald, self._takeover = host, tails, herald, takeover
         self._clock, self._ids = clock, ids
-        self._wanted = asyncio.Event()
+        self._looks = Looks(self._read, clock)
+
+    @property
+    def wanted(self) -> bool:
+        """Whether a reading has still to begin."""
+        return self._looks.wanted
 
     def begin(self) -> None:
         """Read again soon; once more if that is being done."""
-        self._wanted.set()
+        self._looks.want()
 
     async def run(self) -> None:
         """Read again whenever that is wanted, for ever."""
-        while True:
-            await self._wanted.wait()
-            self._wanted.clear()
-            self._herald.look()
-            self._takeover.orphaned()
-            self._host.look()
-            try:
-                await self._host.drop_strangers()
-            except PgmcpError as error:
-                logger.info("sessions that are over are looked for again later: %s", error)
-            await self._wake_streams()
+        await self._looks.run()
+
+    async def _read(self) -> None:
+        self._herald.look()
+        self._takeover.orphaned()
+        self._host.look()
+        try:
+            await self._host.drop_strangers()
+        except PgmcpError as error:
+            logger.info("sessions that are over are looked for again later: %s", error)
+        await self._wake_streams()
 
     async def _wake_streams(self) -> None:
         tails = list(self._tails)

@@ -24,7 +24,7 @@ from pgmcp.boxes import SecretBox
 from pgmcp.clock import Clock, Ids
 from pgmcp.errors import ClusterFull, DatabaseUnavailable, Fenced, PgmcpError, TooManySessions, told, unknown
 from pgmcp.ports import Inbox, Log, Takeovers
-from pgmcp.service import Faults, Service, Tasks
+from pgmcp.service import Faults, Looks, Service, Tasks
 from pgmcp.session import terms
 from pgmcp.session.actor import Actor
 from pgmcp.session.adapter import Adapter
@@ -80,7 +80,7 @@ class Host(Service):
         self._trusted, self._heard, self._ended = trusted, heard, ended
         self._residents: dict[SessionKey, Resident] = {}
         self._restoring: set[SessionKey] = set()
-        self._wanted = asyncio.Event()
+        self._looks = Looks(self.poll, clock)
         self._missing: set[Ownership] = set()
         self._again: set[Ownership] = set()
         self._holding = False
@@ -138,9 +138,9 @@ class Host(Service):
         session = ownership.session
         try:
             async with self._room:
-                self.drop(session)
                 await self._trusted()
                 left = await self._takeovers.inherit(ownership)
+                self.drop(session)  # what was here of an earlier epoch; not before the tables have confirmed this one
                 if left.attempt > ATTEMPTS or self._settings.on_owner_change == "end":
                     logger.warning("session %s ends: it could not be restored, or is not to be", session)
                     await self._end(ownership)
@@ -149,16 +149,15 @@ class Host(Service):
                 logger.info("session %s goes on here in epoch %d", session, ownership.epoch)
         except SessionOver as over:
             logger.warning("session %s ends: %s", session, over)
-            self.drop(session)
+            self.drop(session, only=ownership)
             await self._end(ownership)
         except Fenced as error:
-            logger.info("session %s is over here: %s", session, error)
-            self.drop(session)
+            logger.info("session %s is over here in epoch %d: %s", session, ownership.epoch, error)
+            self.drop(session, only=ownership)
         except Exception as error:
             logger.warning("session %s was not restored this time: %s", session, told(error), exc_info=unknown(error))
-            self.drop(session)
-            if not isinstance(error, Fenced):
-                self._again.add(ownership)
+            self.drop(session, only=ownership)
+            self._again.add(ownership)
         finally:
             self._restoring.discard(session)
 
@@ -202,22 +201,21 @@ class Host(Service):
 
     def look(self) -> None:
         """Poll now; once more if that is being done."""
-        self._wanted.set()
+        self._looks.want()
 
     async def run(self) -> None:
         """Poll whenever that is wanted, for ever."""
-        while True:
-            await self._wanted.wait()
-            self._wanted.clear()
-            try:
-                await self.poll()
-            except PgmcpError as error:
-                logger.info("messages are looked for again later: %s", error)
+        await self._looks.run()
 
-    def drop(self, session: SessionKey) -> None:
-        """A session is over: stop its actor without another word."""
-        resident = self._residents.pop(session, None)
-        if resident is not None:
+    def has(self, session: SessionKey) -> bool:
+        """Whether a session lives here."""
+        return session in self._residents
+
+    def drop(self, session: SessionKey, *, only: Ownership | None = None) -> None:
+        """A session is over, or an ownership of it is: stop its actor without another word."""
+        resident = self._residents.get(session)
+        if resident is not None and only in {None, resident.actor.ownership}:
+            del self._residents[session]
             resident.actor.mute()
             self._tasks.spawn(resident.actor.stop())
 

@@ -302,6 +302,11 @@ class TableInbox:
         rows = await self._database.ask("owned", self._node)
         return {Ownership(SessionKey(row["id"]), row["epoch"]) for row in rows}
 
+    async def owners(self, sessions: Sequence[SessionKey]) -> dict[SessionKey, tuple[NodeId, int]]:
+        """See ``Inbox.owners``."""
+        rows = await self._database.ask("owners", list(sessions))
+        return {SessionKey(row["id"]): (NodeId(row["owner"]), row["epoch"]) for row in rows}
+
     async def unfinished(self, sessions: Sequence[SessionKey]) -> dict[SessionKey, set[RequestKey]]:
         """See ``Inbox.unfinished``."""
         found: dict[SessionKey, set[RequestKey]] = {}

@@ -3,12 +3,16 @@
 Invariants:
 - LISTEN is committed before ``on_reset`` is called: nothing falls between.
 - The callback only marks ids; it never blocks, so that this backend never holds back the notification queue.
+- Channels are open to whoever may connect: what is heard on each is bounded (``Allowance``), the channel of all nodes
+  apart from this one's own, whose name only those know who may read ``nodes``. What is more is not read; a look at the
+  tables stands for it.
 - Every call has a deadline, in time in which the event loop ran: a node that was slow itself does not blame the line. A
   line on which a call failed is aborted, not closed: closing waits for the dead peer.
 
 Failure handling: a lost line is reopened with a backoff of at most half a second, for as long as the node runs.
 Meanwhile the node polls and renews on the pool; where that fails too, it stays trusted until its trust ends. A line
-whose own notification does not come back within the deadline is lost too, whatever the socket says.
+whose own notification does not come back within the deadline is lost too, whatever the socket says. While the channel
+of all nodes is flooded the node does not listen to it, and polls instead.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ from pgmcp.clock import Clock, Ids
 from pgmcp.errors import DatabaseUnavailable
 from pgmcp.service import Service
 from pgmcp.settings import Settings
+from pgmcp.store.allowance import Allowance
 from pgmcp.store.database import TROUBLE, Database
 from pgmcp.store.reason import reason
 from pgmcp.store.statements import statement
@@ -43,6 +48,12 @@ PROBE_EVERY = 5.0
 
 LAG = 0.1
 """Seconds by which a deadline that passes later than it should shows that the event loop stood."""
+
+OWN, EVERYBODYS = (1000, 128 * 1024), (500, 32 * 1024)
+"""Payloads and characters that are read in each window: of what is said to this node, and to all nodes."""
+
+QUIET = 10.0
+"""Seconds for which a flooded channel is not listened to."""
 
 REOPEN = (0.05, 0.1, 0.2, 0.5)
 KEEPALIVES = {"tcp_keepalives_idle": "5", "tcp_keepalives_interval": "2", "tcp_keepalives_count": "3"}
@@ -74,8 +85,10 @@ class Line(Service):
     Args:
         settings: where to connect, and the deadlines.
         node: whose channel and row this is.
-        on_payload: called with each wake-up's payload.
-        on_reset: called after each (re)opening, when LISTEN is in force: wake-ups may have been lost.
+        on_payload: called with each payload for this node.
+        on_broadcast: called with each payload for all nodes.
+        on_reset: called after each (re)opening, when LISTEN is in force, and when there is too much to read: wake-ups
+            may have been lost.
         on_lost: called when the line is lost.
         database: the pool, for renewals while the line is down.
     """
@@ -88,12 +101,14 @@ class Line(Service):
         ids: Ids,
         *,
         on_payload: Callable[[str], None],
+        on_broadcast: Callable[[str], None],
         on_reset: OnReset,
         on_lost: Callable[[], None],
         database: Database,
     ) -> None:
         self._settings, self._node, self._clock, self._ids = settings, node, clock, ids
-        self._on_payload, self._on_reset, self._tell_lost = on_payload, on_reset, on_lost
+        self._on_payload, self._on_broadcast = on_payload, on_broadcast
+        self._on_reset, self._tell_lost = on_reset, on_lost
         self._database = database
         self._connection: asyncpg.Connection | None = None
         self._started_at: datetime | None = None
@@ -101,11 +116,24 @@ class Line(Service):
         self._turn = asyncio.Lock()
         self._lost, self._echo = asyncio.Event(), asyncio.Event()
         self._expected = ""
+        self._own, self._everybodys = (channel(settings.schema_name, each) for each in (node, None))
+        self._allowances = {self._own: Allowance(clock, *OWN), self._everybodys: Allowance(clock, *EVERYBODYS)}
+        self._flooded = asyncio.Event()
 
     @property
     def up(self) -> bool:
-        """Whether wake-ups can be heard."""
+        """Whether it is open."""
         return self._connection is not None
+
+    @property
+    def deaf(self) -> bool:
+        """Whether there are wake-ups that cannot be heard."""
+        return not self.up or self._flooded.is_set()
+
+    @property
+    def dropped(self) -> int:
+        """Payloads that were too many to be read."""
+        return sum(allowance.dropped for allowance in self._allowances.values())
 
     async def start(self) -> None:
         """Connect and listen.
@@ -169,8 +197,8 @@ class Line(Service):
         self._lost.clear()
         connection.add_termination_listener(self._on_lost)
         try:
-            for node in (self._node, None):
-                await connection.add_listener(channel(self._settings.schema_name, node), self._on_notification)
+            for name in (self._own,) if self._flooded.is_set() else (self._own, self._everybodys):
+                await connection.add_listener(name, self._on_notification)
             (started,) = await connection.fetch(statement("line_started", self._settings.schema_name))
         except BaseException:
             connection.terminate()
@@ -180,6 +208,34 @@ class Line(Service):
         self._on_reset(crashed=before != self._recovered_at)
 
     async def run(self) -> None:
+        """Keep the line open, for ever."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._stay_open())
+            group.create_task(self._sit_floods_out())
+
+    async def _sit_floods_out(self) -> None:
+        """Do not listen to what all nodes are told while that is a flood; look now and then whether it still is."""
+        while True:
+            await self._flooded.wait()
+            logger.warning("more is said to all nodes than can be read: this one polls for %g s", QUIET)
+            await self._change_listening(listen=False)
+            await self._clock.sleep(self._ids.jitter(QUIET))
+            self._allowances[self._everybodys].calm()
+            self._flooded.clear()
+            await self._change_listening(listen=True)
+            self._on_reset(crashed=False)
+
+    async def _change_listening(self, *, listen: bool) -> None:
+        connection = self._connection
+        if connection is None:
+            return  # it listens to what it should when it is opened
+        change = connection.add_listener if listen else connection.remove_listener
+        try:
+            await self._in_time(self._in_turn(lambda: change(self._everybodys, self._on_notification)))
+        except (*TROUBLE, asyncpg.PostgresError):
+            self._lost.set()
+
+    async def _stay_open(self) -> None:
         """Probe the line, and open it again when it is lost, for ever."""
         tries = 0
         while True:
@@ -204,7 +260,7 @@ class Line(Service):
         self._echo.clear()
         self._expected = PROBE + self._ids.token()
         try:
-            await self._ask("probe", channel(self._settings.schema_name, self._node), self._expected)
+            await self._ask("probe", self._own, self._expected)
         except DatabaseUnavailable:
             return False
         try:
@@ -219,16 +275,17 @@ class Line(Service):
             message = "The line to PostgreSQL is down; it is being reopened."
             raise DatabaseUnavailable(message)
         try:
-            return await self._in_time(self._fetch(connection, name, *args))
+            query = statement(name, self._settings.schema_name)
+            rows: list[asyncpg.Record] = await self._in_time(self._in_turn(lambda: connection.fetch(query, *args)))
         except (*TROUBLE, asyncpg.PostgresError) as error:
             self._lost.set()
             message = f"The line to PostgreSQL did not answer ({reason(error)})."
             raise DatabaseUnavailable(message) from error
+        return rows
 
-    async def _fetch(self, connection: asyncpg.Connection, name: str, *args: object) -> list[asyncpg.Record]:
+    async def _in_turn(self, work: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
         async with self._turn:
-            rows: list[asyncpg.Record] = await connection.fetch(statement(name, self._settings.schema_name), *args)
-            return rows
+            return await work()
 
     async def _in_time(self, work: Coroutine[Any, Any, Result]) -> Result:
         """Await what takes no longer than the deadline.
@@ -260,12 +317,16 @@ class Line(Service):
     def _on_lost(self, _connection: object) -> None:
         self._lost.set()
 
-    def _on_notification(self, _connection: object, _pid: int, _channel: str, payload: object) -> None:
-        text = str(payload)
-        if not text.startswith(PROBE):
-            self._on_payload(text)
-        elif text == self._expected:
+    def _on_notification(self, _connection: object, _pid: int, name: str, payload: object) -> None:
+        text, allowance = str(payload), self._allowances[name]
+        if text and text == self._expected:
             self._echo.set()
+        elif not allowance.take(text):
+            self._on_reset(crashed=False)
+            if allowance.flooded and name == self._everybodys:
+                self._flooded.set()
+        elif not text.startswith(PROBE):
+            (self._on_payload if name == self._own else self._on_broadcast)(text)
 
 
 def _keep_alive(connection: asyncpg.Connection) -> None:

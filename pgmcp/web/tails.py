@@ -67,6 +67,10 @@ class Tails:
         """Whether an exchange here carries, or is about to carry, a stream."""
         return stream in self._by_stream
 
+    def has(self, session: SessionKey) -> bool:
+        """Whether an exchange here carries a stream of a session."""
+        return session in self._by_session
+
     def belongs(self, tail: Tail, session: SessionKey) -> None:
         """Note which session the stream of a tail is of, when that is known."""
         self._leave_session(tail)

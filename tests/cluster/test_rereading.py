@@ -91,7 +91,7 @@ async def test_a_lost_line_costs_by_what_has_moved(database: str, monkeypatch: p
 
 async def read_again(node: RunningNode) -> None:
     node.incarnation._rereading.begin()
-    await eventually(lambda: not node.incarnation._rereading._wanted.is_set(), "it reads again")
+    await eventually(lambda: not node.incarnation._rereading.wanted, "it reads again")
 
 
 async def test_a_deaf_node_costs_by_what_has_moved(database: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from pgmcp.errors import DatabaseUnavailable
 from pgmcp.store.upkeep import Upkeep
-from pgmcp.types import ANONYMOUS, Wake
+from pgmcp.types import ANONYMOUS
 from tests.harness.clients import RawSession
 from tests.harness.cluster import RunningNode, Tables, cluster, eventually, tables_of
 
@@ -179,7 +179,7 @@ async def test_wake_ups_that_bring_nothing_are_no_use(database, talker):
         await age(tables, HOUR + LATER)
         incarnation = nodes[0].incarnation
         [resident] = incarnation.host._residents.values()
-        looks = (lambda: incarnation._hear(Wake(everything=True)), lambda: incarnation._on_line_open(crashed=False))
+        looks = (lambda: incarnation._heard("*"), lambda: incarnation._on_line_open(crashed=False))
         for look in looks:
             look()
             await eventually(lambda: not resident.taking, "it has looked")

@@ -191,6 +191,7 @@ async def test_a_line_tells_a_crash_from_an_orderly_restart(primary):
         Clock(),
         Ids(),
         on_payload=lambda _: None,
+        on_broadcast=lambda _: None,
         on_reset=lambda *, crashed: said.append(crashed),
         on_lost=lambda: None,
         database=database,

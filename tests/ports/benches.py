@@ -128,7 +128,8 @@ class TableBench(Bench):
         heard: list[str] = []
         line = Line(
             Settings(database_url=self._direct), made.node, Clock(), IDS,
-            on_payload=heard.append, on_reset=lambda **_: None, on_lost=lambda: None, database=made.database,
+            on_payload=heard.append, on_broadcast=heard.append, on_reset=lambda **_: None, on_lost=lambda: None,
+            database=made.database,
         )  # fmt: skip
         await join(made.database, NodeRecord(made.node, "node", "", "1", "", 1))
         await line.start()

@@ -80,6 +80,7 @@ def ears(address: str, node: NodeId | None = None, **settings: Any) -> Ears:
         Clock(),
         Ids(),
         on_payload=heard.append,
+        on_broadcast=heard.append,
         on_reset=reset,
         on_lost=lost,
         database=Database(given, Clock()),

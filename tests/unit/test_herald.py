@@ -7,11 +7,11 @@ from collections.abc import AsyncIterator, Callable, Collection, Sequence
 
 import pytest
 
-from pgmcp.cluster.publications import ABSENT, Herald
+from pgmcp.cluster.publications import ABSENT, PAUSE, Herald
 from pgmcp.errors import DatabaseUnavailable
 from pgmcp.service import Faults
 from pgmcp.types import LISTS, Change, Horizon, News, Publication
-from tests.harness.clock import FakeClock, settle
+from tests.harness.clock import FakeClock
 
 TOOLS, PROMPTS = Publication(Change.TOOLS), Publication(Change.PROMPTS)
 
@@ -63,7 +63,7 @@ class Scene:
         for publication in publications:
             await self.table.publish(publication)
         self.herald.look()
-        await settle()
+        await self.clock.advance(PAUSE)
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ async def test_a_lost_line_is_one_gap(scene: Scene) -> None:
     await scene.table.publish(TOOLS)
     scene.herald.look(gap=True)
     scene.herald.look()
-    await settle()
+    await scene.clock.advance(PAUSE)
     assert (scene.told, scene.gaps) == ([], [{Change.TOOLS}])
     await scene.publish(PROMPTS)
     assert (scene.told, len(scene.gaps)) == ([PROMPTS], 1)
@@ -119,7 +119,7 @@ async def test_an_outage_delays(scene: Scene) -> None:
     assert scene.told == []
     scene.table.away = False
     await scene.herald.poll()
-    await settle()
+    await scene.clock.advance(PAUSE)
     assert (scene.told, scene.gaps) == ([TOOLS], [])
 
 
@@ -128,10 +128,10 @@ async def test_a_gap_outlives_an_outage(scene: Scene, order: str) -> None:
     scene.table.away = True
     for gap in (True, False) if order == "gap first" else (False, True):
         scene.herald.look(gap=gap)
-        await settle()
+        await scene.clock.advance(PAUSE)
     scene.table.away = False
     await scene.herald.poll()
-    await settle()
+    await scene.clock.advance(PAUSE)
     assert len(scene.gaps) == 1
 
 

@@ -172,9 +172,22 @@ def test_everything_is_read() -> None:
 
 @pytest.mark.parametrize("word", ["", "x", "x12", "zzz", "?1:2"])
 def test_words_of_a_newer_build_are_ignored(word: str) -> None:
-    assert parse(f"i1,{word},e2") == Wake(inboxes=frozenset({SessionKey(1)}), ended=frozenset({SessionKey(2)}))
+    assert parse(f"i1,{word},e2") == Wake(frozenset({SessionKey(1)}), ended=frozenset({SessionKey(2)}), junk=1)
 
 
-@pytest.mark.parametrize("word", ["i", "i1:2", "idle5", "s12", "s" + "g" * 32, "e1e", "e-"])
+@pytest.mark.parametrize(
+    "word",
+    [
+        *("i", "i1:2", "idle5", "s12", "s" + "g" * 32, "e1e", "e-", "i-1", "h1", "h1.", "i\u0661", "o ", "\0", "e1\n"),
+        *(f"i{2**63}", f"e{2**64}", f"h1.{2**63}", f"h{2**63}.1", "i" + "9" * 5000, "e" + "0" * 7000),
+    ],
+)
 def test_words_that_only_look_like_ours_cost_nobody_theirs(word: str) -> None:
-    assert parse(f"i1,{word},e2") == Wake(inboxes=frozenset({SessionKey(1)}), ended=frozenset({SessionKey(2)}))
+    assert parse(f"i1,{word},e2") == Wake(frozenset({SessionKey(1)}), ended=frozenset({SessionKey(2)}), junk=1)
+
+
+@given(st.text() | st.from_regex("[iesho*p,.0-9a-f]{0,60}"))
+def test_whatever_is_said_is_read(payload: str) -> None:
+    wake = parse(payload)
+    numbers = {*wake.inboxes, *wake.ended, *(number for each in wake.handed for number in (each.session, each.epoch))}
+    assert all(0 <= number < 2**63 for number in numbers)

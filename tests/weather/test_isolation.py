@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 from uuid import UUID
@@ -26,13 +26,15 @@ def heard_by(nodes: Sequence[RunningNode]) -> list[str]:
     heard: list[str] = []
     for node in nodes:
         line = node.incarnation.line
-        known = line._on_payload
 
-        def note(payload: str, known: Any = known) -> None:
-            heard.append(payload)
-            known(payload)
+        def noted(known: Callable[[str], None]) -> Callable[[str], None]:
+            def note(payload: str) -> None:
+                heard.append(payload)
+                known(payload)
 
-        line._on_payload = note
+            return note
+
+        line._on_payload, line._on_broadcast = noted(line._on_payload), noted(line._on_broadcast)
     return heard
 
 

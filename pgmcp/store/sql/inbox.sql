@@ -435,6 +435,10 @@ where (s.owner = $1) is true and s.epoch = a.epoch and s.state = 'live';
 -- name: owned
 select id, epoch from {schema}.sessions where owner = $1 and state = 'live';
 
+-- name: owners
+-- Who owns sessions; what is heard of them may be made up.
+select id, owner, epoch from {schema}.sessions where id = any($1::bigint[]) and state = 'live';
+
 -- name: end_session
 -- fence: DELETE locks the row FOR UPDATE; the cascade then reads what is in flight with a snapshot of its own.
 delete from {schema}.sessions where id = $1;

@@ -24,6 +24,7 @@ from pgmcp.types import (
     JournalEntry,
     Message,
     NewSession,
+    NodeId,
     Outcome,
     Ownership,
     Principal,
@@ -312,6 +313,12 @@ class MemoryInbox:
         return await self._wire.ask(
             "owned",
             lambda: {row.ownership for row in self._cluster.sessions.values() if row.owner == self._node},
+        )
+
+    async def owners(self, sessions: Sequence[SessionKey]) -> dict[SessionKey, tuple[NodeId, int]]:
+        rows = self._cluster.sessions
+        return await self._wire.ask(
+            "owners", lambda: {key: (rows[key].owner, rows[key].epoch) for key in sessions if key in rows}
         )
 
     async def establish(self, ownership: Ownership, facts: Established, version: int) -> None:
