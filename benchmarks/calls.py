@@ -62,6 +62,12 @@ class Client:
         self._session = b"mcp-session-id: " + rest.split(b"\r\n")[0].strip() + b"\r\n"
         await self._post({"jsonrpc": "2.0", "method": "notifications/initialized"})
 
+    async def move(self, port: int) -> None:
+        """Go on over another node."""
+        self._writer.close()
+        self._port = port
+        self._reader, self._writer = await asyncio.open_connection("127.0.0.1", port)
+
     async def call(self) -> float:
         """Call the tool; seconds until the whole answer was there."""
         self._count += 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
+from hashlib import sha256
 from typing import NewType
 from uuid import UUID
 
@@ -18,6 +19,11 @@ SessionKey = NewType("SessionKey", int)
 """A session's internal number; the public session id never leaves edge and tables."""
 
 StreamId = NewType("StreamId", UUID)
+"""A stream; whoever knows the one of an HTTP+SSE session can resume it, so it is in no wake-up, view or log (G8)."""
+
+StreamAlias = NewType("StreamAlias", str)
+"""What wake-ups and logs call a stream: it leads from a stream to its alias, and never back."""
+
 RequestKey = NewType("RequestKey", UUID)
 
 
@@ -35,6 +41,25 @@ CARRIED = 64
 
 RESUMES = "2025-11-25"
 """The first revision whose clients know priming events, and come back when a connection ends before its stream."""
+
+
+_VERSION_BITS = 0xF << 76
+_ALIASES = 8
+
+
+def node_id(drawn: UUID) -> NodeId:
+    """The id of a node of this build: its version says that wake-ups may call streams by their aliases."""
+    return NodeId(UUID(int=drawn.int & ~_VERSION_BITS | _ALIASES << 76))
+
+
+def knows_aliases(node: NodeId) -> bool:
+    """Whether a node is of a build that knows streams by their aliases; older ones are told their ids."""
+    return node.version == _ALIASES
+
+
+def alias_of(stream: StreamId) -> StreamAlias:
+    """What a stream is called where it must not be resumed from."""
+    return StreamAlias(sha256(stream.bytes).hexdigest()[:32])
 
 
 class NodeState(StrEnum):
@@ -388,7 +413,7 @@ class Wake:
     """One wake-up for one node: ids only, meaning "look at the tables"."""
 
     inboxes: frozenset[SessionKey] = field(default_factory=frozenset)
-    streams: frozenset[StreamId] = field(default_factory=frozenset)
+    streams: frozenset[StreamAlias] = field(default_factory=frozenset)
     ended: frozenset[SessionKey] = field(default_factory=frozenset)
     handed: frozenset[Ownership] = field(default_factory=frozenset)
     orphans: bool = False

@@ -1,6 +1,8 @@
 """Wake-ups: ids only, meaning "look at the tables".
 
 Invariants:
+- Nothing in them resumes or addresses anything: streams go by their aliases (G8). Nodes of a build that does not know
+  those, which can only be there while a newer one takes their place, are told the streams' ids.
 - At most one NOTIFY of a node is in flight; what arrives meanwhile goes with the next, without a timer.
 - A dirty id stays dirty until the NOTIFY that carried it succeeded.
 - A payload fits PostgreSQL's 7,999 bytes; where it would not, ``*`` says "read everything again".
@@ -24,10 +26,10 @@ from pgmcp.clock import Clock
 from pgmcp.errors import PgmcpError
 from pgmcp.ports import Notifier
 from pgmcp.service import Service
-from pgmcp.types import PUBLISHED, NodeId, Ownership, SessionKey, StreamId, Wake
+from pgmcp.types import PUBLISHED, NodeId, Ownership, SessionKey, StreamAlias, StreamId, Wake, alias_of, knows_aliases
 
 EVERYTHING, ORPHANS = "*", "o"
-_SESSION, _STREAM = re.compile("[ie]([0-9]{1,19})"), re.compile("s[0-9a-f]{32}")
+_SESSION, _STREAM = re.compile("[ie]([0-9]{1,19})"), re.compile("[st][0-9a-f]{32}")
 _HANDED = re.compile("h([0-9]{1,19})[.]([0-9]{1,19})")
 _BEYOND = 2**63
 """What PostgreSQL's numbers are less than."""
@@ -80,7 +82,9 @@ class Wakeups(Service):
     def stream(self, node: NodeId, stream: StreamId) -> None:
         """Tell a sink (also a former one) to look at a stream."""
         if node == self._node:
-            self._hear(Wake(streams=frozenset({stream})))
+            self._hear(Wake(streams=frozenset({alias_of(stream)})))
+        elif knows_aliases(node):
+            self._mark(node, f"t{alias_of(stream)}")
         else:
             self._mark(node, f"s{stream.hex}")
 
@@ -143,13 +147,13 @@ def parse(payload: str) -> Wake:
     if payload == EVERYTHING:
         return Wake(everything=True)
     sessions: dict[str, set[SessionKey]] = {"i": set(), "e": set()}
-    streams, handed, said = set[StreamId](), set[Ownership](), set[str]()
+    streams, handed, said = set[StreamAlias](), set[Ownership](), set[str]()
     junk = 0
     for word in payload.split(","):
         if (found := _SESSION.fullmatch(word)) and int(found[1]) < _BEYOND:
             sessions[word[0]].add(SessionKey(int(found[1])))
         elif _STREAM.fullmatch(word):
-            streams.add(StreamId(UUID(word[1:])))
+            streams.add(StreamAlias(word[1:]) if word[0] == "t" else alias_of(StreamId(UUID(word[1:]))))
         elif (found := _HANDED.fullmatch(word)) and max(int(found[1]), int(found[2])) < _BEYOND:
             handed.add(Ownership(SessionKey(int(found[1])), int(found[2])))
         elif word in {ORPHANS, PUBLISHED}:

@@ -40,7 +40,7 @@ from pgmcp.store.nodes import join, outgrown, own_state
 from pgmcp.store.secrets import KeyRing
 from pgmcp.store.takeover import TableTakeovers
 from pgmcp.store.upkeep import EVERY, Upkeep
-from pgmcp.types import VERSION, Change, NodeId, NodeRecord, NodeState, Publication, Wake
+from pgmcp.types import VERSION, Change, NodeRecord, NodeState, Publication, Wake, node_id
 from pgmcp.web.admission import Admission
 from pgmcp.web.edge import Edge
 from pgmcp.web.tails import Tails
@@ -82,7 +82,7 @@ class Incarnation(Service):
         faults: Faults,
         busy: Callable[[], int],
     ) -> None:
-        self.node_id = NodeId(ids.uuid())
+        self.node_id = node_id(ids.uuid())
         self._settings, self._database, self._clock, self._ids = settings, database, clock, ids
         self._revision, self._serves, self.faults = revision, serves, faults
         self.over = asyncio.Event()

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from pgmcp.types import SessionKey, StreamId
+from pgmcp.types import SessionKey, StreamAlias, StreamId, alias_of
 
 
 class Tail:
@@ -35,7 +35,7 @@ class Tails:
     """All tails of one incarnation of a node."""
 
     def __init__(self) -> None:
-        self._by_stream: dict[StreamId, set[Tail]] = {}
+        self._by_stream: dict[StreamAlias, set[Tail]] = {}
         self._by_session: dict[SessionKey, set[Tail]] = {}
         self._posts: Counter[str] = Counter()
         self._leaving = False
@@ -53,19 +53,20 @@ class Tails:
         if self._leaving:
             tail.leaving = True
             tail.moved.set()  # it ends before it has begun, and goes on elsewhere
-        self._by_stream.setdefault(stream, set()).add(tail)
+        alias = alias_of(stream)
+        self._by_stream.setdefault(alias, set()).add(tail)
         try:
             yield tail
         finally:
-            tails = self._by_stream[stream]
+            tails = self._by_stream[alias]
             tails.discard(tail)
             if not tails:
-                del self._by_stream[stream]
+                del self._by_stream[alias]
             self._leave_session(tail)
 
     def hears(self, stream: StreamId) -> bool:
         """Whether an exchange here carries, or is about to carry, a stream."""
-        return stream in self._by_stream
+        return alias_of(stream) in self._by_stream
 
     def has(self, session: SessionKey) -> bool:
         """Whether an exchange here carries a stream of a session."""
@@ -95,7 +96,7 @@ class Tails:
             if not self._posts[session_id]:
                 del self._posts[session_id]
 
-    def wake(self, streams: Iterable[StreamId]) -> None:
+    def wake(self, streams: Iterable[StreamAlias]) -> None:
         """These streams have moved."""
         for stream in streams:
             for tail in self._by_stream.get(stream, ()):

@@ -137,7 +137,7 @@ async def test_a_flood_costs_a_bounded_number_of_looks(database, monkeypatch):
         begun = asyncio.get_running_loop().time()
         flood = asyncio.create_task(flooding(hand))
         try:
-            await eventually(lambda: incarnation.line._flooded.is_set(), "it does not listen any more")
+            await eventually(incarnation.line._flooded.is_set, "it does not listen any more")
             for _ in range(5):
                 await session.call(node.url, "ping")
         finally:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from pgmcp.clock import Ids
-from pgmcp.types import SessionKey, StreamId
+from pgmcp.types import SessionKey, StreamId, alias_of
 from pgmcp.web.tails import Tail, Tails
 
 IDS = Ids()
@@ -40,3 +40,10 @@ def test_nothing_is_left_of_streams_that_were_carried() -> None:
         tails.belongs(one, SessionKey(1))
     assert (len(tails), tails._by_session, tails._by_stream) == (0, {}, {})
     tails.end(frozenset({SessionKey(1)}))
+
+
+def test_streams_are_woken_by_their_aliases() -> None:
+    tails, one, two = Tails(), stream(), stream()
+    with tails.subscribe(one) as ear, tails.subscribe(two) as other:
+        tails.wake([alias_of(one), alias_of(stream())])
+        assert (ear.moved.is_set(), other.moved.is_set()) == (True, False)

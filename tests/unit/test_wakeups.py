@@ -6,14 +6,14 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pgmcp.clock import Ids
 from pgmcp.cluster import wakeups as module
 from pgmcp.cluster.wakeups import BOUND, EVERYTHING, LIMIT, Wakeups, parse
 from pgmcp.errors import DatabaseUnavailable
-from pgmcp.types import NodeId, SessionKey, StreamId, Wake
+from pgmcp.types import NodeId, SessionKey, StreamId, Wake, alias_of, node_id
 from tests.harness.clock import FakeClock, settle
 
 IDS = Ids()
@@ -70,8 +70,19 @@ async def test_what_is_for_this_node_stays_in_the_process(scene: Scene) -> None:
     scene.wakeups.inbox(ME, SessionKey(1))
     scene.wakeups.stream(ME, stream)
     await settle()
-    assert scene.heard == [Wake(inboxes=frozenset({SessionKey(1)})), Wake(streams=frozenset({stream}))]
+    assert scene.heard == [Wake(inboxes=frozenset({SessionKey(1)})), Wake(streams=frozenset({alias_of(stream)}))]
     assert scene.notes.sent == []
+
+
+async def test_streams_go_by_their_aliases_and_to_older_builds_by_their_ids(scene: Scene) -> None:
+    stream, newer = StreamId(IDS.uuid()), node_id(IDS.uuid())
+    scene.wakeups.stream(newer, stream)
+    scene.wakeups.stream(OTHER, stream)
+    await settle()
+    said = dict(each for sent in scene.notes.sent for each in sent)
+    assert said == {newer: f"t{alias_of(stream)}", OTHER: f"s{stream.hex}"}
+    assert stream.hex not in said[newer]
+    assert [parse(payload).streams for payload in said.values()] == [frozenset({alias_of(stream)})] * 2
 
 
 async def test_an_end_goes_to_everybody(scene: Scene) -> None:
@@ -158,12 +169,15 @@ async def test_it_closes_though_the_database_is_away(scene: Scene, monkeypatch: 
 keys = st.frozensets(st.integers(0, 2**63 - 1).map(SessionKey), max_size=5)
 
 
+@settings(deadline=None)
 @given(inboxes=keys, ended=keys, streams=st.frozensets(st.uuids().map(StreamId), max_size=5))
 def test_payloads_carry_ids_and_come_back_as_they_were(
     inboxes: frozenset[SessionKey], ended: frozenset[SessionKey], streams: frozenset[StreamId]
 ) -> None:
-    words = [f"i{key}" for key in inboxes] + [f"e{key}" for key in ended] + [f"s{stream.hex}" for stream in streams]
-    assert parse(",".join(words)) == Wake(inboxes=inboxes, streams=streams, ended=ended)
+    aliases = frozenset(map(alias_of, streams))
+    words = [f"i{key}" for key in inboxes] + [f"e{key}" for key in ended]
+    for said in ([f"s{stream.hex}" for stream in streams], [f"t{alias}" for alias in aliases]):
+        assert parse(",".join(words + said)) == Wake(inboxes, aliases, ended, junk=not words + said)
 
 
 def test_everything_is_read() -> None:
@@ -186,6 +200,7 @@ def test_words_that_only_look_like_ours_cost_nobody_theirs(word: str) -> None:
     assert parse(f"i1,{word},e2") == Wake(frozenset({SessionKey(1)}), ended=frozenset({SessionKey(2)}), junk=1)
 
 
+@settings(deadline=None)
 @given(st.text() | st.from_regex("[iesho*p,.0-9a-f]{0,60}"))
 def test_whatever_is_said_is_read(payload: str) -> None:
     wake = parse(payload)
