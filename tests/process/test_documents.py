@@ -30,7 +30,7 @@ from tests.harness.modern import Modern
 from tests.harness.processes import REPOSITORY
 
 README, DOCS = REPOSITORY / "README.md", REPOSITORY / "docs"
-DOCUMENTS = sorted([README, REPOSITORY / "CHANGELOG.md", *DOCS.rglob("*.md")])
+DOCUMENTS = sorted([README, REPOSITORY / "CHANGELOG.md", REPOSITORY / "SECURITY.md", *DOCS.rglob("*.md")])
 LANGUAGES = {"", "python", "sh", "sql", "yaml", "ini"}
 
 

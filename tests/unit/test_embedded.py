@@ -77,6 +77,13 @@ def test_asks_for_the_password_everywhere(home: Path) -> None:
         assert (home / "password").stat().st_mode & 0o777 == 0o600
 
 
+def test_nobody_else_reads_its_files(home: Path) -> None:
+    with server(home) as running:
+        closed = [home / "pgdata", running.socket_dir, *(path for path in home.iterdir() if path.is_file())]
+        assert {path.name: path.stat().st_mode & 0o077 for path in closed} == {path.name: 0 for path in closed}
+        assert home.stat().st_mode & 0o066 == 0
+
+
 def test_does_not_run_as_root(home: Path) -> None:
     with server(home) as running:
         status = Path(f"/proc/{running.pid}/status").read_text()
