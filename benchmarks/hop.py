@@ -50,7 +50,7 @@ from pgmcp.session.adapter import Conversation, Kind, Outgoing
 from pgmcp.settings import Settings
 from pgmcp.store import database, statements
 from pgmcp.store.line import TableNotifier
-from pgmcp.store.migrations import head
+from pgmcp.store.revisions import head
 from pgmcp.store.secrets import CONTEXTS, KeyRing
 from pgmcp.store.wrapping import Wrapping
 from pgmcp.types import ANONYMOUS, NewSession, NodeId, StreamId

@@ -17,7 +17,7 @@ import click
 
 from pgmcp.errors import SchemaError, SchemaInUse
 from pgmcp.settings import in_file
-from pgmcp.store import identity, migrations
+from pgmcp.store import identity, migrations, revisions
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -108,7 +108,7 @@ def downgrade(database_url: str, schema: str, revision: str, yes: bool, as_json:
 @_connected
 def current(database_url: str, schema: str, as_json: bool) -> None:
     """Print the schema's revision."""
-    found, head = migrations.current(database_url, schema), migrations.head()
+    found, head = migrations.current(database_url, schema), revisions.head()
     if as_json:
         _print_json({"schema": schema, "revision": found, "head": head})
     elif found is None:
@@ -135,13 +135,13 @@ def check(database_url: str, schema: str, as_json: bool) -> None:
     """Compare the schema with what this build expects; exit code 4 when they differ."""
     differences = migrations.check(database_url, schema)
     if as_json:
-        _print_json({"schema": schema, "head": migrations.head(), "differences": differences})
+        _print_json({"schema": schema, "head": revisions.head(), "differences": differences})
     if differences:
         listed = "\n  ".join(differences)
         message = f"Schema {schema} has the right revision, but somebody changed its tables:\n  {listed}"
         raise SchemaError(message)
     if not as_json:
-        click.echo(f"Schema {schema} is at revision {migrations.head()} and as this build expects.")
+        click.echo(f"Schema {schema} is at revision {revisions.head()} and as this build expects.")
 
 
 @db.command()

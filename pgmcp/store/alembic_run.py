@@ -11,7 +11,6 @@ import io
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import asyncpg
@@ -24,8 +23,9 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from pgmcp.clock import Clock, Ids
 from pgmcp.errors import SchemaError
+from pgmcp.store import revisions
 from pgmcp.store.address import place
-from pgmcp.store.direct import LOCK_NOT_AVAILABLE, connect, sqlstate
+from pgmcp.store.direct import connect
 from pgmcp.store.pins import pin
 from pgmcp.store.pooler import refuse_transaction_pooler
 from pgmcp.store.schema import metadata
@@ -71,7 +71,7 @@ def alone(limit: float) -> Iterator[None]:
 def config(schema: str, *, revision: str = "head", down: bool = False, connection: Connection | None = None) -> Config:
     """What ``migrations/env.py`` reads."""
     made = Config(stdout=io.StringIO())  # `check` prints its findings: we return them
-    made.set_main_option("script_location", str(_folder()).replace("%", "%%"))
+    made.set_main_option("script_location", str(revisions.folder()).replace("%", "%%"))
     made.set_main_option("path_separator", "os")
     made.attributes.update(
         schema=schema,
@@ -95,11 +95,15 @@ def _limits() -> tuple[str, ...]:
 @functools.cache
 def scripts() -> ScriptDirectory:
     """The migrations of this build."""
-    return ScriptDirectory(str(_folder()))
+    return ScriptDirectory(str(revisions.folder()))
 
 
 async def on_own_connection(database_url: str, work: Callable[[Connection], Any]) -> None:
-    """Run ``work`` on a fresh connection that waits for a table lock for ``TABLE_LOCK`` seconds at most."""
+    """Run ``work`` on a fresh connection that waits for a table lock for ``TABLE_LOCK`` seconds at most.
+
+    Raises:
+        Exception: as asyncpg raised it, without what SQLAlchemy makes of it.
+    """
 
     async def opened() -> asyncpg.Connection:
         connection = await connect(database_url)
@@ -111,6 +115,9 @@ async def on_own_connection(database_url: str, work: Callable[[Connection], Any]
     try:
         async with engine.connect() as connection:
             await connection.run_sync(work)
+    except DBAPIError as error:
+        cause = error.orig and error.orig.__cause__
+        raise (cause if isinstance(cause, Exception) else asyncpg.InterfaceError(str(error.orig))) from None
     finally:
         await engine.dispose()
 
@@ -148,8 +155,8 @@ async def _tried(database_url: str, work: Callable[[Connection], Any]) -> None:
     for tries_left in reversed(range(TRIES)):
         try:
             return await on_own_connection(database_url, work)
-        except DBAPIError as error:
-            if sqlstate(error) != LOCK_NOT_AVAILABLE or not tries_left:
+        except asyncpg.LockNotAvailableError:
+            if not tries_left:
                 raise
         await Clock().sleep(Ids().jitter(PAUSE))
     return None
@@ -161,10 +168,3 @@ def _metadata_in(schema: str) -> MetaData:
     for table in metadata.sorted_tables:
         table.to_metadata(placed, schema=schema)
     return placed
-
-
-def _folder() -> Path:
-    """``pgmcp/migrations`` in an installed wheel, ``migrations`` beside the package in a checkout."""
-    package = Path(__file__).parent.parent
-    installed = package / "migrations"
-    return installed if installed.is_dir() else package.parent / "migrations"

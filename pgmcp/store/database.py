@@ -28,9 +28,9 @@ from pgmcp.store import primary
 from pgmcp.store.address import AddressUnread, place
 from pgmcp.store.encoding import Encoding, encoding_of, read_unescaped
 from pgmcp.store.history import History
-from pgmcp.store.migrations import understood
 from pgmcp.store.pins import PLANS, STARTUP, Frame, pin
 from pgmcp.store.reason import reason
+from pgmcp.store.revisions import understood
 from pgmcp.store.statements import statement
 
 Result = TypeVar("Result")

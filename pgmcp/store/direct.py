@@ -13,7 +13,6 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 import asyncpg
-from sqlalchemy.exc import DBAPIError
 
 from pgmcp.errors import DatabaseUnavailable, PgmcpError, SchemaError, SchemaInUse, SettingsError
 from pgmcp.store import primary
@@ -92,22 +91,14 @@ def finish(work: Callable[[], Awaitable[T]], database_url: str, limit: float) ->
     except TimeoutError as error:
         message = f"{place(database_url)} was not done within {limit:g} s. Check its load and run the command again."
         raise DatabaseUnavailable(message) from error
-    except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, DBAPIError) as error:
+    except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
         raise explained(error, database_url) from error
-
-
-def sqlstate(error: BaseException) -> str:
-    """The SQLSTATE of an error of asyncpg, also one that SQLAlchemy wrapped; empty for any other."""
-    if isinstance(error, DBAPIError):
-        return str(getattr(error.orig, "sqlstate", None) or "")
-    return str(getattr(error, "sqlstate", None) or "")
 
 
 def explained(error: Exception, database_url: str) -> PgmcpError:
     """What the error means to whoever ran the command."""
-    state = sqlstate(error)
-    cause = error.orig if isinstance(error, DBAPIError) and error.orig else error
-    reason = str(cause.__cause__ or cause).partition("\n")[0] or type(cause).__name__
+    state = str(getattr(error, "sqlstate", None) or "")
+    reason = str(error).partition("\n")[0] or type(error).__name__
     if state.startswith((*_AWAY, *_REFUSED)) or not state:
         return DatabaseUnavailable(f"{place(database_url)} was lost: {reason}. Run the command again when it is back.")
     if state == NODES_IN_THE_WAY:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pgmcp.errors import OtherServer, SchemaError
 from pgmcp.store.database import Database
-from pgmcp.store.migrations import head
-from pgmcp.store.schema import OLDEST
+from pgmcp.store.revisions import OLDEST, head
 from pgmcp.types import NodeId, NodeRecord, NodeState
 
 

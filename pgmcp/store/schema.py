@@ -58,10 +58,6 @@ NOW = text("clock_timestamp()")
 XACT = text("(pg_current_xact_id()::text)::bigint")
 TIME = DateTime(timezone=True)
 
-VERSION_TABLE = "alembic_version"
-OLDEST = "0016"
-"""The oldest revision with everything that this build's statements use."""
-
 VIEWS = ("live_nodes", "live_sessions", "live_requests", "live_streams", "takeover_history")
 PUBLISHING = (
     "publish_resource_updated(text)",

@@ -24,7 +24,7 @@ from pgmcp.errors import OtherServer, SettingsError
 from pgmcp.node import Node
 from pgmcp.session.adapters.target import target_of
 from pgmcp.settings import Settings
-from pgmcp.store import identity, migrations
+from pgmcp.store import identity, migrations, revisions
 from tests.harness.clients import RawSession
 from tests.harness.cluster import Tables, eventually, running_node, tables_of
 
@@ -146,7 +146,7 @@ def test_up_goes_on_with_the_data_of_an_older_build(tmp_path: Path) -> None:
     with EmbeddedPostgres(tmp_path / "data") as server:
         migrations.upgrade(server.url, "pgmcp", "0009")
     with local_cluster({"port": 0}, "examples/demo.py:mcp", 1, print, tmp_path / "data") as (_, url):
-        assert migrations.current(url, "pgmcp") == migrations.head()
+        assert migrations.current(url, "pgmcp") == revisions.head()
 
 
 def test_the_demo_knows_no_variables_and_leaves_nothing(
@@ -166,4 +166,4 @@ def test_the_demo_knows_no_variables_and_leaves_nothing(
     assert not identity.exists(empty_database, made["schema_name"])
     with pytest.raises(SettingsError, match="choose another --schema"):
         run_local(of_its_own({"database_url": database, "schema_name": "pgmcp"}), passing=True)
-    assert migrations.current(database, "pgmcp") == migrations.head()
+    assert migrations.current(database, "pgmcp") == revisions.head()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pgmcp.store import alembic_run
+from pgmcp.store import alembic_run, revisions
 from tests.harness.processes import REPOSITORY
 
 STEP = '''"""{kind}: capacity is {fate}."""
@@ -59,7 +59,7 @@ def newer_migrations(folder: Path) -> Path:
 def newer(folder: Path) -> Iterator[None]:
     """This process is of the newer build, as far as it migrates and joins."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(alembic_run, "_folder", lambda: folder)
+        patch.setattr(revisions, "folder", lambda: folder)
         alembic_run.scripts.cache_clear()
         try:
             yield

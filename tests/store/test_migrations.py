@@ -17,8 +17,9 @@ from sqlalchemy import NullPool
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from pgmcp.errors import DatabaseUnavailable, SchemaError, SettingsError
-from pgmcp.store import alembic_run, migrations, views
-from pgmcp.store.schema import OLDEST, metadata
+from pgmcp.store import alembic_run, migrations, revisions, views
+from pgmcp.store.revisions import OLDEST
+from pgmcp.store.schema import metadata
 
 OBJECTS = """
 select n.nspname, c.relname, c.relkind::text
@@ -179,7 +180,7 @@ def test_up_down_up_leaves_nothing_behind(empty_database: str) -> None:
         migrations.upgrade(empty_database, "pgmcp")
         assert ask(empty_database, OBJECTS) == full
     migrations.upgrade(empty_database, "pgmcp")
-    assert migrations.current(empty_database, "pgmcp") == migrations.head()
+    assert migrations.current(empty_database, "pgmcp") == revisions.head()
     assert {each.applied for each in migrations.history(empty_database, "pgmcp")} == {True}
 
 
@@ -187,7 +188,7 @@ def test_the_offline_scripts_do_the_same(empty_database: str) -> None:
     before = ask(empty_database, OBJECTS)
     migrations.upgrade(empty_database, "pgmcp")
     full, built = ask(empty_database, OBJECTS), catalog(empty_database, "pgmcp")
-    ask(empty_database, migrations.sql("pgmcp", f"{migrations.head()}:base", down=True))
+    ask(empty_database, migrations.sql("pgmcp", f"{revisions.head()}:base", down=True))
     assert ask(empty_database, OBJECTS) == before
     ask(empty_database, migrations.sql("pgmcp"))
     assert ask(empty_database, OBJECTS) == full
@@ -217,7 +218,7 @@ def test_two_schemas_of_one_database_do_not_see_each_other(empty_database: str) 
     ask(empty_database, "alter table one.nodes add note text")
     assert migrations.check(empty_database, "user") == []
     migrations.downgrade(empty_database, "one", "base")
-    assert migrations.current(empty_database, "user") == migrations.head()
+    assert migrations.current(empty_database, "user") == revisions.head()
     assert migrations.check(empty_database, "user") == []
 
 
@@ -333,18 +334,18 @@ async def test_the_lock_bounds_its_wait_and_does_not_block_concurrent_indexes(
 async def test_a_node_is_told_what_to_run_when_it_does_not_understand_the_schema(empty_database: str) -> None:
     connection = await asyncpg.connect(empty_database, timeout=10)
     with pytest.raises(SchemaError, match=r"no tables of pgmcp in schema pgmcp. Run `pgmcp db upgrade`"):
-        await migrations.understood(connection, "pgmcp")
+        await revisions.understood(connection, "pgmcp")
     await asyncio.to_thread(migrations.upgrade, empty_database, "pgmcp")
-    assert await migrations.understood(connection, "pgmcp") == migrations.head()
+    assert await revisions.understood(connection, "pgmcp") == revisions.head()
 
     await connection.execute("update pgmcp.alembic_version set version_num = '9999'")
-    assert await migrations.understood(connection, "pgmcp") == "9999", "what was only expanded"
+    assert await revisions.understood(connection, "pgmcp") == "9999", "what was only expanded"
     await connection.execute("update pgmcp.schema_range set needs = '9998'")
     with pytest.raises(SchemaError, match=r"9999 and needs a build that knows 9998; .* Upgrade pgmcp"):
-        await migrations.understood(connection, "pgmcp")
+        await revisions.understood(connection, "pgmcp")
     await connection.execute("drop table pgmcp.schema_range")
     with pytest.raises(SchemaError, match=r"9999, which this build .* does not know. Upgrade pgmcp"):
-        await migrations.understood(connection, "pgmcp")
+        await revisions.understood(connection, "pgmcp")
     for move in (migrations.upgrade, migrations.downgrade):
         with pytest.raises(SchemaError, match="Upgrade pgmcp"):
             await asyncio.to_thread(move, empty_database, "pgmcp", "base" if move is migrations.downgrade else "head")
@@ -353,7 +354,7 @@ async def test_a_node_is_told_what_to_run_when_it_does_not_understand_the_schema
 
     await connection.execute("delete from pgmcp.alembic_version")
     with pytest.raises(SchemaError, match="Run `pgmcp db upgrade`"):
-        await migrations.understood(connection, "pgmcp")
+        await revisions.understood(connection, "pgmcp")
     await connection.close()
 
 
@@ -363,10 +364,10 @@ async def test_a_database_that_is_behind_is_told_from_one_that_is_ahead(
     await asyncio.to_thread(migrations.upgrade, empty_database, "pgmcp", "0002")
     connection = await asyncpg.connect(empty_database, timeout=10)
     with pytest.raises(SchemaError, match=rf"at revision 0002, this build needs {OLDEST}. Run `pgmcp db upgrade`"):
-        await migrations.understood(connection, "pgmcp")
+        await revisions.understood(connection, "pgmcp")
     await asyncio.to_thread(migrations.upgrade, empty_database, "pgmcp")
     monkeypatch.setattr(migrations, "head", lambda: "9999")
-    assert await migrations.understood(connection, "pgmcp") == alembic_run.scripts().get_current_head()
+    assert await revisions.understood(connection, "pgmcp") == alembic_run.scripts().get_current_head()
     with pytest.raises(SchemaError, match=r"not at 9999. Run `pgmcp db upgrade`"):
         await asyncio.to_thread(migrations.check, empty_database, "pgmcp")
     await connection.close()

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 import pytest
 
 from pgmcp.errors import SchemaError
-from pgmcp.store import migrations, views
+from pgmcp.store import migrations, revisions, views
 from tests.harness.clients import RawSession
 from tests.harness.cluster import cluster, everything
 from tests.harness.pooler import pooler
@@ -31,7 +31,7 @@ def test_a_transaction_pooler_is_refused_for_migrations_but_not_for_reading(
     assert migrations.current(dsn, "pgmcp") is None
     migrations.upgrade(empty_database, "pgmcp")
     assert views.fetch(dsn, "pgmcp", "live_nodes") == []
-    assert migrations.current(dsn, "pgmcp") == migrations.head()
+    assert migrations.current(dsn, "pgmcp") == revisions.head()
 
 
 def test_a_session_pooler_will_do(pooled: Callable[[str], str]) -> None:

@@ -11,9 +11,9 @@ import asyncpg
 import pytest
 
 from pgmcp.errors import SchemaError, SchemaInUse
-from pgmcp.store import alembic_run, migrations
+from pgmcp.store import alembic_run, migrations, revisions
 from pgmcp.store.nodes import join, outgrown
-from pgmcp.store.schema import OLDEST
+from pgmcp.store.revisions import OLDEST
 from pgmcp.store.statements import names, statement
 from pgmcp.types import NodeRecord
 from tests.harness.builds import newer, newer_migrations
@@ -49,7 +49,7 @@ async def node(connection: asyncpg.Connection, name: str = "n1", **values: Any) 
     """The row of a node, of this build unless something else is said."""
     row = {
         "node_id": IDS.uuid(), "name": name, "address": "", "state": "ready", "version": "1", "capacity": 1,
-        "schema_revision": migrations.head(), "schema_oldest": OLDEST, "schema_newest": migrations.head(),
+        "schema_revision": revisions.head(), "schema_oldest": OLDEST, "schema_newest": revisions.head(),
     } | values  # fmt: skip
     away = row.pop("away", -10)
     if row["capacity"] is None:  # the newer build knows no such column
@@ -134,10 +134,10 @@ async def test_nodes_of_an_older_build_start_anew_on_what_was_only_expanded(
     await node(connection)
     with pytest.raises(SchemaInUse):
         await migrate(folder, database)
-    assert await migrations.understood(connection, "pgmcp") == "0900"
+    assert await revisions.understood(connection, "pgmcp") == "0900"
     await joined(database)
     found = await connection.fetchrow("select * from pgmcp.nodes where name = 'joined'")
-    assert (found["schema_oldest"], found["schema_newest"]) == (OLDEST, migrations.head())
+    assert (found["schema_oldest"], found["schema_newest"]) == (OLDEST, revisions.head())
     await asyncio.to_thread(migrations.upgrade, database, "pgmcp")  # as the older build's own job does
     assert await asyncio.to_thread(migrations.current, database, "pgmcp") == "0900"
     with pytest.raises(SchemaError, match="0900, which this build"):
@@ -154,7 +154,7 @@ async def test_after_a_contract_step_an_older_build_is_refused_and_a_running_nod
     await migrate(folder, database)
     refused = "needs a build that knows 0900; this one's newest is"
     with pytest.raises(SchemaError, match=refused):
-        await migrations.understood(connection, "pgmcp")
+        await revisions.understood(connection, "pgmcp")
     with pytest.raises(SchemaError, match=refused):
         await asyncio.to_thread(migrations.upgrade, database, "pgmcp")
     with pytest.raises(SchemaError, match="Upgrade pgmcp"):
@@ -164,7 +164,7 @@ async def test_after_a_contract_step_an_older_build_is_refused_and_a_running_nod
         assert await outgrown(older.database)
         with newer(folder):
             assert not await outgrown(older.database)
-            assert await migrations.understood(connection, "pgmcp") == "0901"
+            assert await revisions.understood(connection, "pgmcp") == "0901"
 
 
 async def test_a_node_of_the_build_before_the_ranges_joins_as_ever(
@@ -199,7 +199,7 @@ async def test_a_contract_step_sees_who_joins_right_before_it(
     change = joining.transaction()
     await change.start()
     await joining.fetch(
-        statement("join", "pgmcp"), IDS.uuid(), "late", "", 10.0, "1", "0003", 1, OLDEST, migrations.head(), ""
+        statement("join", "pgmcp"), IDS.uuid(), "late", "", 10.0, "1", "0003", 1, OLDEST, revisions.head(), ""
     )
     stepping = asyncio.create_task(migrate(folder, database))
     assert await Watcher(connection).until_waiting("schema_range", stepping)
@@ -213,8 +213,8 @@ async def test_a_step_back_waits_for_nodes_too(database: str, connection: asyncp
     await migrate(folder, database)
     with newer(folder):
         await node(connection, schema_oldest="0900", capacity=None)
-    with pytest.raises(SchemaInUse, match=rf"step to {migrations.head()} waits .* n1 \("):
-        await migrate(folder, database, down=migrations.head())
+    with pytest.raises(SchemaInUse, match=rf"step to {revisions.head()} waits .* n1 \("):
+        await migrate(folder, database, down=revisions.head())
     assert await asyncio.to_thread(migrations.current, database, "pgmcp") == "0900"
     assert await connection.fetchval(NEEDS) == "0001"
     await connection.execute("update pgmcp.nodes set state = 'left'")
@@ -272,4 +272,4 @@ def test_each_migration_says_what_it_is() -> None:
         assert (kind == "contract") == hasattr(script.module, "needs"), "only what takes something away says `needs`"
         before, needs = needs, getattr(script.module, "needs", needs)
         assert before <= needs <= script.revision
-    assert migrations.head() >= OLDEST
+    assert revisions.head() >= OLDEST
