@@ -6,6 +6,7 @@ then it is 503 with ``Retry-After``; so it is on a node that has no trust yet or
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -90,6 +91,10 @@ class Front(ABC):
             if call.connection.started:
                 raise
             await call.refuse(_refusal(error))
+        except asyncio.CancelledError:
+            if not call.connection.started:  # the HTTP server stops before its exchanges do, and would say 500
+                await call.refuse(_refusal(NodeNotReady("This node has stopped; send the same message again.")))
+            raise
 
     async def _checked(self, call: Call) -> None:
         request, limits = call.request, self._settings

@@ -45,6 +45,23 @@ async def test_a_post_that_its_node_held_runs_no_second_time(database, ledger, t
         assert ledger.ran == ["once", "after"]
 
 
+async def test_what_a_node_holds_when_it_stops_is_asked_for_again(database, ledger):
+    """The HTTP server waits for no exchange for ever; what it says of those that it cuts is 500."""
+    async with running_node(database, ledger.server(), "near", Clock()) as near, RawSession() as session:
+        await session.open(near.url)
+        async with (
+            proxied(database) as (proxy, way),
+            running_node(way, ledger.server(), "far", Clock(), statement_timeout=0.5) as far,
+        ):
+            accepts = far.incarnation.inbox._accepts
+            proxy.black_hole = True
+            held = asyncio.create_task(session.post(far.url, RUN))
+            await eventually(lambda: accepts._runner is not None, "the far node holds the POST")
+        exchange = await held
+        assert (exchange.status, exchange.headers["retry-after"]) == (503, "1")
+        assert exchange.json()["error"]["message"] == "This node has stopped; send the same message again."
+
+
 async def test_what_was_sent_to_a_frozen_node_came_before_it_thawed():
     """The kernel took it, and knows when."""
     told: list[float] = []
