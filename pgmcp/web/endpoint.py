@@ -101,7 +101,7 @@ class Front(ABC):
         if request.method == "POST":
             self._rates.post(call.guest)
         if self.opens(call):
-            self._rates.opening(call.guest)
+            self._rates.opening(call)
         body = await call.body(limits.max_body, limits.read_timeout) if request.method == "POST" else b""
         problem = await self._security.validate_request(request, is_post=request.method == "POST")
         if problem is not None:

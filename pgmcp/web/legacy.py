@@ -59,7 +59,7 @@ class SseStream(Endpoint):
         attached, after = await self._resumed(edge, call, last) if last else (None, 0)
         if attached is None:
             if last:
-                self._rates.opening(call.guest)
+                self._rates.opening(call)
             await edge.lease.acting()
             new = edge.new_session(call, "sse")
             async with edge.opening(call):

@@ -10,13 +10,20 @@ Invariants:
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import OrderedDict
 
 from pgmcp.clock import Clock
 from pgmcp.settings import Settings
+from pgmcp.types import ANONYMOUS
 from pgmcp.web.admission import Guest
+from pgmcp.web.call import Call, network
 from pgmcp.web.wire import Refusal
+
+logger = logging.getLogger(__name__)
+
+FORWARDED = "x-forwarded-for"
 
 BURST = 10.0
 """Seconds' worth that may come at once."""
@@ -57,7 +64,7 @@ class Rates:
     """The rates of one node."""
 
     def __init__(self, settings: Settings, clock: Clock) -> None:
-        self._settings = settings
+        self._settings, self._told = settings, False
         self._posts, self._openings = Bucket(settings.rate, clock), Bucket(settings.initialize_rate, clock)
 
     def post(self, caller: Guest) -> None:
@@ -69,14 +76,29 @@ class Rates:
         if wait := self._posts.take(caller):
             raise _refusal(f"You may send {self._settings.rate:g} messages a second to a node", wait)
 
-    def opening(self, caller: Guest) -> None:
+    def opening(self, call: Call) -> None:
         """Count a session that a caller wants to open.
 
         Raises:
             Refusal: 429, there are too many.
         """
-        if wait := self._openings.take(caller):
+        self._tell_of_proxy(call)
+        if wait := self._openings.take(call.guest):
             raise _refusal(f"You may open {self._settings.initialize_rate:g} sessions a second at a node", wait)
+
+    def _tell_of_proxy(self, call: Call) -> None:
+        """Tell the operator, once, that callers look like one because their proxy is not believed."""
+        said, client = call.header(FORWARDED), call.request.client
+        if self._told or not said or client is None or call.principal != ANONYMOUS:
+            return
+        peer = network(client.host)
+        if peer not in {network(each.strip()) for each in said.split(",")}:
+            self._told = True
+            logger.warning(
+                "%s says for whom it asks (X-Forwarded-For) and is not in --forwarded-allow-ips: whoever comes through "
+                "it is one caller, with one caller's share of sessions",
+                peer if peer[:1].isdigit() else "a proxy",
+            )
 
 
 def _refusal(text: str, wait: float) -> Refusal:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import pytest
+from starlette.requests import Request
 
+from pgmcp.settings import Settings
 from pgmcp.types import ANONYMOUS, Principal
 from pgmcp.web import rates
 from pgmcp.web.admission import Guest
-from pgmcp.web.rates import Bucket
+from pgmcp.web.call import Call
+from pgmcp.web.connection import Connection
+from pgmcp.web.rates import Bucket, Rates
 from tests.harness.clients import RawExchange, RawSession
 from tests.harness.clock import FakeClock
 from tests.harness.cluster import cluster, everything, tables_of
@@ -61,6 +65,22 @@ def test_few_buckets_are_kept_and_those_of_whoever_asks_on(monkeypatch):
         bucket.take(Guest(ANONYMOUS, f"10.0.0.{number}"))
         assert bucket.take(ADA) > 0
     assert len(bucket) == 10
+
+
+def test_a_proxy_that_is_not_believed_is_named_once(caplog):
+    def call(peer: str, forwarded: str = "") -> Call:
+        headers = [(b"x-forwarded-for", forwarded.encode())] if forwarded else []
+        request = Request({"type": "http", "method": "POST", "headers": headers, "client": (peer, 1)})
+        return Call(request, Connection(None, None, 1))
+
+    opened = Rates(Settings(), FakeClock())
+    for known in (call("10.0.0.1"), call("10.0.0.1", "10.0.0.9, 10.0.0.1"), call("10.0.0.1", "10.0.0.1:5000")):
+        opened.opening(known)  # nobody stands between, or it is believed: the client's address was taken from there
+    assert caplog.messages == []
+    for _ in range(2):
+        opened.opening(call("10.0.0.7", "203.0.113.1, evil\x1b[31m"))
+    assert [message.split()[0] for message in caplog.messages] == ["10.0.0.7"]
+    assert "evil" not in caplog.text
 
 
 async def test_sessions_are_opened_at_a_rate(database, monkeypatch):
