@@ -70,8 +70,8 @@ class Inbox(Protocol):
         """
         ...
 
-    async def find(self, session_id: str, principal: Principal) -> SessionFacts:
-        """Look a live session up.
+    async def find(self, session_id: str, principal: Principal, transport: str = "streamable") -> SessionFacts:
+        """Look a live session up; one of another transport is unknown.
 
         Raises:
             SessionUnknown: unknown, over, or somebody else's: the caller cannot tell which (G7).

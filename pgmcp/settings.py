@@ -108,6 +108,11 @@ class Settings(BaseSettings):
         description="Bytes that a server may write in one message.",
     )
     max_batch: int = Field(100, gt=0, description="Messages that a 2025-03-26 batch may have.")
+    max_elements: int = Field(
+        50_000,
+        gt=0,
+        description="Brackets, colons and commas that a message may have outside of strings, and as many strings.",
+    )
     max_depth: int = Field(100, gt=0, le=200, description="Levels of nesting that a message may have.")
     max_sessions: int = Field(10_000, gt=0, description="Sessions that the cluster may have.")
     max_sessions_per_caller: int = Field(
@@ -115,6 +120,9 @@ class Settings(BaseSettings):
     )
     max_in_flight: int = Field(100, gt=0, description="Requests of one session that may be unfinished.")
     max_streams: int = Field(100, gt=0, description="Streams of one session that may be open at once.")
+    max_connections: int = Field(
+        1_000, gt=0, description="Connections that one address may have open on a node; trusted proxies have no limit."
+    )
     max_exchanges: int = Field(
         5_000,
         gt=0,

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
 
 from litestar import Litestar
 from litestar.handlers import HTTPRouteHandler
@@ -38,6 +39,7 @@ from pgmcp.store.wrapping import wrapping_of
 from pgmcp.types import Publication
 from pgmcp.web.admission import Admission
 from pgmcp.web.application import Application
+from pgmcp.web.bodies import Bodies
 from pgmcp.web.connection import Bounded
 from pgmcp.web.edge import Edge
 from pgmcp.web.hosts import host_rules, unprotected
@@ -73,11 +75,12 @@ class Node:
         self._publications = TablePublications(self._database, self._clock, self._ids)
         self._target = target_of(served, settings.mcp_path)
         self._admission = Admission(self._clock)
-        self._rates = Rates(settings, self._clock)
+        self._bodies, self._rates = Bodies(settings.max_body), Rates(settings, self._clock)
         self._modern = Modern(
             self._stateless,
             self._admission,
             security=host_rules(settings),
+            bodies=self._bodies,
             rates=self._rates,
             settings=settings,
             clock=self._clock,
@@ -92,16 +95,21 @@ class Node:
 
     def endpoints(self) -> dict[str, ASGIApp]:
         """The node's MCP endpoints by their paths, behind the served server's authentication."""
-        settings, security, rates = self.settings, host_rules(self.settings), self._rates
+        messages = self.settings.messages_path
+        shared: Any = {
+            "security": host_rules(self.settings),
+            "bodies": self._bodies,
+            "rates": self._rates,
+            "settings": self.settings,
+        }
 
         def edge() -> Edge:
             return self.incarnation().edge
 
-        messages = settings.messages_path
         endpoints: dict[str, ASGIApp] = {
-            settings.mcp_path: Eras(self._modern, Streamable(edge, security=security, rates=rates, settings=settings)),
-            settings.sse_path: SseStream(edge, security=security, rates=rates, settings=settings, messages=messages),
-            messages.rstrip("/"): SseMessages(edge, security=security, rates=rates, settings=settings),
+            self.settings.mcp_path: Eras(self._modern, Streamable(edge, **shared)),
+            self.settings.sse_path: SseStream(edge, **shared, messages=messages),
+            messages.rstrip("/"): SseMessages(edge, **shared),
         }
         return {path: Reserved(self._target.protect(endpoint)) for path, endpoint in endpoints.items()}
 

@@ -13,6 +13,7 @@ import uvicorn
 from pgmcp.errors import SettingsError
 from pgmcp.node import door
 from pgmcp.node.node import Node
+from pgmcp.node.protocol import limited, raise_file_limit
 from pgmcp.ops.logs import configure
 from pgmcp.session.adapters.target import load
 from pgmcp.settings import Settings
@@ -53,6 +54,7 @@ def serve(settings: Settings, target: str, *, shared_port: bool = False) -> int:
     Raises:
         PgmcpError: the node cannot start; the message says why and what to do.
     """
+    raise_file_limit()
     configure(settings.log_format)
     served = load(target)
     configure(settings.log_format)  # anew: the target may have had ideas of its own
@@ -62,7 +64,7 @@ def serve(settings: Settings, target: str, *, shared_port: bool = False) -> int:
         host=settings.host,
         port=settings.port,
         loop="uvloop",
-        http="httptools",
+        http=limited(settings),
         access_log=False,
         log_config=None,
         forwarded_allow_ips=settings.forwarded_allow_ips,

@@ -97,11 +97,10 @@ class TableInbox:
         """See ``Inbox.make_room``."""
         return await self._opening.make_room(principal, address)
 
-    async def find(self, session_id: str, principal: Principal) -> SessionFacts:
+    async def find(self, session_id: str, principal: Principal, transport: str = "streamable") -> SessionFacts:
         """See ``Inbox.find``."""
-        rows = await self._database.persist(
-            "find_session", session_id, principal.client_id, principal.issuer, principal.subject, patience=self._hold
-        )
+        who = (principal.client_id, principal.issuer, principal.subject)
+        rows = await self._database.persist("find_session", session_id, *who, transport, patience=self._hold)
         if not rows:
             raise _unknown()
         return facts_of(rows[0], rows[0]["id"])

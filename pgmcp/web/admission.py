@@ -1,15 +1,17 @@
 """Admission: who comes next when more arrives than a node does at once.
 
-A node works on ``SLOTS`` young exchanges at a time, ``SHARE`` of them of one line; who comes later waits in its line,
-and the lines take turns. So a session that floods waits for itself, and the others meet few of its exchanges. What
-belongs to no session (2026-07-28) stands in the line of its caller.
+A node works on ``SLOTS`` young exchanges at a time. Callers (principals or, where nobody is known, addresses) take
+turns, and within a caller its lines do: ``MOST`` of the slots are one caller's, ``SHARE`` one line's; who comes later
+waits in its line. So a session that floods waits for itself, a caller with many sessions (or made-up ids of some) waits
+for itself, and the others meet few of their exchanges.
 
 Invariants:
 - A slot is held until its exchange ends, for ``YOUNG`` at most: long calls hold none, and a database that is away
   stops no line.
-- A line keeps its order. A session's requests and its other messages stand in lines of their own: a cancel, or an
-  answer to the server's question, waits behind no request, and a flood of them waits for itself as well.
-- A session that nobody has shared the node with for ``ALONE`` may have every slot.
+- A line keeps its order. A session's requests, its other messages and its large bodies stand in lines of their own: a
+  cancel, or an answer to the server's question, waits behind no request, and a flood of them waits for itself as well.
+- Lines are of a caller first: nobody waits in somebody else's, whatever session he names.
+- A session that nobody has shared the node with for ``ALONE`` may have every slot; so may such a caller.
 
 Failure handling: who waits for too long is refused. Who goes away leaves its place, or passes on the slot that it was
 given at that moment. Nothing of a message was stored while it waited.
@@ -19,9 +21,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Hashable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Literal
 
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
@@ -34,6 +37,9 @@ from pgmcp.web.connection import Watch
 SLOTS = 16
 """Young exchanges of a node; with fewer, groups of writes get small and many sessions lose throughput."""
 
+MOST = 12
+"""Those of one caller while others are about."""
+
 SHARE = 4
 """Those of one line while others are about; each costs the others the time that one call takes."""
 
@@ -41,26 +47,59 @@ YOUNG = 0.1
 """Seconds for which an exchange may hold its slot; shorter than calls take under load, and a flood seeps through."""
 
 ALONE = 60.0
-"""Seconds after which a session that has the node for itself may have every slot."""
+"""Seconds after which a session, or a caller, that has the node for itself may have every slot."""
 
 
 @dataclass(frozen=True, slots=True)
 class Guest:
-    """In place of a session, whoever calls without one: the principal or, where nobody is known, the address."""
+    """Whoever calls: the principal or, where nobody is known, the address."""
 
     principal: Principal
     address: str
 
 
-Session = Hashable
-_Key = tuple[Session, bool]
+Kind = Literal["requests", "messages", "large"]
+"""What stands in a line: bodies with requests, those without, and those that nobody has looked into yet."""
+
+_Key = tuple[Guest, str | None, Kind]
 
 
 @dataclass(eq=False, slots=True)
 class _Line:
     key: _Key
+    of: _Lines
     held: int = 0
     waiting: deque[asyncio.Future[None]] = field(default_factory=deque)
+
+
+@dataclass(eq=False, slots=True)
+class _Lines:
+    """One caller's."""
+
+    caller: Guest
+    held: int = 0
+    all: dict[_Key, _Line] = field(default_factory=dict)
+    turns: dict[_Key, _Line] = field(default_factory=dict)
+    """Those that wait and may have a slot; the first is next."""
+
+
+_NOBODY: object = object()
+
+
+class _Sharing:
+    """Whether different ones have been about lately."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock, self._latest, self._at = clock, _NOBODY, float("-inf")
+
+    def seen(self, who: object) -> None:
+        """Note that one is here."""
+        if who != self._latest:
+            self._at = self._clock.boottime() if self._latest is not _NOBODY else self._at
+            self._latest = who
+
+    def __bool__(self) -> bool:
+        return self._clock.boottime() - self._at < ALONE
 
 
 class Admission:
@@ -74,13 +113,12 @@ class Admission:
     def __init__(self, clock: Clock, young: float = YOUNG) -> None:
         self._clock, self._young = clock, young
         self._free = SLOTS
-        self._lines: dict[_Key, _Line] = {}
-        self._turns: dict[_Key, _Line] = {}  # lines that wait and may have a slot; the first is next
-        self._latest: Session | None = None
-        self._shared = float("-inf")
+        self._callers: dict[Guest, _Lines] = {}
+        self._turns: dict[Guest, _Lines] = {}  # callers with a line that waits and may have a slot; the first is next
+        self._sessions, self._others = _Sharing(clock), _Sharing(clock)
 
     def __len__(self) -> int:
-        return sum(len(line.waiting) for line in self._lines.values())
+        return sum(len(line.waiting) for lines in self._callers.values() for line in lines.all.values())
 
     @property
     def free(self) -> int:
@@ -89,14 +127,15 @@ class Admission:
 
     @asynccontextmanager
     async def turn(
-        self, session: Session, receive: Receive, *, asks: bool, most: int, patience: float
+        self, caller: Guest, session: str | None, receive: Receive, *, kind: Kind, most: int, patience: float
     ) -> AsyncIterator[None]:
         """Hold a slot for as long as the context lasts, but not for longer than an exchange is young.
 
         Args:
-            session: whose exchange it is.
+            caller: whose exchange it is.
+            session: the session that it names; None: it belongs to none.
             receive: tells when its client has gone; its body was read.
-            asks: whether it carries requests; what does not has a line of its own.
+            kind: in which line it stands.
             most: exchanges that may wait in the line.
             patience: seconds for which this one may wait.
 
@@ -105,11 +144,10 @@ class Admission:
             NodeNotReady: the patience is over, or the node leaves.
             ClientDisconnect: the client has gone while it waited.
         """
-        if session != self._latest:
-            self._shared = self._clock.boottime() if self._latest is not None else self._shared
-            self._latest = session
-        line = self._lines.setdefault((session, asks), _Line((session, asks)))
-        if self._free and not line.waiting and line.held < self._share:
+        self._sessions.seen((caller, session))
+        self._others.seen(caller)
+        line = self._line((caller, session, kind))
+        if self._free and not line.waiting and self._may(line):
             self._take(line)
         else:
             await self._wait(line, receive, most, patience)
@@ -129,14 +167,29 @@ class Admission:
             give_back()
 
     def leave(self) -> None:
-        """Refuse what waits for sessions: they go on elsewhere. Guests need nothing that the node has lost."""
-        for line in self._lines.values():
-            for waiting in () if isinstance(line.key[0], Guest) else line.waiting:
+        """Refuse what waits for sessions: they go on elsewhere. Others need nothing that the node has lost."""
+        for line in [
+            line for lines in self._callers.values() for line in lines.all.values() if line.key[1] is not None
+        ]:
+            for waiting in line.waiting:
                 _refuse(waiting, NodeNotReady("This node is leaving; send the same message again."))
 
-    @property
-    def _share(self) -> int:
-        return SHARE if self._clock.boottime() - self._shared < ALONE else SLOTS
+    def _line(self, key: _Key) -> _Line:
+        lines = self._callers.get(key[0])
+        if lines is None:
+            lines = self._callers[key[0]] = _Lines(key[0])
+        line = lines.all.get(key)
+        if line is None:
+            line = lines.all[key] = _Line(key, lines)
+        return line
+
+    def _may(self, line: _Line) -> bool:
+        """Whether a line may have one more slot."""
+        return line.held < (SHARE if self._sessions else SLOTS) and self._may_have(line.of)
+
+    def _may_have(self, lines: _Lines) -> bool:
+        """Whether a caller may."""
+        return lines.held < (MOST if self._others else SLOTS)
 
     async def _wait(self, line: _Line, receive: Receive, most: int, patience: float) -> None:
         if len(line.waiting) >= most:
@@ -165,17 +218,20 @@ class Admission:
     def _take(self, line: _Line) -> None:
         self._free -= 1
         line.held += 1
+        line.of.held += 1
 
     def _give_back(self, line: _Line) -> None:
         self._free += 1
         line.held -= 1
+        line.of.held -= 1
         self._settle(line)
 
     def _settle(self, line: _Line) -> None:
         """A line has changed: put it where it belongs, then give what is free to those whose turn it is."""
         self._place(line)
         while self._free and self._turns:
-            line = self._turns.pop(next(iter(self._turns)))
+            lines = self._turns.pop(next(iter(self._turns)))
+            line = lines.turns.pop(next(iter(lines.turns)))
             mine = line.waiting.popleft()
             if not mine.done():  # else its client is just going
                 self._take(line)
@@ -183,12 +239,19 @@ class Admission:
             self._place(line)
 
     def _place(self, line: _Line) -> None:
-        if line.waiting and line.held < self._share:
-            self._turns.setdefault(line.key, line)
+        lines = line.of
+        if line.waiting and line.held < (SHARE if self._sessions else SLOTS):
+            lines.turns.setdefault(line.key, line)
         else:
-            self._turns.pop(line.key, None)
-        if not line.waiting and not line.held and self._lines.get(line.key) is line:
-            del self._lines[line.key]
+            lines.turns.pop(line.key, None)
+        if lines.turns and self._may_have(lines):
+            self._turns.setdefault(lines.caller, lines)
+        else:
+            self._turns.pop(lines.caller, None)
+        if not line.waiting and not line.held and lines.all.get(line.key) is line:
+            del lines.all[line.key]
+        if not lines.all and self._callers.get(lines.caller) is lines:
+            del self._callers[lines.caller]
 
 
 def _refuse(waiting: asyncio.Future[None], error: Exception) -> None:

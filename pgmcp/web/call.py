@@ -14,10 +14,12 @@ from mcp.server.auth.middleware.bearer_auth import AuthenticatedUser, authorizat
 from starlette.requests import Request
 from starlette.responses import Response
 
+from pgmcp.errors import NodeFull
 from pgmcp.types import ANONYMOUS, Principal
 from pgmcp.web.admission import Guest
+from pgmcp.web.bodies import Body
 from pgmcp.web.connection import Connection
-from pgmcp.web.wire import Refusal
+from pgmcp.web.wire import INTERNAL_ERROR, Refusal
 
 OWNER = "pgmcp_node"
 """The affinity cookie: the name of the session's owner."""
@@ -84,31 +86,42 @@ class Call:
         principal, client = self.principal, self.request.client
         return Guest(principal, network(client.host) if principal == ANONYMOUS and client is not None else "")
 
-    async def body(self, limit: int, seconds: float) -> bytes:
+    async def read(self, body: Body, limit: int, seconds: float) -> None:
         """Read the body.
 
         Args:
+            body: counts what comes, and gets the text.
             limit: bytes that it may have.
             seconds: how long it may take to arrive.
 
         Raises:
-            Refusal: 413, as soon as it is known to be larger; 408, it did not arrive in time.
+            Refusal: 413, as soon as it is known to be larger; 408, it did not arrive in time; 503, there is no room for
+                the rest of it.
+            NodeFull: there is no room for what it was announced to have; nothing of it was read.
         """
-        text = f"The body has more than {limit} bytes"
+        large = f"The body has more than {limit} bytes"
         declared = self.header("content-length")
-        if declared.isascii() and declared.isdigit() and int(declared) > limit:
-            raise Refusal(413, text)
-        body = bytearray()
+        if declared.isascii() and declared.isdigit():
+            if len(declared) > 18 or int(declared) > limit:
+                raise Refusal(413, large)
+            body.expect(int(declared))
+        chunks: list[bytes] = []
+        length = 0
         try:
             async with asyncio.timeout(seconds):
                 async for chunk in self.request.stream():
-                    body += chunk
-                    if len(body) > limit:
-                        raise Refusal(413, text)
+                    length += len(chunk)
+                    if length > limit:
+                        raise Refusal(413, large, headers=self._closing)
+                    body.grow(len(chunk))
+                    chunks.append(chunk)
+        except NodeFull as error:
+            again = {"retry-after": "1", **self._closing}
+            raise Refusal(503, str(error), INTERNAL_ERROR, again) from None
         except TimeoutError:
             late = f"The body did not arrive within {seconds:g} s; nothing was stored, send it again"
             raise Refusal(408, late, headers=self._closing) from None
-        return bytes(body)
+        body.text = b"".join(chunks)
 
     @property
     def _closing(self) -> dict[str, str]:

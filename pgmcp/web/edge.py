@@ -30,12 +30,14 @@ from pgmcp.types import (
     StreamId,
     StreamKind,
 )
-from pgmcp.web.admission import Admission
+from pgmcp.web.admission import Admission, Kind
+from pgmcp.web.bodies import Body
 from pgmcp.web.call import SESSION_ID, Call
+from pgmcp.web.contents import bounds_of
 from pgmcp.web.exchange import Exchange
 from pgmcp.web.expiry import Expiry
 from pgmcp.web.tails import Tail, Tails
-from pgmcp.web.wire import Post
+from pgmcp.web.wire import Post, parse_post
 
 
 async def _nothing() -> Sequence[bytes]:
@@ -72,27 +74,42 @@ class Edge:
             address=call.guest.address,
         )
 
-    def turn(self, post: Post, call: Call, session_id: str) -> AbstractAsyncContextManager[None]:
-        """A turn of the session for a POST: see ``Admission.turn``."""
+    def turn(self, kind: Kind, call: Call, session_id: str | None) -> AbstractAsyncContextManager[None]:
+        """A turn for a POST: see ``Admission.turn``."""
         limits = self.settings
         return self.admission.turn(
-            (call.principal, session_id),
+            call.guest,
+            session_id,
             call.connection.receive,
-            asks=bool(post.requests),
+            kind=kind,
             most=limits.max_streams,
             patience=limits.hold,
         )
 
     def opening(self, call: Call) -> AbstractAsyncContextManager[None]:
         """A turn of the caller to open a session; there is a line of them, as of the messages of one session."""
-        limits = self.settings
-        return self.admission.turn(
-            (call.guest, None),
-            call.connection.receive,
-            asks=True,
-            most=limits.max_streams,
-            patience=limits.hold,
-        )
+        return self.turn("requests", call, None)
+
+    async def large_post(self, body: Body, call: Call, session_id: str | None, transport: str = "streamable") -> Post:
+        """Look into a large body; its exchange has its turn. A stranger's is not looked into.
+
+        Raises:
+            SessionUnknown: the caller has no such session.
+            Refusal: something is wrong with the body.
+        """
+        if session_id is not None:
+            await self.inbox.find(session_id, call.principal, transport)
+        await bounds_of(self.settings).check_large(body.text)
+        return parse_post(body.text, self.settings.max_batch)
+
+    def small_post(self, body: Body) -> Post:
+        """Look into a small body, which costs less than waiting for a turn.
+
+        Raises:
+            Refusal: something is wrong with it.
+        """
+        bounds_of(self.settings).check(body.text)
+        return parse_post(body.text, self.settings.max_batch)
 
     def leave(self, *, at_once: bool = False) -> None:
         """End every exchange, and refuse what waits for its turn."""

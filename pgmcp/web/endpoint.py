@@ -1,4 +1,7 @@
-"""What every endpoint does before it answers: the body's limits, Host and Origin; and how errors are said.
+"""What every endpoint does before it answers: Host and Origin, method, the body's limits; and how errors are said.
+
+Who is asking was found out before: the served server's authentication stands in front. So a stranger's body is not
+read, and nobody's is before there is room for it (``Bodies``).
 
 Failure handling, where an exchange belongs to a session: a database that is away holds it (``hold``, ``resume_hold``),
 then it is 503 with ``Retry-After``; so it is on a node that has no trust yet or lost its incarnation.
@@ -32,6 +35,7 @@ from pgmcp.errors import (
 )
 from pgmcp.settings import Settings
 from pgmcp.types import StreamId
+from pgmcp.web.bodies import Bodies, Body
 from pgmcp.web.call import Call
 from pgmcp.web.connection import connection_of
 from pgmcp.web.edge import Edge
@@ -59,16 +63,22 @@ class Front(ABC):
 
     Args:
         security: Host and Origin rules.
+        bodies: the node's room for bodies.
         rates: how much a caller may ask of the node.
         settings: the node's settings.
     """
 
-    def __init__(self, *, security: TransportSecurityMiddleware, rates: Rates, settings: Settings) -> None:
-        self._security, self._rates, self._settings = security, rates, settings
+    methods: tuple[str, ...] = ()
+    """What it answers; empty: whoever answers says."""
+
+    def __init__(
+        self, *, security: TransportSecurityMiddleware, bodies: Bodies, rates: Rates, settings: Settings
+    ) -> None:
+        self._security, self._bodies, self._rates, self._settings = security, bodies, rates, settings
 
     @abstractmethod
-    async def take(self, call: Call, body: bytes) -> None:
-        """Answer an exchange whose body, Host and Origin are in order.
+    async def take(self, call: Call, body: Body) -> None:
+        """Answer an exchange whose Host, Origin, method and length are in order.
 
         Raises:
             Refusal: something is wrong with it.
@@ -98,16 +108,20 @@ class Front(ABC):
 
     async def _checked(self, call: Call) -> None:
         request, limits = call.request, self._settings
-        if request.method == "POST":
-            self._rates.post(call.guest)
-        if self.opens(call):
-            self._rates.opening(call)
-        body = await call.body(limits.max_body, limits.read_timeout) if request.method == "POST" else b""
         problem = await self._security.validate_request(request, is_post=request.method == "POST")
         if problem is not None:
             await call.send_response(problem)
             return
-        await self.take(call, body)
+        if self.methods and request.method not in self.methods:
+            raise Refusal(405, "Method Not Allowed", headers={"allow": ", ".join(self.methods)})
+        if request.method == "POST":
+            self._rates.post(call.guest)
+        if self.opens(call):
+            self._rates.opening(call)
+        with self._bodies.body(call.guest) as body:
+            if request.method == "POST":
+                await call.read(body, limits.max_body, limits.read_timeout)
+            await self.take(call, body)
 
 
 class Endpoint(Front):
@@ -116,18 +130,25 @@ class Endpoint(Front):
     Args:
         edge: the node's present incarnation; raises ``NodeNotReady`` while there is none.
         security: Host and Origin rules.
+        bodies: the node's room for bodies.
         rates: how much a caller may ask of the node.
         settings: the node's settings.
     """
 
     def __init__(
-        self, edge: Callable[[], Edge], *, security: TransportSecurityMiddleware, rates: Rates, settings: Settings
+        self,
+        edge: Callable[[], Edge],
+        *,
+        security: TransportSecurityMiddleware,
+        bodies: Bodies,
+        rates: Rates,
+        settings: Settings,
     ) -> None:
-        super().__init__(security=security, rates=rates, settings=settings)
+        super().__init__(security=security, bodies=bodies, rates=rates, settings=settings)
         self._edge = edge
 
     @abstractmethod
-    async def answer(self, edge: Edge, call: Call, body: bytes) -> None:
+    async def answer(self, edge: Edge, call: Call, body: Body) -> None:
         """Answer an exchange that passed the checks.
 
         Raises:
@@ -135,7 +156,7 @@ class Endpoint(Front):
             PgmcpError: it cannot be answered, or not now.
         """
 
-    async def take(self, call: Call, body: bytes) -> None:
+    async def take(self, call: Call, body: Body) -> None:
         """See ``Front.take``."""
         edge = self._edge()
         call = replace(call, arrived=edge.clock.boottime() - call.connection.silent)

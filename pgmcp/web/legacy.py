@@ -21,11 +21,12 @@ from starlette.responses import PlainTextResponse
 from pgmcp.errors import SessionUnknown, StreamTaken
 from pgmcp.settings import Settings
 from pgmcp.types import Attachment, Cursor, StreamKind
+from pgmcp.web.bodies import Bodies, Body
 from pgmcp.web.call import LAST_EVENT_ID, Call
 from pgmcp.web.edge import Edge
 from pgmcp.web.endpoint import Endpoint, cursor
 from pgmcp.web.rates import Rates
-from pgmcp.web.wire import Refusal, parse_post
+from pgmcp.web.wire import Post, Refusal
 
 
 class SseStream(Endpoint):
@@ -35,26 +36,27 @@ class SseStream(Endpoint):
         messages: the path of the other endpoint.
     """
 
+    methods = ("GET",)
+
     def __init__(
         self,
         edge: Callable[[], Edge],
         *,
         security: TransportSecurityMiddleware,
+        bodies: Bodies,
         rates: Rates,
         settings: Settings,
         messages: str,
     ) -> None:
-        super().__init__(edge, security=security, rates=rates, settings=settings)
+        super().__init__(edge, security=security, bodies=bodies, rates=rates, settings=settings)
         self._messages = messages
 
     def opens(self, call: Call) -> bool:
         """See ``Front.opens``; what cannot be resumed is counted when that is known."""
         return call.request.method == "GET" and not call.header(LAST_EVENT_ID)
 
-    async def answer(self, edge: Edge, call: Call, body: bytes) -> None:
+    async def answer(self, edge: Edge, call: Call, body: Body) -> None:
         """See ``Endpoint.answer``."""
-        if call.request.method != "GET":
-            raise Refusal(405, "Method Not Allowed", headers={"allow": "GET"})
         last = call.header(LAST_EVENT_ID)
         attached, after = await self._resumed(edge, call, last) if last else (None, 0)
         if attached is None:
@@ -110,19 +112,27 @@ class SseStream(Endpoint):
 class SseMessages(Endpoint):
     """``POST /messages/?session_id=...``: takes one message; its answer comes on the stream."""
 
-    async def answer(self, edge: Edge, call: Call, body: bytes) -> None:
+    methods = ("POST",)
+
+    async def answer(self, edge: Edge, call: Call, body: Body) -> None:
         """See ``Endpoint.answer``."""
-        if call.request.method != "POST":
-            raise Refusal(405, "Method Not Allowed", headers={"allow": "POST"})
         session_id = call.request.query_params.get("session_id", "")
         if not session_id:
             raise Refusal(400, "Bad Request: session_id is missing; POST to the URI of the endpoint event")
         if not all("!" <= char <= "~" for char in session_id):
             raise Refusal(404, "Session not found")
-        post = parse_post(body, edge.settings.max_batch, edge.settings.max_depth)
-        if post.batch:
-            raise Refusal(400, "HTTP+SSE has no batches; POST one message")
-        async with edge.turn(post, call, session_id):
-            facts = (await edge.accept(post, call, session_id, None, "sse")).facts
-            headers = edge.affinity(call, facts.living_owner)
-            await call.send_response(PlainTextResponse("Accepted", 202, headers))
+        if body.small:
+            post = edge.small_post(body)
+            async with edge.turn("requests" if post.requests else "messages", call, session_id):
+                await _accept(edge, call, post, session_id)
+        else:
+            async with edge.turn("large", call, session_id):
+                await _accept(edge, call, await edge.large_post(body, call, session_id, "sse"), session_id)
+
+
+async def _accept(edge: Edge, call: Call, post: Post, session_id: str) -> None:
+    if post.batch:
+        raise Refusal(400, "HTTP+SSE has no batches; POST one message")
+    facts = (await edge.accept(post, call, session_id, None, "sse")).facts
+    headers = edge.affinity(call, facts.living_owner)
+    await call.send_response(PlainTextResponse("Accepted", 202, headers))

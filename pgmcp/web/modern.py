@@ -9,6 +9,7 @@ Invariants:
   the token that opened it, for nothing of it could be fetched later.
 - It stands in the line of its caller: the principal, or, where nobody is known, the address. One caller has a share of
   the places only, of those for calls and of those for ``subscriptions/listen``.
+- The SDK's parser gets no body whose contents were not found to be bounded (``contents``).
 
 Failure handling: it dies with its node, and its client asks again. A node that leaves lets calls finish within the
 drain limit, and ends ``subscriptions/listen`` streams with their result.
@@ -30,8 +31,10 @@ from pgmcp.clock import Clock
 from pgmcp.errors import NodeNotReady
 from pgmcp.settings import Settings
 from pgmcp.web.admission import Admission
+from pgmcp.web.bodies import Bodies, Body
 from pgmcp.web.call import VERSION, Call
 from pgmcp.web.connection import Watch
+from pgmcp.web.contents import bounds_of
 from pgmcp.web.endpoint import Front
 from pgmcp.web.expiry import Expiry, expired
 from pgmcp.web.rates import Rates
@@ -96,11 +99,12 @@ class Modern(Front):
         admission: Admission,
         *,
         security: TransportSecurityMiddleware,
+        bodies: Bodies,
         rates: Rates,
         settings: Settings,
         clock: Clock,
     ) -> None:
-        super().__init__(security=security, rates=rates, settings=settings)
+        super().__init__(security=security, bodies=bodies, rates=rates, settings=settings)
         self._server, self._admission, self._clock = server, admission, clock
         self._calls = Shares(settings.max_exchanges, "exchanges", clock)
         self._listens = Shares(settings.max_listens, f"{LISTEN} streams", clock)
@@ -118,15 +122,24 @@ class Modern(Front):
                 exchange.cut = True
                 exchange.scope.cancel()
 
-    async def take(self, call: Call, body: bytes) -> None:
+    async def take(self, call: Call, body: Body) -> None:
         """See ``Front.take``."""
         limits = self._settings
+        if body.small:
+            bounds_of(limits).check(body.text)
         with self._opened(call) as exchange:
-            answer = _Answer(call, body, exchange.scope.cancel)
+            answer = _Answer(call, body.text, exchange.scope.cancel)
             with exchange.scope:
                 async with self._admission.turn(
-                    call.guest, call.connection.receive, asks=True, most=WAITING, patience=limits.hold
+                    call.guest,
+                    None,
+                    call.connection.receive,
+                    kind="requests" if body.small else "large",
+                    most=WAITING,
+                    patience=limits.hold,
                 ):
+                    if not body.small:
+                        await bounds_of(limits).check_large(body.text)
                     with Watch(call.connection.receive, exchange.scope.cancel):
                         await self._server(call.request.scope, answer.receive, answer.send)
             if exchange.cut or exchange.expired:
@@ -158,7 +171,8 @@ class _Answer:
         if self._read:
             await anyio.sleep_forever()
         self._read = True
-        return {"type": "http.request", "body": self._body, "more_body": False}
+        body, self._body = self._body, b""
+        return {"type": "http.request", "body": body, "more_body": False}
 
     async def send(self, message: Message) -> None:
         """Pass on what is to be sent, to a client that reads it in time."""

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 from pgmcp.errors import PgmcpError, SessionBusy
 from pgmcp.types import Accepted, Attachment, StreamId
+from pgmcp.web.admission import Kind
+from pgmcp.web.bodies import Body
 from pgmcp.web.call import SESSION_ID, Call
 from pgmcp.web.edge import Edge
 from pgmcp.web.exchange import Exchange
-from pgmcp.web.wire import INTERNAL_ERROR, Parsed, Post, Refusal, accepts, parse_post
+from pgmcp.web.wire import INTERNAL_ERROR, Parsed, Post, Refusal, accepts
 
 BATCHES = "2025-03-26"
 """The only revision that has batches."""
@@ -28,13 +31,18 @@ def _error(rpc_id: str) -> bytes:
 
 
 class Posting:
-    """Takes the messages of one POST and carries their answers."""
+    """Takes the messages of one POST and carries their answers.
 
-    def __init__(self, edge: Edge, call: Call) -> None:
-        self._edge, self._call = edge, call
+    A small body is looked into before its turn, so that cancels and answers stand in a line of their own; a large one
+    only in its turn, and when its session was found. What was stored is not held in memory while it is answered.
+    """
+
+    def __init__(self, edge: Edge, call: Call, body: Body) -> None:
+        self._edge, self._call, self._body = edge, call, body
         self._response = edge.settings.response
+        self._post = Post((), batch=False)
 
-    async def answer(self, body: bytes) -> None:
+    async def answer(self) -> None:
         """Answer the POST.
 
         Raises:
@@ -45,36 +53,68 @@ class Posting:
         if not json_ok or not (sse_ok or self._response == "json"):
             wanted = "application/json" + ("" if self._response == "json" else " and text/event-stream")
             raise Refusal(406, f"Not Acceptable: Client must accept {wanted}")
-        post = parse_post(body, self._edge.settings.max_batch, self._edge.settings.max_depth)
-        if post.initialize is not None:
+        await (self._small() if self._body.small else self._large())
+
+    async def _small(self) -> None:
+        self._post = self._edge.small_post(self._body)
+        if self._post.initialize is not None:
             async with self._edge.opening(self._call):
-                await self._initialize(post, post.initialize)
+                await self._initialize(self._post.initialize)
             return
         session_id = self._call.session_id
-        if post.batch:
+        kind: Kind = "requests" if self._post.requests else "messages"
+        with self._room(session_id):
+            async with self._edge.turn(kind, self._call, session_id):
+                await self._take(session_id)
+
+    async def _large(self) -> None:
+        session_id = self._call.session_id if self._call.header(SESSION_ID) else None
+        async with self._edge.turn("large", self._call, session_id):
+            self._post = await self._edge.large_post(self._body, self._call, session_id)
+            if self._post.initialize is not None:
+                await self._initialize(self._post.initialize)
+                return
+            session_id = self._call.session_id
+            with self._room(session_id):
+                await self._take(session_id)
+
+    @contextmanager
+    def _room(self, session_id: str) -> Iterator[None]:
+        """Count what waits for answers: those that nobody reads hold their streams, with nothing in flight any more."""
+        if not self._post.requests:
+            yield
+            return
+        most = self._edge.settings.max_streams
+        with self._edge.tails.post(self._call.guest, session_id, most) as room:
+            if not room:
+                message = f"This session has {most} streams open; close one before you open another."
+                raise SessionBusy(message)
+            yield
+
+    async def _take(self, session_id: str) -> None:
+        if self._post.batch:
             await self._check_batch(session_id)
-        if post.requests:
-            most = self._edge.settings.max_streams
-            with self._edge.tails.post(session_id, most) as room:
-                if not room:  # answers that nobody reads hold their streams, though nothing is in flight any more
-                    message = f"This session has {most} streams open; close one before you open another."
-                    raise SessionBusy(message)
-                async with self._edge.turn(post, self._call, session_id):
-                    await self._requests(post, session_id)
+        if self._post.requests:
+            await self._requests(session_id)
         else:
-            async with self._edge.turn(post, self._call, session_id):
-                facts = (await self._edge.accept(post, self._call, session_id, None)).facts
-                await self._call.respond(202, self._edge.affinity(self._call, facts.living_owner))
+            facts = (await self._accept(session_id, None)).facts
+            await self._call.respond(202, self._edge.affinity(self._call, facts.living_owner))
+
+    async def _accept(self, session_id: str, stream: StreamId | None) -> Accepted:
+        accepted = await self._edge.accept(self._post, self._call, session_id, stream)
+        self._post = self._post.stored
+        self._body.drop()
+        return accepted
 
     async def _check_batch(self, session_id: str) -> None:
         facts = await self._edge.inbox.find(session_id, self._call.principal)
         if facts.protocol_version != BATCHES:
             raise Refusal(400, f"Batches belong to {BATCHES}, this session speaks {facts.protocol_version}")
 
-    async def _requests(self, post: Post, session_id: str) -> None:
-        stream, term = self._edge.new_stream(), self._edge.term()
+    async def _requests(self, session_id: str) -> None:
+        stream, term, batch = self._edge.new_stream(), self._edge.term(), self._post.batch
         with self._edge.tails.subscribe(stream) as tail:
-            accepted = await self._edge.accept(post, self._call, session_id, stream)
+            accepted = await self._accept(session_id, stream)
             if not accepted.joined:
                 facts = accepted.facts
                 exchange = self._edge.exchange(
@@ -84,11 +124,11 @@ class Posting:
                     session_id,
                     facts.protocol_version,
                     affinity=self._edge.affinity(self._call, facts.living_owner),
-                    lost=lambda: self._lost(post, stream, term),
+                    lost=lambda: self._lost(stream, term),
                 )
-                await self._carry(exchange, batch=post.batch)
+                await self._carry(exchange, batch=batch)
                 return
-        await self._join(accepted, session_id, batch=post.batch)
+        await self._join(accepted, session_id, batch=batch)
 
     async def _join(self, accepted: Accepted, session_id: str, *, batch: bool) -> None:
         """The same POST is there already: carry its stream from the start, instead of whoever carried it."""
@@ -109,13 +149,13 @@ class Posting:
             tail.moved.set()  # what the stream holds already, nobody announces again
             await self._carry(exchange, batch=batch)
 
-    async def _lost(self, post: Post, stream: StreamId, term: int) -> list[bytes]:
+    async def _lost(self, stream: StreamId, term: int) -> list[bytes]:
         """Errors for requests that were accepted in a history of the database that is over, and are not in this one."""
         if self._edge.term() == term:
             return []
         with suppress(PgmcpError):
             if not await self._edge.log.knows(stream):
-                return [_error(request.rpc_id or "null") for request in post.requests]
+                return [_error(request.rpc_id or "null") for request in self._post.requests]
         return []
 
     async def _carry(self, exchange: Exchange, *, batch: bool) -> None:
@@ -130,7 +170,7 @@ class Posting:
         finally:
             await exchange.release()
 
-    async def _initialize(self, post: Post, message: Parsed) -> None:
+    async def _initialize(self, message: Parsed) -> None:
         """Open a session here; its client hears of it when the handshake has succeeded and is stored."""
         edge, call = self._edge, self._call
         if call.header(SESSION_ID):
@@ -146,7 +186,7 @@ class Posting:
                 affinity = edge.affinity(call, edge.settings.node_name, opened=True)
                 exchange = edge.exchange(call, tail, ownership.session, new.session_id, version, affinity=affinity)
                 tail.patient = True  # its client knows no session yet
-                await edge.accept(post, call, new.session_id, stream)
+                await self._accept(new.session_id, stream)
                 try:
                     page = await exchange.handshake()
                     established = True

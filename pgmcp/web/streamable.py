@@ -12,34 +12,33 @@ Invariants:
 from __future__ import annotations
 
 from pgmcp.types import Attachment
+from pgmcp.web.bodies import Body
 from pgmcp.web.call import LAST_EVENT_ID, SESSION_ID, Call
 from pgmcp.web.edge import Edge
 from pgmcp.web.endpoint import Endpoint, cursor
 from pgmcp.web.posting import Posting
 from pgmcp.web.wire import Refusal, accepts
 
-METHODS = "GET, POST, DELETE"
-
 
 class Streamable(Endpoint):
     """The endpoint as an ASGI application."""
+
+    methods = ("GET", "POST", "DELETE")
 
     def opens(self, call: Call) -> bool:
         """See ``Front.opens``; without a session id everything else is refused."""
         return call.request.method == "POST" and not call.header(SESSION_ID)
 
-    async def answer(self, edge: Edge, call: Call, body: bytes) -> None:
+    async def answer(self, edge: Edge, call: Call, body: Body) -> None:
         """See ``Endpoint.answer``."""
         match call.request.method:
             case "POST":
-                await Posting(edge, call).answer(body)
+                await Posting(edge, call, body).answer()
             case "GET":
                 await _get(edge, call)
-            case "DELETE":
+            case _:
                 edge.wakeups.ended(await edge.inbox.end(call.session_id, call.principal))
                 await call.respond(200)
-            case _:
-                raise Refusal(405, "Method Not Allowed", headers={"allow": METHODS})
 
 
 async def _get(edge: Edge, call: Call) -> None:

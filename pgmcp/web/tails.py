@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from pgmcp.types import SessionKey, StreamAlias, StreamId, alias_of
+from pgmcp.web.admission import Guest
 
 
 class Tail:
@@ -37,7 +38,7 @@ class Tails:
     def __init__(self) -> None:
         self._by_stream: dict[StreamAlias, set[Tail]] = {}
         self._by_session: dict[SessionKey, set[Tail]] = {}
-        self._posts: Counter[str] = Counter()
+        self._posts: Counter[tuple[Guest, str]] = Counter()
         self._leaving = False
 
     def __len__(self) -> int:
@@ -86,15 +87,19 @@ class Tails:
                 del self._by_session[tail.session]
 
     @contextmanager
-    def post(self, session_id: str, most: int) -> Iterator[bool]:
-        """Count a session's POST as one of its open streams here; False when it has ``most`` of them."""
-        self._posts[session_id] += 1
+    def post(self, caller: Guest, session_id: str, most: int) -> Iterator[bool]:
+        """Count a session's POST as one of its open streams here; False when it has ``most`` of them.
+
+        They count for the caller who sent them: whether the session is his, nobody knows yet.
+        """
+        key = caller, session_id
+        self._posts[key] += 1
         try:
-            yield self._posts[session_id] <= most
+            yield self._posts[key] <= most
         finally:
-            self._posts[session_id] -= 1
-            if not self._posts[session_id]:
-                del self._posts[session_id]
+            self._posts[key] -= 1
+            if not self._posts[key]:
+                del self._posts[key]
 
     def wake(self, streams: Iterable[StreamAlias]) -> None:
         """These streams have moved."""

@@ -7,7 +7,7 @@ them. Nothing that passes here can make a statement of the store fail.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pydantic_core
@@ -67,27 +67,29 @@ class Post:
         return tuple(message for message in self.messages if message.rpc_id is not None)
 
     @property
+    def stored(self) -> Post:
+        """What is left to know of them once they were stored."""
+        return Post(tuple(replace(each, body=b"", params=None) for each in self.messages), self.batch)
+
+    @property
     def initialize(self) -> Parsed | None:
         """The handshake, if this POST is one."""
         return next((message for message in self.messages if message.method == "initialize" and message.rpc_id), None)
 
 
-def parse_post(body: bytes, max_batch: int, max_depth: int) -> Post:
-    """Read the body of a POST.
+def parse_post(body: bytes, max_batch: int) -> Post:
+    """Read the body of a POST, whose contents are known to be bounded (``contents``).
 
     Args:
         max_batch: messages that it may have.
-        max_depth: levels of nesting that it may have.
 
     Raises:
-        Refusal: 400 for what is no JSON, no JSON-RPC, too deep, or no batch that MCP allows.
+        Refusal: 400 for what is no JSON, no JSON-RPC, or no batch that MCP allows.
     """
     try:
         value = pydantic_core.from_json(body)
     except ValueError as error:
         raise Refusal(400, f"Parse error: {error}", PARSE_ERROR) from None
-    if body.count(b"{") + body.count(b"[") > max_depth and _deeper(value, max_depth):
-        raise Refusal(400, f"Parse error: more than {max_depth} levels of nesting", PARSE_ERROR)
     if not isinstance(value, list):
         return Post((_message(value, body),), batch=False)
     if not value or len(value) > max_batch:
@@ -99,13 +101,6 @@ def parse_post(body: bytes, max_batch: int, max_depth: int) -> Post:
     if any(message.method == "initialize" for message in messages):
         raise Refusal(400, "initialize must not be part of a batch")
     return Post(messages, batch=True)
-
-
-def _deeper(value: Any, levels: int) -> bool:
-    if not isinstance(value, (dict, list)):
-        return False
-    inner = value.values() if isinstance(value, dict) else value
-    return levels == 0 or any(_deeper(item, levels - 1) for item in inner)
 
 
 def _message(value: Any, body: bytes | None) -> Parsed:

@@ -114,6 +114,33 @@ def test_http_sse_messages(watched, value):
     check(watched, dumps(value), "/messages/?session_id=nobody")
 
 
+@settings(odd, max_examples=20)
+@given(
+    piece=st.lists(
+        st.sampled_from(
+            [b"[]", b"{}", b'""', b"1", b'"\\\\"', b'"\\""', b'{"":[]}', b"[[[[]]]]", b'"[{,:"', b"1e-300"]
+        ),
+        min_size=1,
+        max_size=4,
+    ),
+    size=st.integers(1, 95_000),
+    damage=st.sampled_from([b"", b'"', b"\\", b"]", b"}"]),
+)
+def test_bombs(watched, piece, size, damage):
+    """As much as a body takes, on every path that parses."""
+    one = b",".join(piece)
+    many = b",".join([one] * (size // (len(one) + 1) + 1))
+    body = b'{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"x","arguments":{"x":[%s]%s}}}' % (
+        many,
+        damage,
+    )
+    check(watched, body)
+    check(watched, body, "/messages/?session_id=nobody")
+    modern = b"mcp-protocol-version: 2026-07-28\r\nmcp-method: tools/call\r\nmcp-name: x\r\n"
+    headers = b"accept: application/json, text/event-stream\r\ncontent-type: application/json\r\n"
+    assert watched.exchange("POST", "/mcp", headers + modern, body).status in GOOD
+
+
 @pytest.mark.parametrize("deep", [50, 98, 99, 100, 101, 150, 199, 200, 201, 1000, 20_000])
 @pytest.mark.parametrize("kind", ["[]", "{}"])
 def test_depth(watched, deep, kind):

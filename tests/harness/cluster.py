@@ -15,6 +15,7 @@ import uvicorn
 
 from pgmcp.clock import Clock, Ids
 from pgmcp.node import KEEP_ALIVE, Incarnation, Node
+from pgmcp.node.protocol import limited
 from pgmcp.session.adapters.target import load
 from pgmcp.settings import Settings
 from pgmcp.types import SessionKey
@@ -66,7 +67,7 @@ async def running_node(
     """Run one node on a free port until the context ends."""
     with way_to(database, settings) as way:
         node = Node(Settings(node_name=name, port=0, **way), served, clock=clock, ids=ids)
-        async with serving(node.application()) as url:
+        async with serving(node.application(), http=limited(node.settings)) as url:
             try:
                 yield RunningNode(node, url)
             finally:
@@ -75,12 +76,18 @@ async def running_node(
 
 @contextlib.asynccontextmanager
 async def serving(
-    app: Any, *, access_log: bool = False, log_level: str = "warning", lifespan: Literal["on", "off"] = "on"
+    app: Any,
+    *,
+    access_log: bool = False,
+    log_level: str = "warning",
+    lifespan: Literal["on", "off"] = "on",
+    http: Any = "auto",
 ) -> AsyncIterator[str]:
     """Run any ASGI application on a free port; where it listens."""
     config = uvicorn.Config(
         app,
         port=0,
+        http=http,
         access_log=access_log,
         log_level=log_level,
         lifespan=lifespan,

@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect
 from pgmcp.clock import Clock
 from pgmcp.errors import NodeNotReady, SessionBusy
 from pgmcp.types import ANONYMOUS, Accepted, Message
-from pgmcp.web.admission import ALONE, SHARE, SLOTS, Admission, Guest
+from pgmcp.web.admission import ALONE, MOST, SHARE, SLOTS, Admission, Guest, Kind
 from tests.harness.clients import RawSession
 from tests.harness.clock import FakeClock, settle
 from tests.harness.cluster import RunningNode, cluster, eventually
@@ -31,20 +31,22 @@ class Exchanges:
         self.gone: dict[str, asyncio.Event] = {}
         self.tasks: dict[str, asyncio.Task[None]] = {}
 
-    async def begin(self, *names: str, asks: bool = True, most: int = 100, patience: float = LONG) -> None:
-        """Begin exchanges; the session of ``a1`` is ``a``."""
+    async def begin(
+        self, *names: str, kind: Kind = "requests", most: int = 100, patience: float = LONG, of: str = "one"
+    ) -> None:
+        """Begin exchanges of one caller; the session of ``a1`` is ``a``."""
         for name in names:
             self.gone[name] = asyncio.Event()
-            work = self._exchange(name, asks=asks, most=most, patience=patience)
+            work = self._exchange(Guest(ANONYMOUS, of), name, kind=kind, most=most, patience=patience)
             self.tasks[name] = asyncio.create_task(work)
         await settle()
 
-    async def _exchange(self, name: str, *, asks: bool, most: int, patience: float) -> None:
+    async def _exchange(self, caller: Guest, name: str, *, kind: Kind, most: int, patience: float) -> None:
         async def receive() -> dict[str, str]:
             await self.gone[name].wait()
             return {"type": "http.disconnect"}
 
-        async with self.admission.turn(name[0], receive, asks=asks, most=most, patience=patience):
+        async with self.admission.turn(caller, name[0], receive, kind=kind, most=most, patience=patience):
             self.begun.append(name)
             self.running[name] = asyncio.Event()
             try:
@@ -70,7 +72,7 @@ async def exchanges() -> AsyncIterator[Exchanges]:
     await exchanges.all_end()
     await asyncio.gather(*exchanges.tasks.values(), return_exceptions=True)
     assert (exchanges.admission.free, len(exchanges.admission)) == (SLOTS, 0)
-    assert not exchanges.admission._lines
+    assert not exchanges.admission._callers
     assert not exchanges.admission._turns
 
 
@@ -113,8 +115,46 @@ async def test_a_line_keeps_its_order(exchanges):
 async def test_cancels_and_answers_wait_behind_no_request_but_a_flood_of_them_waits(exchanges):
     await exchanges.begin("b0", *many("a", 50))
     notes = [f"a-note{number}" for number in range(50)]
-    await exchanges.begin(*notes, asks=False)
+    await exchanges.begin(*notes, kind="messages")
     assert [name for name in exchanges.begun if name in notes] == notes[:SHARE]
+
+
+async def test_a_caller_with_many_sessions_waits_for_itself_only(exchanges):
+    """Whether they are sessions, nobody knows yet: the ids may be made up."""
+    await exchanges.begin("x0", of="two")
+    await exchanges.end("x0")
+    names = [f"{chr(ord('a') + session)}{number}" for number in range(2) for session in range(20)]
+    await exchanges.begin(*names)
+    assert len(exchanges.running) == MOST
+    await exchanges.begin("x1", of="two")
+    assert "x1" in exchanges.running
+    assert exchanges.begun == ["x0", *names[:MOST], "x1"]
+
+
+async def test_callers_take_turns_when_every_slot_is_held(exchanges):
+    await exchanges.begin("x0", of="two")
+    await exchanges.end("x0")
+    await exchanges.begin(*[f"{chr(ord('a') + session)}0" for session in range(26)])
+    await exchanges.begin(*many("y", SHARE), *many("z", SHARE), of="three")
+    assert len(exchanges.running) == SLOTS
+    await exchanges.begin("x1", "x2", of="two")
+    turns = 0
+    while "x2" not in exchanges.begun:
+        await exchanges.end(next(iter(exchanges.running)))
+        turns += 1
+    assert turns <= 2 * 3  # two turns of each caller, however many lines the others have
+
+
+async def test_a_stranger_waits_in_no_line_of_a_session_that_he_names(exchanges):
+    await exchanges.begin(*many("a", SHARE + 3), of="two")
+    await exchanges.begin("a-mine")
+    assert "a-mine" in exchanges.running
+
+
+async def test_large_bodies_have_a_line_of_their_own(exchanges):
+    await exchanges.begin("b0", *many("a", 50), kind="large")
+    await exchanges.begin("a-small")
+    assert "a-small" in exchanges.running
 
 
 async def test_who_is_alone_for_long_may_have_every_slot():
@@ -192,14 +232,14 @@ async def test_guests_wait_on_when_the_sessions_of_a_node_go_elsewhere():
         await asyncio.Event().wait()
         return {}
 
-    async def exchange(who: object, name: str) -> None:
-        async with admission.turn(who, never, asks=True, most=100, patience=LONG):
+    async def exchange(session: str | None, name: str) -> None:
+        async with admission.turn(Guest(ANONYMOUS, "a"), session, never, kind="requests", most=100, patience=LONG):
             turns.append(name)
             await let_go.wait()
 
-    first = [asyncio.create_task(exchange(number, "first")) for number in range(SLOTS)]
+    first = [asyncio.create_task(exchange(f"{number}", "first")) for number in range(SLOTS)]
     await settle()
-    waiting = [asyncio.create_task(exchange(*who)) for who in (("session", "s"), (Guest(ANONYMOUS, "10.0.0.1"), "g"))]
+    waiting = [asyncio.create_task(exchange(*who)) for who in (("session", "s"), (None, "g"))]
     await settle()
     admission.leave()
     let_go.set()

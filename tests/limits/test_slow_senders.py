@@ -27,7 +27,8 @@ async def sending(base: str, path: str, *headers: str):
     at = urlsplit(base)
     reader, writer = await asyncio.open_connection(at.hostname, at.port)
     accept = "accept: application/json, text/event-stream"
-    head = [f"POST {path} HTTP/1.1", f"host: {at.netloc}", accept, "content-type: application/json", *headers]
+    host = [] if any(header.startswith("host:") for header in headers) else [f"host: {at.netloc}"]
+    head = [f"POST {path} HTTP/1.1", *host, accept, "content-type: application/json", *headers]
     writer.write("\r\n".join([*head, "", ""]).encode())
     try:
         yield reader, writer

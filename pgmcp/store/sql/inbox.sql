@@ -108,7 +108,7 @@ select crowd.everybody < $1::bigint as room, exists (select from unused) as some
 select id, owner, epoch, protocol_version, false as orphaned
 from {schema}.sessions
 where session_id = $1
-  and transport = 'streamable'
+  and transport = $5
   and state = 'live'
   and (principal_client, principal_issuer, principal_subject) is not distinct from ($2::text, $3::text, $4::text);
 

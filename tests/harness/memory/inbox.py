@@ -115,8 +115,8 @@ class MemoryInbox:
     def _used_at(self, row: SessionRow) -> float:
         return max([row.created_at, *(request.accepted_at for request in self._cluster.requests_of(row.id))])
 
-    async def find(self, session_id: str, principal: Principal) -> SessionFacts:
-        row = await self._wire.persist("find_session", lambda: self._visible(session_id, principal, "streamable"))
+    async def find(self, session_id: str, principal: Principal, transport: str = "streamable") -> SessionFacts:
+        row = await self._wire.persist("find_session", lambda: self._visible(session_id, principal, transport))
         return self._cluster.facts(row, orphaned=False)
 
     def _visible(self, session_id: str, principal: Principal, transport: str) -> SessionRow:

@@ -1,0 +1,218 @@
+"""HTTP/1.1 as a node speaks it: uvicorn's protocol over httptools, which has no limits of its own before the body.
+
+Invariants:
+- Nothing that is not a body takes more than ``HEAD`` bytes and what is read at once: not headers, not what follows a
+  chunked body, not blanks between two requests.
+- Headers are complete ``HEADERS`` seconds after their first byte, and so is the rest of a body after its answer.
+- One address has ``max_connections`` connections at most. Proxies whose ``X-Forwarded-For`` is believed have as many
+  as they want, since they bring everybody; so do Unix sockets.
+- What follows a chunked body (trailers) changes no header of the request.
+
+Failure handling: 431, 408 and 503, as plain text, and the end of the connection. A connection whose answer is under way
+just ends: it could not be told apart from the answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import resource
+from collections import Counter
+from contextlib import suppress
+from ipaddress import ip_address, ip_network
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from pgmcp.settings import Settings
+from pgmcp.web.call import network
+
+logger = logging.getLogger(__name__)
+
+HEAD = 64 * 1024
+"""Bytes of a request's line and headers."""
+
+HEADERS = 10.0
+"""Seconds from their first byte until they are complete."""
+
+FILES = 65_536
+"""Files, connections among them, that a node may have open where the operating system lets it."""
+
+
+class _TooLarge(Exception):
+    """The headers have too many bytes."""
+
+
+class LimitedProtocol(HttpToolsProtocol):
+    """One connection; ``limited`` makes the class for one node."""
+
+    addresses: Counter[str]
+    trusted: Proxies
+    most: int
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._address = ""
+        self._timer: asyncio.TimerHandle | None = None
+        self._inside = False  # between the end of a request's headers and its own
+        self._quiet = 0  # bytes since something came of them
+        self._large = False
+
+    # -- the connection --------------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """See ``asyncio.Protocol``."""
+        super().connection_made(transport)
+        host = self.client[0] if self.client else ""
+        if not host or host in self.trusted:
+            self._expect_request()
+            return
+        self._address = network(host)
+        self.addresses[self._address] += 1
+        if self.addresses[self._address] > self.most:
+            logger.info("%s has %d connections; one more is refused", self._address, self.most)
+            self._refuse(503, "Too many connections from your address; close some.")
+        else:
+            self._expect_request()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """See ``asyncio.Protocol``."""
+        self._in_time()
+        if self._address:
+            self.addresses[self._address] -= 1
+            if not self.addresses[self._address]:
+                del self.addresses[self._address]
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """See ``asyncio.Protocol``."""
+        if not self._inside:
+            self._hurry()
+        self._quiet += len(data)
+        super().data_received(data)
+        if self._quiet > HEAD and not self.transport.is_closing():
+            self._refuse(431, "The headers are too large.")
+
+    def _expect_request(self) -> None:
+        """Wait for the first byte as long as between two requests: balancers open connections in advance."""
+        self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+
+    # -- what the parser finds -------------------------------------------------------------------------------------
+
+    def on_message_begin(self) -> None:
+        """A request begins."""
+        self._quiet = 0
+        self._hurry()
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        """Its headers are there."""
+        self._in_time()
+        self._inside, self._quiet = True, 0
+        if len(self.url) + sum([len(name) + len(value) for name, value in self.headers]) > HEAD:
+            self._large = True
+            raise _TooLarge
+        super().on_headers_complete()
+        if not self.parser.should_upgrade():
+            self.headers = []  # for trailers; the request has its own
+
+    def on_body(self, body: bytes) -> None:
+        """A piece of its body is there."""
+        self._quiet = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """All of it is there."""
+        self._in_time()
+        self._inside, self._quiet = False, 0
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """It was answered."""
+        super().on_response_complete()
+        if self._inside and self.cycle.response_complete:
+            self._hurry()  # what is left of its body
+
+    # -- limits ----------------------------------------------------------------------------------------------------
+
+    def _hurry(self) -> None:
+        if self._timer is None:
+            self._timer = self.loop.call_later(HEADERS, self._late)
+
+    def _in_time(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _late(self) -> None:
+        self._timer = None
+        if self.flow.read_paused:
+            self._hurry()  # it is not the client who is late
+        elif not self.transport.is_closing():
+            self._refuse(408, f"The request did not arrive within {HEADERS:g} s.")
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what the parser has refused."""
+        if self._large:
+            self._refuse(431, "The headers are too large.")
+        elif not self.transport.is_closing():
+            super().send_400_response(msg)
+            self._gone()
+
+    def _refuse(self, status: int, text: str) -> None:
+        if self.cycle is None or self.cycle.response_complete:  # type: ignore[redundant-expr] # None before the first
+            head = b"content-type: text/plain; charset=utf-8\r\nconnection: close\r\ncontent-length: %d\r\n%s\r\n"
+            again = b"retry-after: 1\r\n" if status == 503 else b""
+            self.transport.write(STATUS_LINE[status] + head % (len(text), again) + text.encode())
+        self.transport.close()
+        self._gone()
+
+    def _gone(self) -> None:
+        """Whoever answers learns now that nobody listens, not when the connection has ended: he would answer nobody."""
+        for cycle in (self.cycle, *(cycle for cycle, _ in self.pipeline)):
+            if cycle is not None and not cycle.response_complete:  # type: ignore[redundant-expr] # see above
+                cycle.disconnected = True
+                cycle.message_event.set()
+
+
+class Proxies:
+    """Addresses whose ``X-Forwarded`` headers are believed.
+
+    Args:
+        named: addresses and networks with commas between them, or ``*``.
+    """
+
+    def __init__(self, named: str) -> None:
+        self._all = named.strip() == "*"
+        self._networks = []
+        for name in named.split(","):
+            with suppress(ValueError):  # the HTTP server compares other names with what is no address either
+                self._networks.append(ip_network(name.strip(), strict=False))
+
+    def __contains__(self, host: str) -> bool:
+        if self._all:
+            return True
+        try:
+            address = ip_address(host)
+        except ValueError:
+            return False
+        return any(address in each for each in self._networks)
+
+
+def limited(settings: Settings) -> type[LimitedProtocol]:
+    """The protocol of one node's HTTP server."""
+    limits = {
+        "addresses": Counter(),
+        "trusted": Proxies(settings.forwarded_allow_ips),
+        "most": settings.max_connections,
+    }
+    return type("NodeProtocol", (LimitedProtocol,), limits)
+
+
+def raise_file_limit() -> None:
+    """Have room for connections: the usual 1,024 files are fewer than one address may have connections."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
