@@ -179,6 +179,9 @@ class Settings(BaseSettings):
         "", description="Wraps the keys in the database; 32 characters or more. Of several (a,b) the first wraps."
     )
     secrets_key_file: str = Field("", description="File with the secrets key, one a line if there are several.")
+    encrypt_payloads: bool = Field(
+        False, description="Encrypt what clients and servers say while it lies in the database; needs a secrets key."
+    )
     single_use_states: bool = Field(False, description="Refuse a requestState (2026-07-28) that was used before.")
     statement_timeout: float = Field(5.0, gt=0, description="Seconds that one database call may take.")
 
@@ -218,6 +221,13 @@ class Settings(BaseSettings):
     def _one_place_for_the_key(self) -> Settings:
         if self.secrets_key and self.secrets_key_file:
             message = "give --secrets-key or --secrets-key-file, not both"
+            raise ValueError(message)
+        return self
+
+    @model_validator(mode="after")
+    def _a_key_to_encrypt(self) -> Settings:
+        if self.encrypt_payloads and not (self.secrets_key or self.secrets_key_file):
+            message = "--encrypt-payloads needs --secrets-key or --secrets-key-file: the database has the other keys"
             raise ValueError(message)
         return self
 

@@ -36,7 +36,8 @@ from pgmcp.store.database import Database
 from pgmcp.store.inbox import TableInbox
 from pgmcp.store.line import Line, TableNotifier
 from pgmcp.store.log import TableLog
-from pgmcp.store.nodes import join, outgrown, own_state
+from pgmcp.store.nodes import join, no_older, outgrown, own_state
+from pgmcp.store.payloads import Payloads
 from pgmcp.store.secrets import KeyRing
 from pgmcp.store.takeover import TableTakeovers
 from pgmcp.store.upkeep import EVERY, Upkeep
@@ -70,6 +71,7 @@ class Incarnation(Service):
         settings: Settings,
         database: Database,
         box: KeyRing,
+        payloads: Payloads,
         adapter: Adapter,
         admission: Admission,
         publications: Publications,
@@ -85,6 +87,7 @@ class Incarnation(Service):
         self.node_id = node_id(ids.uuid())
         self._settings, self._database, self._clock, self._ids = settings, database, clock, ids
         self._revision, self._serves, self.faults = revision, serves, faults
+        self._seals = payloads.sealing
         self.over = asyncio.Event()
         self.outgrown = self.failed = False
         self.junk = 0
@@ -106,9 +109,9 @@ class Incarnation(Service):
         self.tails = Tails()
         self._upkeep = Upkeep(database, ids)
         self.wakeups = Wakeups(self.node_id, TableNotifier(database), clock, self._hear)
-        self.inbox = TableInbox(database, self.node_id, clock, ids, acting)
-        self.log = TableLog(database, self.node_id, clock, acting)
-        takeovers = TableTakeovers(database, self.node_id, acting)
+        self.inbox = TableInbox(database, self.node_id, clock, ids, acting, payloads)
+        self.log = TableLog(database, self.node_id, clock, acting, payloads)
+        takeovers = TableTakeovers(database, self.node_id, acting, payloads)
         self._bus = bus
         self.herald = Herald(publications, clock, tell=self._tell, missed=self._missed, faults=faults)
         self.host = Host(
@@ -197,6 +200,8 @@ class Incarnation(Service):
         address = settings.address or f"{settings.host}:{settings.port}"
         record = NodeRecord(self.node_id, settings.node_name, address, VERSION, self._revision, CAPACITY, self._serves)
         await join(self._database, record)
+        if self._seals:
+            await no_older(self._database)
         for service in (self._membership | self._work).values():
             await service.start()
         if not await self.line.set_state(NodeState.READY):

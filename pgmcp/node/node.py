@@ -33,6 +33,7 @@ from pgmcp.session.adapter import Shared
 from pgmcp.session.adapters.target import target_of
 from pgmcp.settings import Settings
 from pgmcp.store.database import Database
+from pgmcp.store.payloads import Payloads
 from pgmcp.store.publications import TablePublications
 from pgmcp.store.secrets import CONTEXTS, REFRESH, KeyRing, StateRing
 from pgmcp.store.wrapping import wrapping_of
@@ -72,6 +73,7 @@ class Node:
         wrapping = wrapping_of(settings)
         self._box = KeyRing(self._database, CONTEXTS, wrapping)
         self._states = StateRing(self._database, wrapping, self._ids)
+        self._payloads = Payloads.of(self._database, wrapping)
         self._publications = TablePublications(self._database, self._clock, self._ids)
         self._target = target_of(served, settings.mcp_path)
         self._admission = Admission(self._clock)
@@ -186,7 +188,7 @@ class Node:
         stack.push_async_callback(self._database.close)
         await self._database.open()
         self._revision = await self._database.revision()
-        for ring in (self._box, self._states):
+        for ring in (self._box, self._states, self._payloads):
             await ring.load()
         shared = Shared(self._states, self.settings.single_use_states, json_only=self.settings.response == "json")
         await stack.enter_async_context(self._target.adapter.lifespan(shared))
@@ -212,6 +214,7 @@ class Node:
             self.settings,
             self._database,
             self._box,
+            self._payloads,
             self._target.adapter,
             self._admission,
             self._publications,
@@ -232,7 +235,7 @@ class Node:
 
     async def _refresh(self) -> None:
         """Read the key rings anew."""
-        for ring in (self._box, self._states):
+        for ring in (self._box, self._states, self._payloads):
             try:
                 await ring.load()
             except PgmcpError as error:

@@ -24,7 +24,9 @@ from pgmcp.store.database import Database, extra
 from pgmcp.store.floors import Floor, Floors
 from pgmcp.store.group import Group
 from pgmcp.store.opening import Opening
-from pgmcp.store.repeats import Fate, Known, fate
+from pgmcp.store.payloads import CLEAR, Payloads, Stored, place_of_body, place_of_entry
+from pgmcp.store.repeats import Fate, fate
+from pgmcp.store.rows import claimed_of, facts_of, known_of
 from pgmcp.types import (
     Accepted,
     Claimed,
@@ -38,7 +40,6 @@ from pgmcp.types import (
     RequestKey,
     SessionFacts,
     SessionKey,
-    StreamId,
 )
 
 WRITTEN_WAIT = 1.0
@@ -68,22 +69,29 @@ class TableInbox:
         database: the node's pool.
         node: who claims and whose edge carries the streams that accepting opens.
         gate: awaited before each write of an owner; waits for trust, raises ``Fenced``.
+        payloads: seals and opens what is stored.
     """
 
     def __init__(
-        self, database: Database, node: NodeId, clock: Clock, ids: Ids, gate: Callable[[], Awaitable[None]]
+        self,
+        database: Database,
+        node: NodeId,
+        clock: Clock,
+        ids: Ids,
+        gate: Callable[[], Awaitable[None]],
+        payloads: Payloads = CLEAR,
     ) -> None:
         self._database, self._node, self._clock, self._ids, self._gate = database, node, clock, ids, gate
         self._settings = database.settings
-        self._hold = database.settings.hold
+        self._hold, self._payloads = database.settings.hold, payloads
         self._opening = Opening(database, node)
         self._unheard: dict[Ownership, list[_Claim]] = {}
         self._counted: Floors[tuple[int, str]] = Floors()
         self._taken: Floors[Ownership] = Floors()
         self._seen: Floors[int] = Floors()
         self._waiting = frozenset[UUID]()
-        self._accepts: Group[Sequence[Message], list[asyncpg.Record]] = Group(
-            self._send_accepts, clock, lambda post: post[0].session_id
+        self._accepts: Group[Sequence[Stored], list[asyncpg.Record]] = Group(
+            self._send_accepts, clock, lambda post: post[0].message.session_id
         )
         self._claims: Group[_Claim, list[Claimed]] = Group(
             self._send_claims, clock, lambda claim: claim.ownership.session, gate
@@ -110,12 +118,12 @@ class TableInbox:
         size = sum(len(message.body) + len(message.context) for message in messages)
         end = self._clock.boottime() + WRITTEN_WAIT
         while True:
-            rows = await self._accepts.put(messages, patience=self._hold + extra(size), size=size)
+            rows = await self._looked(messages, size)
             if rows[0]["session"] is None:
                 raise _unknown()
             if all(row["accepted"] for row in rows):
                 return Accepted(facts_of(rows[0], rows[0]["session"]), messages[0].stream, joined=False)
-            known = [_known(row) for row in rows if row["known_id"] is not None]
+            known = [known_of(row) for row in rows if row["known_id"] is not None]
             if not known and any(row["full"] for row in rows):
                 limit = self._settings.max_in_flight
                 message = f"This session has {limit} requests in flight; wait for answers before you send more."
@@ -131,8 +139,18 @@ class TableInbox:
                     for each in known:
                         await self._database.persist("free_request_id", each.key, patience=self._hold)
 
-    async def _send_accepts(self, posts: Sequence[Sequence[Message]]) -> list[list[asyncpg.Record] | PgmcpError]:
-        flat = [message for messages in posts for message in messages]
+    async def _looked(self, messages: Sequence[Message], size: int) -> list[asyncpg.Record]:
+        for _ in range(2):
+            stored = [self._payloads.stored(message) for message in messages]
+            rows = await self._accepts.put(stored, patience=self._hold + extra(size), size=size)
+            if self._payloads.marking or not any(row["sealed"] for row in rows):
+                break
+            await self._payloads.load()  # somebody began to seal since this node has looked
+        return rows
+
+    async def _send_accepts(self, posts: Sequence[Sequence[Stored]]) -> list[list[asyncpg.Record] | PgmcpError]:
+        each = [stored for post in posts for stored in post]
+        flat = [stored.message for stored in each]
         term = self._database.history.term  # another one may count transactions anew
         floors = {message.session_id: self._counted.of((term, message.session_id)) for message in flat}
         rows = await self._database.fetch_sized(
@@ -145,7 +163,7 @@ class TableInbox:
             [message.rpc_id for message in flat],
             [message.method for message in flat],
             [message.name for message in flat],
-            [message.body for message in flat],
+            [stored.body for stored in each],
             [message.context for message in flat],
             [message.stream for message in flat],
             self._node,
@@ -158,7 +176,9 @@ class TableInbox:
             [floor.texts[0] for floor in floors.values()],
             [floor.texts[1] for floor in floors.values()],
             [message.arrived for message in flat],
-            size=max(len(message.body) for message in flat),
+            [stored.mark for stored in each],
+            [stored.digest for stored in each],
+            size=max(len(stored.body) for stored in each),
         )
         for session_id, row in {m.session_id: r for m, r in zip(flat, rows, strict=True) if r["horizon"]}.items():
             seen = Floor.of(row["horizon"], row["unfinished"] or ())
@@ -213,8 +233,8 @@ class TableInbox:
             if newest[ownership.session].requests:  # else requests are left where they wait
                 self._taken.rise(ownership, floors[ownership], Floor.of(row["horizon"]))
         taken = {
-            (session, epoch): [_claimed(row) for row in group if row["id"] is not None]
-            for (session, epoch), group in groupby(rows, key=lambda row: (row["session"], row["epoch"]))
+            whose: await self._opened([row for row in group if row["id"] is not None])
+            for whose, group in groupby(rows, key=lambda row: (row["session"], row["epoch"]))
         }
         return [
             taken.get((claim.ownership.session, claim.ownership.epoch), over(claim.ownership))
@@ -222,6 +242,12 @@ class TableInbox:
             else []
             for claim in claims
         ]
+
+    async def _opened(self, rows: Sequence[asyncpg.Record]) -> list[Claimed] | PgmcpError:
+        try:
+            return [claimed_of(row, await self._payloads.open(row["body"], place_of_body(row["id"]))) for row in rows]
+        except PgmcpError as error:
+            return error  # of this session only
 
     async def unclaimed(self) -> list[Ownership]:
         """See ``Inbox.unclaimed``."""
@@ -274,7 +300,10 @@ class TableInbox:
 
     async def write_journal(self, ownership: Ownership, entry: JournalEntry, version: int) -> None:
         """See ``Inbox.write_journal``."""
-        what = (entry.kind, entry.detail, entry.body, version)
+        body = entry.body
+        if body is not None:
+            body = self._payloads.seal(body, place_of_entry(ownership.session, entry))
+        what = (entry.kind, entry.detail, body, version)
         _check_newest(await self._owner_write("write_journal", ownership, *what), ownership)
 
     async def _owner_write(self, name: str, ownership: Ownership, *args: object) -> list[asyncpg.Record]:
@@ -331,42 +360,6 @@ class TableInbox:
         rows = await self._owner_write("end_owned_session", ownership)
         if rows[0]["elsewhere"]:
             raise over(ownership)
-
-
-def facts_of(row: asyncpg.Record, session: int) -> SessionFacts:
-    """What a row says of its session."""
-    return SessionFacts(
-        SessionKey(session),
-        NodeId(row["owner"]),
-        row["epoch"],
-        row["protocol_version"],
-        row["orphaned"],
-        row.get("owner_name"),
-    )
-
-
-def _known(row: asyncpg.Record) -> Known:
-    return Known(
-        RequestKey(row["known_id"]),
-        None if row["known_stream"] is None else StreamId(row["known_stream"]),
-        row["same"],
-        row["finished"],
-        row["attached"],
-        row["whole"],
-    )
-
-
-def _claimed(row: asyncpg.Record) -> Claimed:
-    return Claimed(
-        key=RequestKey(row["id"]),
-        ownership=Ownership(SessionKey(row["session"]), row["epoch"]),
-        rpc_id=row["rpc_id"],
-        method=row["method"],
-        body=row["body"],
-        context=row["context"],
-        stream=None if row["stream"] is None else StreamId(row["stream"]),
-        next_seq=row["next_seq"] or 1,
-    )
 
 
 def _unknown() -> SessionUnknown:

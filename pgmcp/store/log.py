@@ -22,7 +22,8 @@ from pgmcp.clock import Clock
 from pgmcp.errors import Fenced, OutOfStep, PgmcpError, SessionBusy, SessionUnknown, StreamTaken
 from pgmcp.store.database import Database
 from pgmcp.store.group import Group
-from pgmcp.store.inbox import facts_of
+from pgmcp.store.payloads import CLEAR, Payloads, place_of_event, stored_from
+from pgmcp.store.rows import facts_of
 from pgmcp.types import (
     CARRIED,
     PAGE,
@@ -61,10 +62,18 @@ class TableLog:
         database: the node's pool.
         node: who appends, and whose edge reads.
         gate: awaited before each write of an owner; waits for trust, raises ``Fenced``.
+        payloads: seals and opens what is stored.
     """
 
-    def __init__(self, database: Database, node: NodeId, clock: Clock, gate: Callable[[], Awaitable[None]]) -> None:
-        self._database, self._node, self._gate = database, node, gate
+    def __init__(
+        self,
+        database: Database,
+        node: NodeId,
+        clock: Clock,
+        gate: Callable[[], Awaitable[None]],
+        payloads: Payloads = CLEAR,
+    ) -> None:
+        self._database, self._node, self._gate, self._payloads = database, node, gate, payloads
         self._settings = database.settings
         self._hold, self._resume_hold = database.settings.hold, database.settings.resume_hold
         self._appends: Group[Entry, NodeId | None] = Group(
@@ -82,13 +91,14 @@ class TableLog:
         return await self._appends.put(entry, patience=None, size=len(entry.message))
 
     async def _send_appends(self, entries: Sequence[Entry]) -> list[NodeId | PgmcpError | None]:
+        messages = [await self._payloads.seal_event(entry.message, entry.stream, entry.seq) for entry in entries]
         rows = await self._database.fetch_sized(
             "append",
             [entry.ownership.session for entry in entries],
             [entry.ownership.epoch for entry in entries],
             [entry.stream for entry in entries],
             [entry.seq for entry in entries],
-            [entry.message for entry in entries],
+            messages,
             [entry.finishes for entry in entries],
             [entry.outcome for entry in entries],
             self._node,
@@ -96,7 +106,7 @@ class TableLog:
             self._settings.max_waiting_events,
             self._settings.use_precision,
             self._settings.max_waiting_events * CARRIED,
-            size=max(len(entry.message) for entry in entries),
+            size=max(len(message) for message in messages),
         )
         for row, entry in zip(rows, entries, strict=True):
             if row["closed"] and row["sink"] == self._node and len(entry.message) <= LAST_BYTES:
@@ -133,13 +143,38 @@ class TableLog:
         found: dict[int, list[asyncpg.Record]] = {}
         for row in rows:
             found.setdefault(row["n"] - 1, []).append(row)
-        return [_page(cursor, found.get(place, [])) for place, cursor in enumerate(cursors)]
+        return [await self._page(cursor, found.get(place, [])) for place, cursor in enumerate(cursors)]
+
+    async def _page(self, cursor: Cursor, rows: list[asyncpg.Record]) -> Page | PgmcpError:
+        if not rows:
+            return Page(attached=False, closed=False)
+        events = []
+        for row in rows:
+            if row["seq"] is not None:
+                place = place_of_event(cursor.stream, row["seq"])
+                try:
+                    message, rest = await self._payloads.open_first(row["message"], row["size"], place)
+                except PgmcpError as error:
+                    return error  # of this stream only
+                events.append(Event(row["seq"], message, rest))
+        last = events[-1].seq if events else cursor.after
+        return Page(
+            attached=True,
+            closed=rows[0]["closed"] and last >= rows[0]["next_seq"] - 1,
+            more=last < rows[0]["next_seq"] - 1,
+            events=tuple(events),
+        )
 
     async def read_on(self, cursor: Cursor, start: int) -> bytes | None:
         """See ``Log.read_on``."""
         at = (cursor.stream, cursor.sink_epoch, self._node, cursor.after + 1)
-        rows = await self._database.persist("read_on", *at, start + 1, PAGE_BYTES, patience=self._resume_hold)
-        return rows[0]["piece"] if rows else None
+        what = (start + 1, PAGE_BYTES, stored_from(start) + 1)
+        rows = await self._database.persist("read_on", *at, *what, patience=self._resume_hold)
+        if not rows or not rows[0]["sealed"]:
+            return rows[0]["piece"] if rows else None
+        piece, place = rows[0]["piece"], place_of_event(cursor.stream, cursor.after + 1)
+        last = stored_from(start) + len(piece) >= rows[0]["size"]
+        return await self._payloads.open_piece(piece, place, start, last=last)
 
     async def attach(
         self, session_id: str | None, principal: Principal, stream: StreamId | None
@@ -241,18 +276,3 @@ def _stored(row: asyncpg.Record, entry: Entry) -> NodeId | PgmcpError | None:
     if not row["stored"]:
         return OutOfStep(f"Stream {alias_of(entry.stream)} is closed or stands at another number than {entry.seq}.")
     return None if row["sink"] is None else NodeId(row["sink"])
-
-
-def _page(cursor: Cursor, rows: list[asyncpg.Record]) -> Page:
-    if not rows:
-        return Page(attached=False, closed=False)
-    events = tuple(
-        Event(row["seq"], row["message"], row["size"] - len(row["message"])) for row in rows if row["seq"] is not None
-    )
-    last = events[-1].seq if events else cursor.after
-    return Page(
-        attached=True,
-        closed=rows[0]["closed"] and last >= rows[0]["next_seq"] - 1,
-        more=last < rows[0]["next_seq"] - 1,
-        events=events,
-    )

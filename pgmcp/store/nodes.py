@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from pgmcp.errors import OtherServer, SchemaError
+from pgmcp.errors import OtherServer, SchemaError, SchemaInUse
 from pgmcp.store.database import Database
 from pgmcp.store.revisions import OLDEST, head
 from pgmcp.types import NodeId, NodeRecord, NodeState
+
+READS_SEALED = "0019"
+"""The revision that a build knows which reads sealed payloads."""
 
 
 async def join(database: Database, record: NodeRecord) -> None:
@@ -59,6 +62,23 @@ async def outgrown(database: Database) -> bool:
     """
     rows = await database.ask("outgrown", head())
     return bool(rows[0]["outgrown"])
+
+
+async def no_older(database: Database) -> None:
+    """See to it that no node lives, or joins, whose build cannot read what is sealed.
+
+    Raises:
+        DatabaseUnavailable: PostgreSQL does not answer.
+        SchemaInUse: there is one.
+    """
+    # Twice: the first time a node that is just joining may not be seen; the second time nobody joins any more.
+    for _ in range(2):
+        if rows := await database.persist("no_older", READS_SEALED, patience=database.settings.statement_timeout):
+            message = (
+                f"Node {rows[0]['name']} is of an older build, which cannot read encrypted payloads. Replace all nodes "
+                f"by this build before you give any of them --encrypt-payloads."
+            )
+            raise SchemaInUse(message)
 
 
 async def own_state(database: Database, node: NodeId) -> NodeState | None:

@@ -17,7 +17,7 @@ from pgmcp.errors import SchemaError
 from pgmcp.store.direct import checked
 
 VERSION_TABLE = "alembic_version"
-OLDEST = "0016"
+OLDEST = "0019"
 """The oldest revision with everything that this build's statements use."""
 
 LOOK = 10.0  # seconds for a call that only reads

@@ -1,7 +1,8 @@
 """The database as SQLAlchemy Core metadata: the single source that the migrations are checked against.
 
 Invariants:
-- Payloads are ``bytea``: NUL escapes, key order and big numbers survive byte for byte.
+- Payloads are ``bytea``: NUL escapes, key order and big numbers survive byte for byte. Those that begin with a zero
+  byte are sealed (``store/payloads.py``); ``requests.mark`` tells a repeat of one that is.
 - Tables hang off their session and go with it, but for ``cluster``, ``history``, ``nodes``, ``node_states``,
   ``publications``, ``schema_range``, ``secrets``, ``spent_states`` and ``takeovers``.
 - ``nodes`` has no index on its times, and room in its pages: renewals stay heap-only.
@@ -212,6 +213,7 @@ requests = Table(
     Column("finished_at", TIME),
     Column("outcome", Text),
     Column("xact", BigInteger, nullable=False, server_default=XACT),
+    Column("mark", LargeBinary),
     CheckConstraint("outcome in ('answered', 'cancelled', 'delivered', 'lost')", name="outcome"),
     Index("requests_session_position_idx", "session", "position"),
     Index("requests_stream_idx", "stream"),

@@ -33,7 +33,7 @@ from pgmcp.store.wrapping import Stored, Wrapping
 
 logger = logging.getLogger(__name__)
 
-CONTEXTS, STATES = "context", "request-state"
+CONTEXTS, STATES, PAYLOADS, MARKS = "context", "request-state", "payload", "payload-mark"
 
 REFRESH = 60.0
 """Seconds after which a node reads its rings anew, at most."""
@@ -44,14 +44,20 @@ RIPE = 3 * REFRESH
 KEPT = 86400.0
 """Seconds for which a key is kept beyond the life of any session."""
 
+NEVER = 1e9
+"""Seconds after which a key is replaced that is not to be."""
+
 SETTLED = 1.0
 """Seconds for which a key that was not there is not looked for again."""
 
-_KEY_ID, _NONCE = 4, 12
+_KEY_ID, _NONCE, _TAG = 4, 12, 16
+OVERHEAD = _KEY_ID + _NONCE + _TAG
+"""Bytes that sealing adds."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Key:
+    raw: bytes
     cipher: AESGCM
     seals_from: float
 
@@ -62,32 +68,48 @@ class KeyRing:
     Args:
         purpose: which of the rings.
         wrapping: how the keys lie in the table.
+        rotates: whether keys are replaced.
     """
 
-    def __init__(self, database: Database, purpose: str, wrapping: Wrapping) -> None:
+    def __init__(self, database: Database, purpose: str, wrapping: Wrapping, *, rotates: bool = True) -> None:
         self._database, self._purpose, self._wrapping = database, purpose, wrapping
+        self._rotation = database.settings.key_rotation if rotates else NEVER
         self._keys: dict[int, _Key] = {}
         self._looking = asyncio.Lock()
         self._looked, self._found = float("-inf"), True
         self._wrapped, self._refused = False, set[int]()
 
-    async def load(self) -> None:
+    @property
+    def known(self) -> bool:
+        """Whether there are keys."""
+        return bool(self._keys)
+
+    @property
+    def oldest(self) -> bytes:
+        """The first key of a ring that has some."""
+        return self._keys[min(self._keys)].raw
+
+    async def load(self, *, make: bool = True) -> None:
         """Read the ring, after making its next key if it is time for one.
+
+        Args:
+            make: False only reads what others have made.
 
         Raises:
             DatabaseUnavailable: PostgreSQL does not answer; the node keeps what it has.
             SettingsError: the keys are wrapped with a key that this node does not have.
         """
         settings, clock = self._database.settings, self._database.clock
-        made = self._wrapping.wrap(AESGCM.generate_key(256), self._purpose)
-        await self._persist("add_key", self._purpose, made.key, made.wrapped_by, settings.key_rotation)
+        if make:
+            made = self._wrapping.wrap(AESGCM.generate_key(256), self._purpose)
+            await self._persist("add_key", self._purpose, made.key, made.wrapped_by, self._rotation)
         await self._persist("drop_keys", self._purpose, RIPE + settings.max_age + KEPT)
         rows = await self._persist("key_ring", self._purpose)
         now, ring = clock.boottime(), self._ours({row["id"]: Stored(row["key"], row["wrapped_by"]) for row in rows})
         opened = {key_id: self._wrapping.unwrap(stored, self._purpose) for key_id, stored in ring.items()}
         await self._wrap({key_id: stored for key_id, stored in ring.items() if self._wrapping.outdated(stored)}, opened)
         ages = {row["id"]: row["age"] for row in rows}
-        self._keys = {key_id: _Key(AESGCM(key), now + RIPE - ages[key_id]) for key_id, key in opened.items()}
+        self._keys = {key_id: _Key(key, AESGCM(key), now + RIPE - ages[key_id]) for key_id, key in opened.items()}
 
     def _ours(self, ring: dict[int, Stored]) -> dict[int, Stored]:
         """The keys that may be used: where keys were ever wrapped, one that lies in clear was planted."""
@@ -104,7 +126,7 @@ class KeyRing:
             )
         self._refused.update(clear)
         ours = {key_id: stored for key_id, stored in ring.items() if key_id not in clear}
-        if not ours:
+        if ring and not ours:
             message = f"Every key of ring {self._purpose} lies in clear, and they were wrapped: restore table secrets."
             raise SettingsError(message)
         return ours
@@ -127,7 +149,7 @@ class KeyRing:
     async def open(self, sealed: bytes, place: bytes) -> bytes:
         """See ``SecretBox.open``."""
         if _key_id(sealed) not in self._keys:
-            await self.load()
+            await self.load(make=False)
         return self.open_known(sealed, place)
 
     def open_known(self, sealed: bytes, place: bytes) -> bytes:

@@ -13,11 +13,14 @@ found by ``Inbox.unclaimed`` of the new owner.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 
 import asyncpg
 
 from pgmcp.store.database import Database
-from pgmcp.store.inbox import facts_of, over
+from pgmcp.store.inbox import over
+from pgmcp.store.payloads import CLEAR, Payloads, place_of_body, place_of_entry, place_of_event
+from pgmcp.store.rows import facts_of
 from pgmcp.types import (
     Candidate,
     Change,
@@ -45,10 +48,13 @@ class TableTakeovers:
         database: the node's pool.
         node: who declares deaths, and takes over.
         gate: awaited before each write of an owner; waits for trust, raises ``Fenced``.
+        payloads: opens what is stored.
     """
 
-    def __init__(self, database: Database, node: NodeId, gate: Callable[[], Awaitable[None]]) -> None:
-        self._database, self._node, self._gate = database, node, gate
+    def __init__(
+        self, database: Database, node: NodeId, gate: Callable[[], Awaitable[None]], payloads: Payloads = CLEAR
+    ) -> None:
+        self._database, self._node, self._gate, self._payloads = database, node, gate, payloads
         self._hold = database.settings.hold
 
     async def condemn(self, *, by_lease: bool, by_silence: bool) -> list[Condemned]:
@@ -88,21 +94,21 @@ class TableTakeovers:
         if not begun or standalone is None:
             raise over(ownership)
         journal = await self._persist("inherited_journal", session)
-        requests = tuple(
-            Inherited(
+        opened, requests = self._payloads.open, []
+        for row in await self._persist("inherited_requests", session, ownership.epoch):
+            inherited = Inherited(
                 key=RequestKey(row["id"]),
                 position=row["position"],
                 rpc_id=row["rpc_id"],
                 method=row["method"],
                 name=row["name"],
-                body=row["body"],
+                body=await opened(row["body"], place_of_body(row["id"])),
                 context=row["context"],
                 stream=None if row["stream"] is None else StreamId(row["stream"]),
                 next_seq=row["next_seq"] or 1,
                 runs=row["runs"],
             )
-            for row in await self._persist("inherited_requests", session, ownership.epoch)
-        )
+            requests.append(inherited)
         spoken = {standalone["id"], *(request.stream for request in requests if request.stream is not None)}
         said = await self._persist("inherited_said", list(spoken))
         heard = await self._persist("inherited_heard", session)
@@ -114,15 +120,34 @@ class TableTakeovers:
             next_seq=standalone["next_seq"],
             sinks=tuple((NodeId(row["sink"]), StreamId(row["id"])) for row in streams if row["sink"] is not None),
             journal=tuple(
-                JournalEntry(row["kind"], row["detail"], row["body"]) for row in journal if row["kind"] != VERSION
+                [await self._entry(session, row) for row in journal if row["kind"] != VERSION],
             ),
             version=next((int.from_bytes(row["body"], "big") for row in journal if row["kind"] == VERSION), 0),
             exported_at=next((row["written_at"] for row in journal if row["kind"] == EXPORT), None),
-            requests=requests,
-            heard=tuple(Heard(row["position"], row["method"], row["body"], row["claimed"]) for row in heard),
-            said=tuple((StreamId(row["stream"]), row["message"]) for row in said),
+            requests=tuple(requests),
+            heard=tuple(
+                [
+                    Heard(
+                        row["position"],
+                        row["method"],
+                        await opened(row["body"], place_of_body(row["id"])),
+                        row["claimed"],
+                    )
+                    for row in heard
+                ]
+            ),
+            said=tuple(
+                [
+                    (StreamId(row["stream"]), await opened(row["message"], place_of_event(row["stream"], row["seq"])))
+                    for row in said
+                ]
+            ),
             changed=tuple(Change(row["kind"]) for row in changed),
         )
+
+    async def _entry(self, session: SessionKey, row: asyncpg.Record) -> JournalEntry:
+        entry = JournalEntry(row["kind"], row["detail"])
+        return replace(entry, body=await self._payloads.open(row["body"], place_of_entry(session, entry)))
 
     async def adopt(self, ownership: Ownership, runs: Sequence[tuple[RequestKey, int]]) -> None:
         """See ``Takeovers.adopt``."""

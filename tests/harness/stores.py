@@ -17,7 +17,9 @@ from pgmcp.settings import Settings
 from pgmcp.store.database import Database
 from pgmcp.store.inbox import TableInbox
 from pgmcp.store.log import TableLog
+from pgmcp.store.payloads import Payloads
 from pgmcp.store.takeover import TableTakeovers
+from pgmcp.store.wrapping import wrapping_of
 from pgmcp.types import (
     ANONYMOUS,
     Claimed,
@@ -65,9 +67,14 @@ async def store(
     with way_to(address, settings) as way:
         database = Database(Settings(**way), clock)
         await database.open()
-        inbox, log = TableInbox(database, node, clock, ids, gate), TableLog(database, node, clock, gate)
+        payloads = Payloads.of(database, wrapping_of(database.settings))
+        await payloads.load()
+        inbox, log = (
+            TableInbox(database, node, clock, ids, gate, payloads),
+            TableLog(database, node, clock, gate, payloads),
+        )
         try:
-            yield Store(node, database, inbox, log, TableTakeovers(database, node, gate))
+            yield Store(node, database, inbox, log, TableTakeovers(database, node, gate, payloads))
         finally:
             await database.close()
 

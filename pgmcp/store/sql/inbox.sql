@@ -118,16 +118,17 @@ where session_id = $1
 -- A POST's messages ($15 numbers the POSTs) are stored all or none: whoever loses a race for an id fails and comes again.
 -- $13 and $14 bound what a session may have unfinished: requests, and messages of any kind. They are counted above the
 -- edge's floor for each session ($17 to $20, see store/floors.py), and what it had counted is looked up by its id.
+-- A sealed message is compared by its mark ($22), and with one that is not sealed by its digest ($23, only if it is sealed).
 with guard as materialized (
     select set_config('lock_timeout', '250ms', true)
 ), asked as materialized (
     select *
     from unnest(
         $1::uuid[], $2::text[], $3::text[], $4::text[], $5::text[], $6::text[], $7::text[], $8::text[],
-        $9::bytea[], $10::bytea[], $11::uuid[], $15::bigint[], $16::text[], $21::float8[]
+        $9::bytea[], $10::bytea[], $11::uuid[], $15::bigint[], $16::text[], $21::float8[], $22::bytea[], $23::bytea[]
     ) with ordinality
         as a (id, session_id, client, issuer, subject, rpc_id, method, name, body, context, stream, post, transport,
-            arrived, n)
+            arrived, mark, digest, n)
 ), held as materialized (
     select s.*
     from guard, {schema}.sessions s
@@ -180,36 +181,54 @@ with guard as materialized (
             is not distinct from (a.client, a.issuer, a.subject)
     window posts as (partition by h.id order by a.post)
 ), known as materialized (
-    select m.n, m.post, r.id, r.stream, r.body = m.body as same,
+    select m.n, m.post, r.id, r.stream, r.same, r.sealed, m.digest is not null as seals,
         r.finished_at is not null as finished, st.sink is not null as attached
     from mine m
     cross join lateral (  -- one by one: a join of another kind would read all that is over
         (
-            select q.id, q.stream, q.body, q.finished_at from {schema}.requests q
+            select q.id, q.stream, q.mark is not null as sealed, q.finished_at, case
+                    when q.mark is not null then q.mark is not distinct from m.mark
+                    when m.digest is not null then sha256(q.body) = m.digest
+                    else q.body = m.body
+                end as same
+            from {schema}.requests q
             where q.session = m.session and q.rpc_id = m.rpc_id and q.open
             limit 1
         )
         union all
         -- whoever gives an id to another request has the answer of the last one: what came before that was stored ($21)
         -- is the same request, held up on its way here
-        select q.id, q.stream, q.body, q.finished_at
+        select q.id, q.stream, q.mark is not null, q.finished_at, true
         from (
             select l.* from {schema}.requests l
             where l.session + 0 = m.session and l.rpc_id || '' = m.rpc_id and l.rpc_id is not null
             order by l.position desc
             limit 1
         ) q
-        where not q.open and q.finished_at > to_timestamp(m.arrived) and q.body = m.body
+        where not q.open and q.finished_at > to_timestamp(m.arrived) and case
+                when q.mark is not null then q.mark is not distinct from m.mark
+                when m.digest is not null then sha256(q.body) = m.digest
+                else q.body = m.body
+            end
         limit 1
     ) r
     left join lateral (select t.sink from {schema}.streams t where t.id = r.stream offset 0) st on true
 ), repeated as materialized (
     -- POSTs that are there already, message for message
     select k.post
-    from (select distinct post, stream from known) k
+    from (select distinct post, stream, sealed, seals from known) k
     where not exists (select from known o where o.post = k.post and o.stream is distinct from k.stream)
-      and (select array_agg(r.body order by r.body) from {schema}.requests r where r.stream = any(array[k.stream]))
-          = (select array_agg(m.body order by m.body) from mine m where m.post = k.post)
+      and (
+          select array_agg(o.form order by o.form) from (
+              select case when r.mark is not null then r.mark when k.seals then sha256(r.body) else r.body end as form
+              from {schema}.requests r where r.stream = any(array[k.stream])
+          ) o
+      ) = (
+          select array_agg(o.form order by o.form) from (
+              select case when k.sealed then m.mark when k.seals then m.digest else m.body end as form
+              from mine m where m.post = k.post
+          ) o
+      )
 ), fresh as materialized (
     select m.*
     from mine m
@@ -219,8 +238,9 @@ with guard as materialized (
           select from mine o where o.post = m.post and o.excess
       )
 ), stored as (
-    insert into {schema}.requests (id, session, rpc_id, method, name, body, context, stream, open)
-    select id, session, rpc_id, method, name, body, context, stream, rpc_id is not null
+    insert into {schema}.requests (id, session, rpc_id, method, name, body, context, stream, open, mark)
+    select id, session, rpc_id, method, name, body, context, stream, rpc_id is not null,
+        case when digest is not null then mark end
     from fresh
     order by session, rpc_id nulls first, n
     returning id
@@ -239,7 +259,7 @@ select
     stored.id is not null or k.id = a.id
         or exists (select from {schema}.requests r where r.id = any(array[a.id])) as accepted,
     m.excess as full,
-    k.id as known_id, k.stream as known_stream, k.same, k.finished, k.attached,
+    k.id as known_id, k.stream as known_stream, k.same, k.finished, k.attached, k.sealed,
     -- on the one stream of HTTP+SSE each message stands for itself
     k.same and (k.stream is null or exists (select from repeated t where t.post = a.post)) as whole
 from asked a

@@ -137,10 +137,13 @@ left join lateral (
 order by a.n, e.seq;
 
 -- name: read_on
--- The bytes of one event from $5 on, $6 of them at most, while the reader is still its stream's sink.
-select substring(e.message from $5::integer for $6::integer) as piece
+-- The bytes of one event from $5 on, of a sealed one from $7 on, $6 of them at most, while the reader is still its stream's
+-- sink.
+select v.sealed, octet_length(e.message) as size,
+    substring(e.message from case when v.sealed then $7::integer else $5::integer end for $6::integer) as piece
 from {schema}.streams st
 join {schema}.events e on e.stream = st.id and e.seq = $4
+cross join lateral (select substring(e.message from 1 for 1) = '\x00'::bytea as sealed) v
 where st.id = $1 and st.sink_epoch = $2 and st.sink = $3;
 
 -- name: sink_epoch

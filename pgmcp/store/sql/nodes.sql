@@ -62,6 +62,21 @@ order by started_at, node_id;
 -- name: drain_node
 update {schema}.nodes set state = 'draining' where node_id = $1 and state = 'ready' returning node_id;
 
+-- name: no_older
+-- From now on nobody joins who does not know $1, unless somebody lives who does not. The lock on the one row of schema_range
+-- puts this in order with joins.
+with held as materialized (
+    select r.needs from {schema}.schema_range r for update of r
+), older as materialized (
+    select n.name from held, {schema}.nodes n
+    where n.state in ('joining', 'ready', 'draining') and coalesce(n.schema_newest, n.schema_revision) < $1
+    order by n.name limit 1
+), raised as (
+    update {schema}.schema_range r set needs = $1 from held
+    where held.needs < $1 and not exists (select from older)
+)
+select name from older;
+
 -- name: own_state
 select state from {schema}.nodes where node_id = $1;
 

@@ -155,7 +155,7 @@ order by r.position;
 -- name: inherited_heard
 -- What the client has said besides requests, as far as it matters for those that an earlier owner left: answers, cancels,
 -- and the end of the handshake. The newest first.
-select position, method, body, claimed_epoch is not null as claimed from {schema}.requests
+select id, position, method, body, claimed_epoch is not null as claimed from {schema}.requests
 where session = $1
   and rpc_id is null
   and (method is null or method in ('notifications/cancelled', 'notifications/initialized'))
@@ -164,8 +164,9 @@ limit 1000;
 
 -- name: inherited_said
 -- What an earlier owner has said on these streams, as far as it matters: questions, cancels of its own, progress. The
--- newest first; not what has more than a megabyte, which is an answer or a question that stays open at the client.
-select st.id as stream, e.message
+-- newest first; not what has more than a megabyte, which is an answer or a question that stays open at the client. Of
+-- what is sealed the second byte tells.
+select st.id as stream, e.seq, e.message
 from unnest($1::uuid[]) as st (id)
 cross join lateral (
     select q.seq, q.message from {schema}.events q
@@ -175,6 +176,7 @@ cross join lateral (
           position('"id":'::bytea in q.message) > 0 and position('"method":'::bytea in q.message) > 0
           or position('"notifications/cancelled"'::bytea in q.message) > 0
           or position('"notifications/progress"'::bytea in q.message) > 0
+          or substring(q.message from 1 for 2) = '\x0003'::bytea
       )
     order by q.seq desc
     limit 1000
