@@ -273,11 +273,11 @@ async def add_key(scene: Scene) -> None:
     await scene.late("add_key", scene.raw("add_key", "context", b"key", None, 3600.0))
 
 
-async def wrap_key(scene: Scene) -> None:
+async def wrap_keys(scene: Scene) -> None:
     await scene.node.database.fetch("add_key", "context", b"key", None, 3600.0)
     key = await scene.hand.fetchval("select id from pgmcp.secrets")
-    await scene.late("wrap_key", scene.raw("wrap_key", key, b"wrapped", b"1", b"key"))
-    await scene.node.database.fetch("wrap_key", key, b"anew", b"2", b"wrapped")
+    await scene.late("wrap_keys", scene.raw("wrap_keys", [key], [b"key"], [b"wrapped"], b"1"))
+    await scene.node.database.fetch("wrap_keys", [key], [b"wrapped"], [b"anew"], b"2")
 
 
 Case = Callable[[Scene], Coroutine[Any, Any, None]]
@@ -305,7 +305,7 @@ CASES: dict[str, list[Case]] = {
     "set_state": [set_state],
     "spend_state": [spend_state],
     "take_session": [take_session],
-    "wrap_key": [wrap_key],
+    "wrap_keys": [wrap_keys],
     "write_journal": [write_journal, write_and_forget, forget_and_write],
 }
 
@@ -322,6 +322,7 @@ HARMLESS: dict[str, str] = {
     "expire_sessions": JUDGES,
     "make_room": "only where there is no room: one more unused session makes some",
     "make_room_of_caller": "only where there is no room: one more unused session makes some",
+    "no_older": "what the schema needs only grows, and whoever asked for it runs already",
     "note_maker": "it fills in what nobody has filled in",
     "publish_and_notify": "it is sent once, on a connection of its own",
     "rename_cluster": "it is sent once, by an operator, in a transaction that holds the lock",
