@@ -154,7 +154,10 @@ async def compare(
     given: argparse.Namespace, ports: list[int], nodes: list[subprocess.Popen[str]], url: str
 ) -> dict[str, list[Round]]:
     for port, node in zip(ports, nodes, strict=True):
-        await ready(port, node)
+        for _ in range(10):  # each for as long as a node takes to start on a machine with nothing else to do
+            with contextlib.suppress(TimeoutError):
+                await ready(port, node)
+                break
     found: dict[str, list[Round]] = {name: [] for name in ("alone", *given.only.split(","))}
     for _ in range(given.rounds):
         for name, rounds in found.items():
