@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 
-from tests.harness.clients import Message, RawExchange, RawSession, SseEvent
+from tests.harness.clients import CONNECT, Message, RawExchange, RawSession, SseEvent
 from tests.harness.cluster import Tables, eventually
 from tests.harness.processes import NodeProcess, free_ports
 
@@ -41,7 +41,7 @@ class Stage:
         self._database, self._folder = database, folder
         self._truth = folder / "truth"
         self._truth.touch()
-        self._http = httpx.AsyncClient(trust_env=False, verify=False, timeout=2)
+        self._http = httpx.AsyncClient(trust_env=False, verify=False, timeout=httpx.Timeout(2, connect=CONNECT))
         self._opened: list[str] = []
 
     # -- nodes -----------------------------------------------------------------------------------------------------

@@ -22,6 +22,9 @@ from mcp.shared._httpx_utils import create_mcp_http_client
 Message = dict[str, Any]
 RequestId = int | str
 
+CONNECT = 30
+"""Seconds. No less: a deadline that passes just when a connection is made leaves it open, and machines can be slow."""
+
 _LINE_END = re.compile(r"\r\n|\n|\r(?=.)", re.DOTALL)  # a carriage return at the very end may be half of \r\n
 
 
@@ -258,7 +261,7 @@ class RawSession:
         self._http = httpx.AsyncClient(
             verify=False,  # no TLS here, and reading the system's certificates takes longer than a call
             headers=dict(headers or {}),
-            timeout=httpx.Timeout(10, read=None),
+            timeout=httpx.Timeout(10, read=None, connect=CONNECT),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=20),
             trust_env=False,
         )
