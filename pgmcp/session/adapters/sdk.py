@@ -27,6 +27,7 @@ from starlette.types import Receive, Scope, Send
 
 from pgmcp.errors import NodeNotReady
 from pgmcp.session.adapter import Conversation, Incoming, Kind, Outgoing, Shared
+from pgmcp.session.adapters.json_in_strings import bound_parsing
 from pgmcp.session.adapters.stateless import Stateless
 from pgmcp.session.state import Hooks, current
 
@@ -35,6 +36,8 @@ _BYTES = ("raw_path", "query_string")
 
 RESTORED = "pgmcp-restored"
 """The header by which server code can tell a message that the node itself replays: it has no caller."""
+
+bound_parsing()
 
 
 class _Reader:
