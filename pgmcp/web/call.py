@@ -112,12 +112,11 @@ class Call:
                 async for chunk in self.request.stream():
                     length += len(chunk)
                     if length > limit:
-                        raise Refusal(413, large, headers=self._closing)
+                        raise Refusal(413, large)
                     body.grow(len(chunk))
                     chunks.append(chunk)
-        except NodeFull as error:
-            again = {"retry-after": "1", **self._closing}
-            raise Refusal(503, str(error), INTERNAL_ERROR, again) from None
+        except NodeFull as error:  # what is left of it is read and dropped, or its sender would never see the answer
+            raise Refusal(503, str(error), INTERNAL_ERROR, {"retry-after": "1"}) from None
         except TimeoutError:
             late = f"The body did not arrive within {seconds:g} s; nothing was stored, send it again"
             raise Refusal(408, late, headers=self._closing) from None

@@ -81,7 +81,9 @@ async def test_an_exchange_that_was_not_answered(database, kept):
     async with cluster(database, everything, 1, access_log=True) as [node]:
         at = urlsplit(node.url)
         _, writer = await asyncio.open_connection(at.hostname, at.port)
-        writer.write(b"POST /mcp HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: 5\r\n\r\n")
+        writer.write(
+            b"POST /mcp HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\ncontent-length: 5\r\n\r\n"
+        )
         writer.close()
         await eventually(lambda: kept.lines, "its line is there")
     assert kept.lines[0].startswith("POST /mcp None in ")

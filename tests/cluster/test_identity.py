@@ -292,7 +292,7 @@ async def test_nothing_secret_lies_about(database, caplog):
         session_id = session.session_id
     words = [word for payload in heard for word in payload.split(",")]
     assert words
-    shape = re.compile(r"\*|i\d+|e\d+|s[0-9a-f]{32}|probe:[0-9a-f]{32}")
+    shape = re.compile(r"\*|i\d+|e\d+|t[0-9a-f]{32}|probe:[0-9a-f]{32}")
     assert [word for word in words if not shape.fullmatch(word)] == []
     said = [f"{record.getMessage()} {record.exc_text or ''}" for record in caplog.records if _ours(record)]
     for secret in (SECRET, HEADER, session_id):
