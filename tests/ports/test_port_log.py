@@ -64,7 +64,7 @@ async def test_an_append_names_the_sink(scene: Scene) -> None:
     assert await scene.note(3) == scene.owner.node
 
 
-@pytest.mark.parametrize("message", [b"", b"\0", b"\xff\xfe", b'"\\u0000"', b"x" * 3_000_000], ids=len)
+@pytest.mark.parametrize("message", [b"", b"1\0", b"\xff\xfe", b'"\\u0000"', b"x" * 3_000_000], ids=len)
 async def test_messages_survive_byte_for_byte(scene: Scene, message: bytes) -> None:
     await scene.note(1, message)
     cursor = Cursor(scene.stream, 1, 0)
