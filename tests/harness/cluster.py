@@ -20,8 +20,10 @@ from pgmcp.session.adapters.target import load
 from pgmcp.settings import Settings
 from pgmcp.types import SessionKey
 from tests.harness.pooler import way_to
+from tests.harness.schemas import remember
 
 START = 20.0
+remember()
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
