@@ -119,7 +119,7 @@ async def test_a_role_that_may_not_see_backends_takes_them_for_alive(database: s
     await joined(scene.hand, node, renewed=-5, pid=mine, started=None)
     await scene.hand.execute(
         f"create role {role} login password 'x'; grant usage on schema pgmcp to {role}; "
-        f"grant select, update on all tables in schema pgmcp to {role}"
+        f"grant select, update on all tables in schema pgmcp to {role}; grant insert, delete on pgmcp.secrets to {role}"
     )
     try:
         at = urlsplit(database)

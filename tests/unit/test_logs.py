@@ -152,7 +152,8 @@ def test_compiled_libraries_are_known_by_their_loggers(stream: Stream) -> None:
     assert MARK not in line
 
 
-def test_loggers_that_a_server_got_from_fastmcp_are_its_own(stream: Stream) -> None:
+def test_loggers_that_a_server_got_from_fastmcp_are_its_own(stream: Stream, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging.getLogger("fastmcp"), "propagate", True)  # FastMCP, once imported, says otherwise
     logging.getLogger("fastmcp.mine").error(MARK)
     assert MARK in stream.lines()[0]
 
