@@ -33,7 +33,7 @@ def test_it_is_a_flood_when_that_goes_on_and_none_after_some_quiet() -> None:
         clock.jump(2 * WINDOW)
         allowance.take("p")
     assert not allowance.flooded
-    assert sum([allowance.take("p" * 100) for _ in range(200)]) == 10
+    assert sum([allowance.take("p" * 100) for _ in range(200)]) < 20
     assert allowance.flooded, "at once"
     clock.jump(QUIET)
     assert allowance.take("p")
