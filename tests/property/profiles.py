@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, settings
 QUIET = settings(deadline=None, report_multiple_bugs=False, suppress_health_check=list(HealthCheck))
 
 PROFILES = {
-    "default": settings(QUIET, max_examples=60, stateful_step_count=30, derandomize=True, database=None),
+    "default": settings(QUIET, max_examples=40, stateful_step_count=30, derandomize=True, database=None),
     "thorough": settings(QUIET, max_examples=3000, stateful_step_count=50),
 }
 
