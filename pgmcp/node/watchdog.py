@@ -73,12 +73,13 @@ class Watchdog:
         self._timer = self._loop.call_later(TICK, self._tick)
 
     def _watch(self) -> None:
-        looked_at, seen = self._clock.boottime(), 0.0
+        looked_at, seen, stood_until = self._clock.boottime(), 0.0, 0.0
         while not self._stopped.wait(TICK):
             before, looked_at = looked_at, self._clock.boottime()
             ticked_at = self._ticked_at
-            late = looked_at - before > BLOCKED
-            if late or looked_at - ticked_at < BLOCKED or ticked_at == seen:
+            if looked_at - before > BLOCKED:
+                stood_until = looked_at  # the whole process stood, and its loop has not had its turn yet
+            if looked_at - max(ticked_at, stood_until) < BLOCKED or ticked_at == seen:
                 continue
             seen = ticked_at  # each time that it is blocked counts once
             self.blocked += 1

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
+import httpcore
 import httpx
 from mcp import Client
 from mcp.client.session import ElicitationFnT, ListRootsFnT, LoggingFnT, MessageHandlerFnT, SamplingFnT
@@ -240,6 +241,36 @@ class RawExchange:
             self._arrived.put_nowait(None)
 
 
+class _Wire(httpcore.AsyncNetworkBackend):
+    """Connects, and closes what the client has lost in the end: a connection that breaks in an unlucky moment."""
+
+    def __init__(self) -> None:
+        self._backend = httpcore.AnyIOBackend()
+        self._streams: list[httpcore.AsyncNetworkStream] = []
+
+    def transport(self) -> httpx.AsyncHTTPTransport:
+        """What a client speaks through; no TLS, and reading the system's certificates takes longer than a call."""
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=20)
+        made = httpx.AsyncHTTPTransport(verify=False, trust_env=False, limits=limits)
+        made._pool._network_backend = self
+        return made
+
+    async def connect_tcp(self, *args: Any, **kwargs: Any) -> httpcore.AsyncNetworkStream:
+        """See ``httpcore.AsyncNetworkBackend``."""
+        stream = await self._backend.connect_tcp(*args, **kwargs)
+        self._streams.append(stream)
+        return stream
+
+    async def sleep(self, seconds: float) -> None:
+        """See ``httpcore.AsyncNetworkBackend``."""
+        await self._backend.sleep(seconds)
+
+    async def close(self) -> None:
+        """Close every connection."""
+        for stream in self._streams:
+            await stream.aclose()
+
+
 class RawSession:
     """One MCP session spoken by hand; ``base`` (``http://127.0.0.1:PORT``) chooses the node of every exchange."""
 
@@ -258,11 +289,11 @@ class RawSession:
         self.session_id: str | None = None
         self._ids = itertools.count(1)
         self._exchanges: list[RawExchange] = []
+        self._wire = _Wire()
         self._http = httpx.AsyncClient(
-            verify=False,  # no TLS here, and reading the system's certificates takes longer than a call
             headers=dict(headers or {}),
             timeout=httpx.Timeout(10, read=None, connect=CONNECT),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=20),
+            transport=self._wire.transport(),
             trust_env=False,
         )
 
@@ -347,6 +378,7 @@ class RawSession:
         for exchange in self._exchanges:
             await exchange.close()
         await self._http.aclose()
+        await self._wire.close()
 
     async def __aenter__(self) -> Self:
         return self
