@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 from pgmcp.clock import Clock
 from pgmcp.errors import NodeFull, SessionBusy
-from pgmcp.web.admission import ALONE, Guest
+from pgmcp.web.admission import Guest, Sharing
 
 
 class Shares:
@@ -26,11 +26,10 @@ class Shares:
     """
 
     def __init__(self, most: int, what: str, clock: Clock) -> None:
-        self._most, self._what, self._clock = most, what, clock
+        self._most, self._what = most, what
         self._held: Counter[Guest] = Counter()
         self._total = 0
-        self._latest: Guest | None = None
-        self._shared = float("-inf")
+        self._others = Sharing(clock)
 
     @contextmanager
     def held(self, caller: Guest) -> Iterator[None]:
@@ -40,9 +39,7 @@ class Shares:
             NodeFull: there is none.
             SessionBusy: the caller holds as many as it may.
         """
-        if caller != self._latest:
-            self._shared = self._clock.boottime() if self._latest is not None else self._shared
-            self._latest = caller
+        self._others.seen(caller)
         if self._total >= self._most:
             message = f"This node has {self._total} {self._what} open; try again or ask another one."
             raise NodeFull(message)
@@ -61,6 +58,6 @@ class Shares:
                 del self._held[caller]
 
     def _share(self, own: int) -> int:
-        if own == self._total and self._clock.boottime() - self._shared >= ALONE:
+        if own == self._total and not self._others:
             return self._most * 3 // 4
         return min(self._most // 4, self._most - self._total)
