@@ -148,6 +148,7 @@ async def test_what_shares_requests_with_a_batch_and_is_another_post(database, e
     async with cluster(database, gate.server, 2) as nodes, tables_of(database) as tables, old() as session:
         await session.open(nodes[0].url)
         one = await session.post(nodes[0].url, batch())
+        await one.next()
         await eventually(lambda: sorted(gate.ran) == ["one", "two"], "both run")
         first, second = batch()[1:]
         others: list[object] = [
