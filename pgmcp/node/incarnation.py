@@ -24,7 +24,7 @@ from pgmcp.cluster.wakeups import Wakeups, parse
 from pgmcp.errors import DatabaseUnavailable, PgmcpError
 from pgmcp.node.continuation import Continuation
 from pgmcp.node.hearsay import Hearsay
-from pgmcp.node.rereading import Rereading
+from pgmcp.node.rereading import HURRY, Rereading
 from pgmcp.ports import Publications
 from pgmcp.service import Faults, Rounds, Service, failure
 from pgmcp.session import news
@@ -178,6 +178,7 @@ class Incarnation(Service):
             "the rereading": self._rereading,
             "the look for messages": self._rounds(settings.poll, self.host.poll),
             "the look while deaf": self._rounds(settings.poll, self._look_while_deaf),
+            "the hurry while deaf": self._rounds(HURRY, self._hurry_while_deaf),
             "the look for publications": self._rounds(settings.poll, self.herald.poll),
             "the survey": self._rounds(settings.idle_poll, self.host.survey),
             "the look at streams": self._rounds(settings.idle_poll, uncarried.let_go),
@@ -329,6 +330,10 @@ class Incarnation(Service):
     async def _look_while_deaf(self) -> None:
         if self.line.deaf:
             self._rereading.begin()
+
+    async def _hurry_while_deaf(self) -> None:
+        if self.line.deaf:
+            await self._rereading.hurry()
 
     async def _look_at_schema(self) -> None:
         if not self.outgrown and await outgrown(self._database):

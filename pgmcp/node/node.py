@@ -77,7 +77,7 @@ class Node:
         self._publications = TablePublications(self._database, self._clock, self._ids)
         self._target = target_of(served, settings.mcp_path)
         self._admission = Admission(self._clock)
-        self._bodies, self._rates = Bodies(settings.max_body), Rates(settings, self._clock)
+        self._bodies, self._rates = Bodies(settings.max_body, self._clock), Rates(settings, self._clock)
         self._modern = Modern(
             self._stateless,
             self._admission,

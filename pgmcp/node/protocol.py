@@ -9,7 +9,8 @@ Invariants:
 - What follows a chunked body (trailers) changes no header of the request.
 
 Failure handling: 431, 408 and 503, as plain text, and the end of the connection. A connection whose answer is under way
-just ends: it could not be told apart from the answer.
+just ends: it could not be told apart from the answer. After 431 nothing more is read, and the connection ends a second
+later: it still counts as one of its address's, so that nobody is refused as fast as he can connect.
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ HEAD = 64 * 1024
 
 HEADERS = 10.0
 """Seconds from their first byte until they are complete."""
+
+LINGER = 1.0
+"""Seconds for which the connection of somebody whose headers were too large is kept, unread."""
 
 FILES = 65_536
 """Files, connections among them, that a node may have open where the operating system lets it."""
@@ -160,11 +164,17 @@ class LimitedProtocol(HttpToolsProtocol):
             self._gone()
 
     def _refuse(self, status: int, text: str) -> None:
-        if self.cycle is None or self.cycle.response_complete:  # type: ignore[redundant-expr] # None before the first
+        self._in_time()
+        idle = self.cycle is None or self.cycle.response_complete  # type: ignore[redundant-expr] # None before the first
+        if idle:
             head = b"content-type: text/plain; charset=utf-8\r\nconnection: close\r\ncontent-length: %d\r\n%s\r\n"
             again = b"retry-after: 1\r\n" if status == 503 else b""
             self.transport.write(STATUS_LINE[status] + head % (len(text), again) + text.encode())
-        self.transport.close()
+        if idle and status == 431:
+            self.transport.pause_reading()
+            self.loop.call_later(LINGER, self.transport.close)
+        else:
+            self.transport.close()
         self._gone()
 
     def _gone(self) -> None:

@@ -6,6 +6,8 @@ Invariants:
 - The streams are read ``SOME`` at a time, spread over ``SPREAD`` seconds: a node that was behind is not given all of it
   at once, and nodes whose lines were lost together do not ask together.
 - However often it is wanted, it takes a bounded share of the node's time (``Looks``).
+- A node that is deaf looks several times a second for what somebody is likely to wait for: two statements, whatever
+  lives here. A call over another node takes as long as two such looks then.
 
 Failure handling: what cannot be asked now is asked by the next poll, or by the next reading, which comes every two
 seconds while the line is down.
@@ -28,6 +30,12 @@ logger = logging.getLogger(__name__)
 SOME = 100
 """Streams that are read together."""
 
+HURRY = 0.1
+"""Seconds between two looks of a deaf node for what somebody is likely to wait for, at most."""
+
+LATER = 2.0
+"""Seconds for which it does not, when it could not."""
+
 SPREAD = 1.0
 """Seconds over which the reads of many streams are spread, at most."""
 
@@ -39,6 +47,7 @@ class Rereading(Service):
         self._host, self._tails, self._herald, self._takeover = host, tails, herald, takeover
         self._clock, self._ids = clock, ids
         self._looks = Looks(self._read, clock)
+        self._not_before = float("-inf")
 
     @property
     def wanted(self) -> bool:
@@ -52,6 +61,23 @@ class Rereading(Service):
     async def run(self) -> None:
         """Read again whenever that is wanted, for ever."""
         await self._looks.run()
+
+    async def hurry(self) -> None:
+        """Look for messages, and for events of the newest streams: what is under way, if not too much is.
+
+        Raises:
+            DatabaseUnavailable: not now, and not for a while.
+        """
+        now = self._clock.boottime()
+        if now < self._not_before:
+            return
+        for tail in self._tails.newest(SOME):
+            tail.moved.set()
+        try:
+            await self._host.poll()
+        except PgmcpError:
+            self._not_before = now + LATER
+            raise
 
     async def _read(self) -> None:
         self._herald.look()

@@ -11,8 +11,9 @@ Invariants:
 
 Failure handling: a lost line is reopened with a backoff of at most half a second, for as long as the node runs.
 Meanwhile the node polls and renews on the pool; where that fails too, it stays trusted until its trust ends. A line
-whose own notification does not come back within the deadline is lost too, whatever the socket says. While the channel
-of all nodes is flooded the node does not listen to it, and polls instead.
+whose own notification does not come back within the deadline is lost too, whatever the socket says; opening it anew
+passes over what PostgreSQL's one queue holds for it. While the channel of all nodes is flooded the node does not listen
+to it, and polls instead; so it does while its own notifications are late. A flood makes them so, and costs no line.
 """
 
 from __future__ import annotations
@@ -45,6 +46,12 @@ Result = TypeVar("Result")
 PROBE = "probe:"
 PROBE_EVERY = 5.0
 """Seconds between self-probes."""
+
+LATE = 0.25
+"""Seconds after which the line's own notification is late, and those of others are."""
+
+SOON = 0.5
+"""Seconds between self-probes while they are late."""
 
 LAG = 0.1
 """Seconds by which a deadline that passes later than it should shows that the event loop stood."""
@@ -118,7 +125,7 @@ class Line(Service):
         self._expected = ""
         self._own, self._everybodys = (channel(settings.schema_name, each) for each in (node, None))
         self._allowances = {self._own: Allowance(clock, *OWN), self._everybodys: Allowance(clock, *EVERYBODYS)}
-        self._flooded = asyncio.Event()
+        self._flooded, self._late = asyncio.Event(), False
 
     @property
     def up(self) -> bool:
@@ -127,8 +134,8 @@ class Line(Service):
 
     @property
     def deaf(self) -> bool:
-        """Whether there are wake-ups that cannot be heard."""
-        return not self.up or self._flooded.is_set()
+        """Whether there are wake-ups that cannot be heard, or not in time."""
+        return not self.up or self._late or self._flooded.is_set()
 
     @property
     def dropped(self) -> int:
@@ -255,7 +262,7 @@ class Line(Service):
 
     async def _alive(self) -> bool:
         """Wait until the next probe is due or the line is lost, then probe."""
-        if self._connection is None or await self._clock.wait(self._lost, PROBE_EVERY):
+        if self._connection is None or await self._clock.wait(self._lost, SOON if self._late else PROBE_EVERY):
             return False
         self._echo.clear()
         self._expected = PROBE + self._ids.token()
@@ -263,10 +270,11 @@ class Line(Service):
             await self._ask("probe", self._own, self._expected)
         except DatabaseUnavailable:
             return False
+        self._late = not await self._clock.wait(self._echo, LATE)
         try:
             await self._in_time(self._echo.wait())
         except TimeoutError:
-            return False
+            return self._flooded.is_set()
         return True
 
     async def _ask(self, name: str, *args: object) -> list[asyncpg.Record]:

@@ -5,6 +5,8 @@ Invariants:
   that. Small ones have a quarter more for themselves, so that a node full of large ones still takes calls.
 - What has been said to be too much is not read.
 - What was stored, or answered, counts no longer: whoever has done that lets go of it (``Body.drop``).
+- A large one that is refused keeps its room for ``REFUSED`` seconds, and is answered only then: who sends what costs a
+  node time is read no faster than that, over however many connections.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from pgmcp.clock import Clock
 from pgmcp.errors import NodeFull
 from pgmcp.web.admission import Guest
 
@@ -22,6 +25,9 @@ SHARES = 16
 SMALL = 8192
 """Bytes of a body that can be parsed within two milliseconds, whatever it contains."""
 
+REFUSED = 1.0
+"""Seconds after which the sender of a large body is told that it was refused."""
+
 
 class Bodies:
     """What one node holds.
@@ -30,7 +36,8 @@ class Bodies:
         largest: bytes that one body may have.
     """
 
-    def __init__(self, largest: int) -> None:
+    def __init__(self, largest: int, clock: Clock) -> None:
+        self.clock = clock
         self._most = SHARES * largest
         self._total = 0
         self._of: Counter[Guest] = Counter()
@@ -76,6 +83,7 @@ class Body:
 
     def __init__(self, bodies: Bodies, caller: Guest) -> None:
         self._bodies, self._caller, self._size = bodies, caller, 0
+        self._announced = 0
         self.text = b""
         """All of it, once it was read, and until it was dropped."""
 
@@ -87,9 +95,13 @@ class Body:
     def expect(self, size: int) -> None:
         """Check that there is room for all of it, as it was announced.
 
+        Args:
+            size: bytes.
+
         Raises:
             NodeFull: there is not.
         """
+        self._announced = size
         self._bodies.check(self._caller, size, size)
 
     def grow(self, more: int) -> None:
@@ -102,8 +114,14 @@ class Body:
         self._bodies.add(self._caller, more)
         self._size += more
 
+    async def refused(self) -> None:
+        """Return when its sender may be told that it was refused: at once, if it is small."""
+        self.text = b""
+        if max(self._size, self._announced) > SMALL:
+            await self._bodies.clock.sleep(REFUSED)
+
     def drop(self) -> None:
         """Hold it no longer."""
         self.text = b""
         self._bodies.add(self._caller, -self._size)
-        self._size = 0
+        self._size = self._announced = 0

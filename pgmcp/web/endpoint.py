@@ -119,9 +119,15 @@ class Front(ABC):
         if self.opens(call):
             self._rates.opening(call)
         with self._bodies.body(call.guest) as body:
-            if request.method == "POST":
-                await call.read(body, limits.max_body, limits.read_timeout)
-            await self.take(call, body)
+            try:
+                if request.method == "POST":
+                    await call.read(body, limits.max_body, limits.read_timeout)
+                await self.take(call, body)
+            except (DatabaseUnavailable, Fenced, NodeNotReady):
+                raise  # nothing is wrong with the body
+            except (Refusal, PgmcpError):
+                await body.refused()
+                raise
 
 
 class Endpoint(Front):

@@ -7,6 +7,7 @@ stream), reads after each wake-up, and looks by itself now and then, so that a l
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -46,6 +47,11 @@ class Tails:
 
     def __iter__(self) -> Iterator[Tail]:
         return (tail for tails in list(self._by_stream.values()) for tail in list(tails))
+
+    def newest(self, count: int) -> list[Tail]:
+        """The tails of the ``count`` streams that were subscribed to last."""
+        streams = itertools.islice(reversed(self._by_stream.values()), count)
+        return [tail for tails in streams for tail in tails]
 
     @contextmanager
     def subscribe(self, stream: StreamId) -> Iterator[Tail]:
