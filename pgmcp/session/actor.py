@@ -33,13 +33,13 @@ from pgmcp.session.adapter import Adapter, Incoming, Kind, Outgoing
 from pgmcp.session.bounds import gives_way, too_many_subscriptions
 from pgmcp.session.caller import Caller
 from pgmcp.session.calls import Call, Over, Stream
+from pgmcp.session.fenced_writer import FencedWriter
 from pgmcp.session.journal import handshake, journal_entries
 from pgmcp.session.news import News
 from pgmcp.session.own import OwnRequests
 from pgmcp.session.questions import Questions, dump
 from pgmcp.session.recent import Recent
 from pgmcp.session.record import Record
-from pgmcp.session.right import Right
 from pgmcp.session.sizes import Sizes
 from pgmcp.session.state import SessionState
 from pgmcp.session.storing import Storing
@@ -94,12 +94,12 @@ class Actor:
         on_over: Callable[[Actor, Over], None],
     ) -> None:
         self.session_id, self.state = state.session_id, state
-        self.right = Right(ownership, clock, lambda: not self._muted)
-        self.record = Record(inbox, self.right, version)
+        self.writer = FencedWriter(ownership, clock, lambda: not self._muted)
+        self.record = Record(inbox, self.writer, version)
         self._adapter, self._log, self._clock = adapter, log, clock
         self._sizes, self._heard, self._on_over = sizes, heard, on_over
         self.writing = Writing(Stream(*standalone))
-        self.storing = Storing(self.writing, self.right, log, heard, self._refused)
+        self.storing = Storing(self.writing, self.writer, log, heard, self._refused)
         self._standalone, self._streams = self.writing.standalone, self.writing.streams
         self._calls: dict[str, Call] = {}
         self._working: set[RequestKey] = set()
@@ -118,7 +118,7 @@ class Actor:
     @property
     def ownership(self) -> Ownership:
         """The right under which everything is stored; its epoch changes with the term."""
-        return self.right.ownership
+        return self.writer.ownership
 
     def start(self) -> None:
         """Begin the server session."""
@@ -331,7 +331,7 @@ class Actor:
     def go_on(self, ownership: Ownership, stands: Mapping[StreamId, Stand], jump: int) -> None:
         """Go on in another term of the database: under its epoch, with its numbers."""
         self.writing.go_on(stands, jump)
-        self.right.ownership = ownership
+        self.writer.ownership = ownership
 
     async def _cancelled(self, rpc_id: str) -> None:
         await self._refuse(rpc_id, REQUEST_CANCELLED, "Request cancelled", Outcome.CANCELLED)
@@ -380,6 +380,6 @@ class Actor:
 
     async def _close_stream(self, stream: StreamId | None) -> None:
         with contextlib.suppress(PgmcpError):
-            dropped = await self.right.use(lambda: self._log.drop_sink(self.ownership, stream))
+            dropped = await self.writer.use(lambda: self._log.drop_sink(self.ownership, stream))
             if dropped is not None and dropped[1] is not None:
                 self._heard(dropped[1], dropped[0])

@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 
 from pgmcp.errors import DatabaseUnavailable
 from pgmcp.ports import Inbox
-from pgmcp.session.right import Right
+from pgmcp.session.fenced_writer import FencedWriter
 from pgmcp.types import Established, JournalEntry
 
 JUMP = 1_000_000
@@ -31,8 +31,8 @@ class Record:
         version: the number of the newest write that the tables knew when the actor was made; None for a new session.
     """
 
-    def __init__(self, inbox: Inbox, right: Right, version: int | None) -> None:
-        self._inbox, self._right = inbox, right
+    def __init__(self, inbox: Inbox, writer: FencedWriter, version: int | None) -> None:
+        self._inbox, self._writer = inbox, writer
         self._version = 0 if version is None else version + JUMP
         self._turn = asyncio.Lock()
 
@@ -42,7 +42,7 @@ class Record:
         Raises:
             PgmcpError: it is refused, or nobody wants it any more.
         """
-        await self._insist(lambda version: self._inbox.establish(self._right.ownership, facts, version))
+        await self._insist(lambda version: self._inbox.establish(self._writer.ownership, facts, version))
 
     async def write(self, entry: JournalEntry) -> None:
         """Record or forget what establishes the session, however long that takes.
@@ -50,7 +50,7 @@ class Record:
         Raises:
             PgmcpError: it is refused, or nobody wants it any more.
         """
-        await self._insist(lambda version: self._inbox.write_journal(self._right.ownership, entry, version))
+        await self._insist(lambda version: self._inbox.write_journal(self._writer.ownership, entry, version))
 
     async def keep(self, entry: JournalEntry) -> None:
         """Record or forget a value, whose sayer can try again.
@@ -60,12 +60,12 @@ class Record:
             PgmcpError: it is refused.
         """
         async with self._numbered() as version:
-            await self._right.use(lambda: self._inbox.write_journal(self._right.ownership, entry, version))
+            await self._writer.use(lambda: self._inbox.write_journal(self._writer.ownership, entry, version))
 
     async def _insist(self, write: Callable[[int], Awaitable[None]]) -> None:
         async with self._turn:
             version = self._next()
-            await self._right.insist(lambda: write(version))
+            await self._writer.insist(lambda: write(version))
 
     @asynccontextmanager
     async def _numbered(self) -> AsyncIterator[int]:

@@ -92,9 +92,9 @@ class Restore:
         fates = await self._fates()
         ownership = self._actor.ownership
         adopted = [(item.key, max(item.runs, 1) + (fate is Fate.AGAIN)) for item, fate in fates]
-        await self._actor.right.insist(lambda: self._takeovers.adopt(ownership, adopted))
+        await self._actor.writer.insist(lambda: self._takeovers.adopt(ownership, adopted))
         # nobody else ends what was adopted
-        await self._actor.right.insist(lambda: self._takeovers.restored(ownership, self._left))
+        await self._actor.writer.insist(lambda: self._takeovers.restored(ownership, self._left))
         inherited = [(_claimed(item, self._actor), item, fate) for item, fate in fates]
         self._actor.expect([claimed for claimed, _, _ in inherited])
         await self._cancel_questions()

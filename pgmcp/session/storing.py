@@ -20,7 +20,7 @@ from itertools import takewhile
 from pgmcp.errors import OutOfStep, PgmcpError
 from pgmcp.ports import Log
 from pgmcp.session.calls import Stream
-from pgmcp.session.right import Right
+from pgmcp.session.fenced_writer import FencedWriter
 from pgmcp.session.writing import Unsaid, Writing
 from pgmcp.types import Entry, NodeId, Outcome, RequestKey, StreamId
 
@@ -45,12 +45,12 @@ class Storing:
     def __init__(
         self,
         writing: Writing,
-        right: Right,
+        writer: FencedWriter,
         log: Log,
         heard: Callable[[NodeId, StreamId], None],
         refused: Callable[[PgmcpError], None],
     ) -> None:
-        self._writing, self._right, self._log = writing, right, log
+        self._writing, self._writer, self._log = writing, writer, log
         self._heard, self._refused = heard, refused
         self._tasks: dict[asyncio.Task[None], Unsaid] = {}
         self._turn, self._less = asyncio.Lock(), asyncio.Event()
@@ -58,7 +58,7 @@ class Storing:
     async def room(self) -> None:
         """Wait until another event may wait to be stored; whoever asks first gets on first."""
         async with self._turn:
-            while self._right.wanted and self._full():
+            while self._writer.wanted and self._full():
                 self._less.clear()
                 await self._less.wait()
 
@@ -84,7 +84,7 @@ class Storing:
     async def _store(self, unsaid: Unsaid) -> None:
         stored = False
         try:
-            sink = await self._right.insist(lambda: self._in_turn(unsaid))
+            sink = await self._writer.insist(lambda: self._in_turn(unsaid))
             stored = True
         except PgmcpError as error:
             self._refused(error)
@@ -108,7 +108,7 @@ class Storing:
         if unsaid.stored:
             return None
         what = (unsaid.message, unsaid.finishes, unsaid.outcome, unsaid.topic)
-        return await self._log.append(Entry(self._right.ownership, unsaid.stream.id, unsaid.seq, *what))
+        return await self._log.append(Entry(self._writer.ownership, unsaid.stream.id, unsaid.seq, *what))
 
     def stop(self) -> None:
         """Nobody says anything any more: let go who waits for room."""

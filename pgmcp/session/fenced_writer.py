@@ -18,7 +18,7 @@ AGAIN = 1.0
 """Seconds after which a write that ran out of patience is tried again."""
 
 
-class Right:
+class FencedWriter:
     """One actor's right to write.
 
     Args:
