@@ -36,6 +36,7 @@ from pgmcp.session.calls import Call, Over, Stream
 from pgmcp.session.fenced_writer import FencedWriter
 from pgmcp.session.journal import handshake, journal_entries
 from pgmcp.session.news import News
+from pgmcp.session.outbox import Outbox
 from pgmcp.session.own import OwnRequests
 from pgmcp.session.questions import Questions, dump
 from pgmcp.session.recent import Recent
@@ -44,7 +45,6 @@ from pgmcp.session.sizes import Sizes
 from pgmcp.session.state import SessionState
 from pgmcp.session.storing import Storing
 from pgmcp.session.topics import topic_of
-from pgmcp.session.writing import Writing
 from pgmcp.types import (
     RESUMES,
     Claimed,
@@ -98,9 +98,9 @@ class Actor:
         self.record = Record(inbox, self.writer, version)
         self._adapter, self._log, self._clock = adapter, log, clock
         self._sizes, self._heard, self._on_over = sizes, heard, on_over
-        self.writing = Writing(Stream(*standalone))
-        self.storing = Storing(self.writing, self.writer, log, heard, self._refused)
-        self._standalone, self._streams = self.writing.standalone, self.writing.streams
+        self.outbox = Outbox(Stream(*standalone))
+        self.storing = Storing(self.outbox, self.writer, log, heard, self._refused)
+        self._standalone, self._streams = self.outbox.standalone, self.outbox.streams
         self._calls: dict[str, Call] = {}
         self._working: set[RequestKey] = set()
         self._questions = Questions(ids)
@@ -142,7 +142,7 @@ class Actor:
     @property
     def busy(self) -> bool:
         """Whether it works on something: a request, a message that waits, an event that is being stored."""
-        return bool(self._calls or self.writing.storing or not self._queue.empty())
+        return bool(self._calls or self.outbox.storing or not self._queue.empty())
 
     async def stop(self) -> None:
         """Mute and end the server session."""
@@ -330,7 +330,7 @@ class Actor:
 
     def go_on(self, ownership: Ownership, stands: Mapping[StreamId, Stand], jump: int) -> None:
         """Go on in another term of the database: under its epoch, with its numbers."""
-        self.writing.go_on(stands, jump)
+        self.outbox.go_on(stands, jump)
         self.writer.ownership = ownership
 
     async def _cancelled(self, rpc_id: str) -> None:

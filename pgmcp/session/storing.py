@@ -21,7 +21,7 @@ from pgmcp.errors import OutOfStep, PgmcpError
 from pgmcp.ports import Log
 from pgmcp.session.calls import Stream
 from pgmcp.session.fenced_writer import FencedWriter
-from pgmcp.session.writing import Unsaid, Writing
+from pgmcp.session.outbox import Outbox, PendingEvent
 from pgmcp.types import Entry, NodeId, Outcome, RequestKey, StreamId
 
 logger = logging.getLogger(__name__)
@@ -37,22 +37,22 @@ class Storing:
     """Stores the events of one actor.
 
     Args:
-        writing: gives the numbers.
+        outbox: gives the numbers.
         heard: called with sink and stream after an event was stored.
         refused: called when the database refuses an event.
     """
 
     def __init__(
         self,
-        writing: Writing,
+        outbox: Outbox,
         writer: FencedWriter,
         log: Log,
         heard: Callable[[NodeId, StreamId], None],
         refused: Callable[[PgmcpError], None],
     ) -> None:
-        self._writing, self._writer, self._log = writing, writer, log
+        self._outbox, self._writer, self._log = outbox, writer, log
         self._heard, self._refused = heard, refused
-        self._tasks: dict[asyncio.Task[None], Unsaid] = {}
+        self._tasks: dict[asyncio.Task[None], PendingEvent] = {}
         self._turn, self._less = asyncio.Lock(), asyncio.Event()
 
     async def room(self) -> None:
@@ -63,7 +63,7 @@ class Storing:
                 await self._less.wait()
 
     def _full(self) -> bool:
-        events, size = self._writing.waiting
+        events, size = self._outbox.waiting
         return events >= EVENTS or size >= BYTES
 
     def store(
@@ -75,40 +75,40 @@ class Storing:
         topic: str | None = None,
     ) -> asyncio.Task[None]:
         """Give an event its number and store it; done when it is stored, or never will be."""
-        unsaid = self._writing.begin(stream, message, finishes, outcome, topic)
-        task = asyncio.create_task(self._store(unsaid))
-        self._tasks[task] = unsaid
+        pending = self._outbox.begin(stream, message, finishes, outcome, topic)
+        task = asyncio.create_task(self._store(pending))
+        self._tasks[task] = pending
         task.add_done_callback(self._tasks.pop)
         return task
 
-    async def _store(self, unsaid: Unsaid) -> None:
+    async def _store(self, pending: PendingEvent) -> None:
         stored = False
         try:
-            sink = await self._writer.insist(lambda: self._in_turn(unsaid))
+            sink = await self._writer.insist(lambda: self._in_turn(pending))
             stored = True
         except PgmcpError as error:
             self._refused(error)
             return
         finally:
-            self._writing.end(unsaid, stored=stored)
+            self._outbox.end(pending, stored=stored)
             self._less.set()
         if sink is not None:
-            self._heard(sink, unsaid.stream.id)
+            self._heard(sink, pending.stream.id)
 
-    async def _in_turn(self, unsaid: Unsaid) -> NodeId | None:
+    async def _in_turn(self, pending: PendingEvent) -> NodeId | None:
         try:
-            return await self._append(unsaid)
+            return await self._append(pending)
         except OutOfStep:
-            before = takewhile(lambda each: each[1] is not unsaid, self._tasks.items())
-            if waiting := [task for task, each in before if each.stream is unsaid.stream]:
+            before = takewhile(lambda each: each[1] is not pending, self._tasks.items())
+            if waiting := [task for task, each in before if each.stream is pending.stream]:
                 await asyncio.wait(waiting)
-            return await self._append(unsaid)
+            return await self._append(pending)
 
-    async def _append(self, unsaid: Unsaid) -> NodeId | None:
-        if unsaid.stored:
+    async def _append(self, pending: PendingEvent) -> NodeId | None:
+        if pending.stored:
             return None
-        what = (unsaid.message, unsaid.finishes, unsaid.outcome, unsaid.topic)
-        return await self._log.append(Entry(self._writer.ownership, unsaid.stream.id, unsaid.seq, *what))
+        what = (pending.message, pending.finishes, pending.outcome, pending.topic)
+        return await self._log.append(Entry(self._writer.ownership, pending.stream.id, pending.seq, *what))
 
     def stop(self) -> None:
         """Nobody says anything any more: let go who waits for room."""

@@ -35,7 +35,7 @@ async def go_on(
         DatabaseUnavailable: not now; it may be tried again.
     """
     owned = {ownership.session: ownership for ownership in await inbox.owned()}
-    stands = await log.stands([stream for actor in actors for stream in actor.writing.known()])
+    stands = await log.stands([stream for actor in actors for stream in actor.outbox.known()])
     unfinished = await inbox.unfinished([actor.ownership.session for actor in actors])
     stay: list[tuple[Actor, Ownership]] = []
     leaving: list[SessionKey] = []
@@ -68,8 +68,8 @@ def _goes_on(
 ) -> bool:
     if ownership.epoch != actor.ownership.epoch + jump or actor.muted:
         return False
-    complete = actor.writing.complete(stands, jump)
+    complete = actor.outbox.complete(stands, jump)
     known = unfinished.get(ownership.session, set())
-    working = actor.working - actor.writing.answered(stands, jump)
+    working = actor.working - actor.outbox.answered(stands, jump)
     # what it does not work on waits for it, unless it may have been finished in what is missing
     return complete is not False and working <= known and (complete is True or known <= working)

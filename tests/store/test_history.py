@@ -15,8 +15,8 @@ from pgmcp.clock import Clock
 from pgmcp.errors import DatabaseUnavailable, Fenced, OutOfStep, PgmcpError
 from pgmcp.session.calls import Stream
 from pgmcp.session.fenced_writer import FencedWriter
+from pgmcp.session.outbox import Outbox
 from pgmcp.session.storing import Storing
-from pgmcp.session.writing import Writing
 from pgmcp.settings import Settings
 from pgmcp.store import history
 from pgmcp.store.database import Database
@@ -317,16 +317,16 @@ async def test_what_is_said_in_a_new_term_waits_for_what_was_said_before_it(data
     async with store(database, gate=settled) as node:
         session = await opened(node)
         writer = FencedWriter(session.ownership, Clock(), lambda: not refused)
-        writing = Writing(Stream(session.standalone, 1))
-        storing = Storing(writing, writer, node.log, lambda *_: None, refused.append)
+        outbox = Outbox(Stream(session.standalone, 1))
+        storing = Storing(outbox, writer, node.log, lambda *_: None, refused.append)
         for text in (b"1", b"2"):
-            storing.store(writing.standalone, text)
+            storing.store(outbox.standalone, text)
         await asyncio.sleep(0)  # they wait for the primary
         await promote(hand)
         await arrived(node, 1)
-        writing.go_on(await node.log.stands(list(writing.known())), JUMP)
+        outbox.go_on(await node.log.stands(list(outbox.known())), JUMP)
         writer.ownership = Ownership(session.key, session.ownership.epoch + JUMP)
-        storing.store(writing.standalone, b"3")
+        storing.store(outbox.standalone, b"3")
         await asyncio.sleep(0)
         gate.set()
         async with asyncio.timeout(10):

@@ -127,7 +127,7 @@ async def test_a_session_that_lost_step_is_restored_and_not_ended(scene: Scene) 
     call = await scene.working(0)
     host = scene.node.incarnation.host
     [first] = [resident.actor for resident in host._residents.values()]
-    for stream in first.writing.streams.values():
+    for stream in first.outbox.streams.values():
         stream.next_seq += 1
     scene.reporter.report.set()
     scene.reporter.end.set()

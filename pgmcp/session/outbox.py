@@ -16,7 +16,7 @@ from pgmcp.types import Outcome, RequestKey, Stand, StreamId
 
 
 @dataclass(eq=False, slots=True)
-class Unsaid:
+class PendingEvent:
     """An event that is being stored; ``stored`` when that is known without asking again."""
 
     stream: Stream
@@ -28,42 +28,42 @@ class Unsaid:
     stored: bool = False
 
 
-class Writing:
+class Outbox:
     """The streams of one session, as its owner knows them."""
 
     def __init__(self, standalone: Stream) -> None:
         self.standalone = standalone
         self.streams: dict[StreamId, Stream] = {}
-        self._unsaid: dict[Unsaid, None] = {}
+        self._pending: dict[PendingEvent, None] = {}
         self._bytes = 0
         self._last: tuple[StreamId, int] | None = None
 
     @property
     def storing(self) -> bool:
         """Whether something is being stored."""
-        return bool(self._unsaid)
+        return bool(self._pending)
 
     @property
     def waiting(self) -> tuple[int, int]:
         """How many events are being stored, and their bytes."""
-        return len(self._unsaid), self._bytes
+        return len(self._pending), self._bytes
 
     def begin(
         self, stream: Stream, message: bytes, finishes: RequestKey | None, outcome: Outcome | None, topic: str | None
-    ) -> Unsaid:
+    ) -> PendingEvent:
         """Give an event its number."""
-        unsaid = Unsaid(stream, stream.next_seq, message, finishes, outcome, topic)
+        pending = PendingEvent(stream, stream.next_seq, message, finishes, outcome, topic)
         stream.next_seq += 1
-        self._unsaid[unsaid] = None
+        self._pending[pending] = None
         self._bytes += len(message)
-        return unsaid
+        return pending
 
-    def end(self, unsaid: Unsaid, *, stored: bool) -> None:
+    def end(self, pending: PendingEvent, *, stored: bool) -> None:
         """An event was stored, or never will be."""
-        del self._unsaid[unsaid]
-        self._bytes -= len(unsaid.message)
+        del self._pending[pending]
+        self._bytes -= len(pending.message)
         if stored:
-            self._last = unsaid.stream.id, unsaid.seq
+            self._last = pending.stream.id, pending.seq
 
     # -- another term -----------------------------------------------------------------------------------------------
 
@@ -72,27 +72,27 @@ class Writing:
         return {*self._each(), *([self._last[0]] if self._last else [])}
 
     def _each(self) -> dict[StreamId, Stream]:
-        streams = [self.standalone, *self.streams.values(), *(unsaid.stream for unsaid in self._unsaid)]
+        streams = [self.standalone, *self.streams.values(), *(pending.stream for pending in self._pending)]
         return {stream.id: stream for stream in streams}
 
     def answered(self, stands: Mapping[StreamId, Stand], jump: int) -> set[RequestKey]:
         """Requests whose answers were stored in time, though nobody heard of it."""
         return {
-            unsaid.finishes
-            for unsaid in self._unsaid
-            if unsaid.finishes is not None and self._in_time(unsaid, stands, jump)
+            pending.finishes
+            for pending in self._pending
+            if pending.finishes is not None and self._in_time(pending, stands, jump)
         }
 
-    def _in_time(self, unsaid: Unsaid, stands: Mapping[StreamId, Stand], jump: int) -> bool:
-        stand = stands.get(unsaid.stream.id)
-        return stand is not None and unsaid.seq < stand.before(jump)
+    def _in_time(self, pending: PendingEvent, stands: Mapping[StreamId, Stand], jump: int) -> bool:
+        stand = stands.get(pending.stream.id)
+        return stand is not None and pending.seq < stand.before(jump)
 
     def complete(self, stands: Mapping[StreamId, Stand], jump: int) -> bool | None:
         """Whether the database has all that was stored; None if the last of it is too old to tell."""
-        unsaid = Counter(each.stream.id for each in self._unsaid)
+        pending = Counter(each.stream.id for each in self._pending)
         for stream in self._each().values():
             stand = stands.get(stream.id)
-            if stand is None or stand.before(jump) < stream.next_seq - unsaid[stream.id]:
+            if stand is None or stand.before(jump) < stream.next_seq - pending[stream.id]:
                 return False
         if self._last is None:
             return True
@@ -101,11 +101,11 @@ class Writing:
 
     def go_on(self, stands: Mapping[StreamId, Stand], jump: int) -> None:
         """Go on with the numbers of another term."""
-        for unsaid in self._unsaid:
-            unsaid.stored = unsaid.stored or self._in_time(unsaid, stands, jump)
+        for pending in self._pending:
+            pending.stored = pending.stored or self._in_time(pending, stands, jump)
         for stream in self._each().values():
             stream.next_seq = stands[stream.id].next_seq
-        for unsaid in self._unsaid:
-            if not unsaid.stored:
-                unsaid.seq = unsaid.stream.next_seq
-                unsaid.stream.next_seq += 1
+        for pending in self._pending:
+            if not pending.stored:
+                pending.seq = pending.stream.next_seq
+                pending.stream.next_seq += 1
