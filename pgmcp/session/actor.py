@@ -33,6 +33,7 @@ from pgmcp.session.adapter import Adapter, Incoming, Kind, Outgoing
 from pgmcp.session.bounds import gives_way, too_many_subscriptions
 from pgmcp.session.caller import Caller
 from pgmcp.session.calls import Call, Over, Stream
+from pgmcp.session.event_appender import EventAppender
 from pgmcp.session.fenced_writer import FencedWriter
 from pgmcp.session.journal import handshake, journal_entries
 from pgmcp.session.news import News
@@ -43,7 +44,6 @@ from pgmcp.session.recent import Recent
 from pgmcp.session.record import Record
 from pgmcp.session.sizes import Sizes
 from pgmcp.session.state import SessionState
-from pgmcp.session.storing import Storing
 from pgmcp.session.topics import topic_of
 from pgmcp.types import (
     RESUMES,
@@ -99,7 +99,7 @@ class Actor:
         self._adapter, self._log, self._clock = adapter, log, clock
         self._sizes, self._heard, self._on_over = sizes, heard, on_over
         self.outbox = Outbox(Stream(*standalone))
-        self.storing = Storing(self.outbox, self.writer, log, heard, self._refused)
+        self.appender = EventAppender(self.outbox, self.writer, log, heard, self._refused)
         self._standalone, self._streams = self.outbox.standalone, self.outbox.streams
         self._calls: dict[str, Call] = {}
         self._working: set[RequestKey] = set()
@@ -137,7 +137,7 @@ class Actor:
         """Say nothing more from now on."""
         self._muted = True
         self.news.stop()
-        self.storing.stop()
+        self.appender.stop()
 
     @property
     def busy(self) -> bool:
@@ -170,7 +170,7 @@ class Actor:
         if where is not None and not self._muted:
             params = {"requestId": question, "reason": reason}
             cancel = dump({"jsonrpc": "2.0", "method": "notifications/cancelled", "params": params})
-            await asyncio.shield(self.storing.store(where, cancel))
+            await asyncio.shield(self.appender.store(where, cancel))
 
     def silence_until(self, rpc_id: str, progress: float | None) -> None:
         """A request that runs again says nothing of its progress before it is further than it was."""
@@ -267,7 +267,7 @@ class Actor:
         if outgoing.kind in {Kind.RESULT, Kind.ERROR}:
             await self._answer(outgoing)
             return
-        await self.storing.room()  # up to here its sayer may give up; from here on nothing comes between
+        await self.appender.room()  # up to here its sayer may give up; from here on nothing comes between
         if self._muted:
             return
         stream = self._standalone
@@ -283,7 +283,7 @@ class Actor:
             message = self._questions.cancel(outgoing.message)
         if message is not None:
             topic = topic_of(outgoing, stream.next_seq) if stream is self._standalone else None
-            await asyncio.shield(self.storing.store(stream, message, topic=topic))
+            await asyncio.shield(self.appender.store(stream, message, topic=topic))
 
     async def _answer(self, outgoing: Outgoing) -> None:
         rpc_id = outgoing.rpc_id or ""
@@ -356,7 +356,7 @@ class Actor:
         call.stream.unfinished -= 1
         if call.stream.unfinished == 0:
             self._streams.pop(call.stream.id, None)
-        task = self.storing.store(call.stream, message, call.key, outcome)
+        task = self.appender.store(call.stream, message, call.key, outcome)
         task.add_done_callback(lambda _: self._has_answered(call.key))
         return asyncio.shield(task)
 

@@ -179,7 +179,7 @@ class Host(Service):
                 raise RestoreFailed(message)
         except Exception:
             actor.mute()
-            await actor.storing.settled()  # the next attempt reads what this one has said
+            await actor.appender.settled()  # the next attempt reads what this one has said
             raise
         for sink, stream in left.sinks:
             self._heard(sink, stream)  # whoever wrote there last may have died before it said so
@@ -388,7 +388,7 @@ class Host(Service):
         """Restore a session when nothing of its former actor is on its way to the tables any more."""
         try:
             await actor.stop()
-            await actor.storing.settled()
+            await actor.appender.settled()
         finally:
             self._restoring.discard(actor.ownership.session)
         self._again.add(actor.ownership)  # with the next poll: one that is refused at once again is no storm

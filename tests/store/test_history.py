@@ -14,9 +14,9 @@ import pytest
 from pgmcp.clock import Clock
 from pgmcp.errors import DatabaseUnavailable, Fenced, OutOfStep, PgmcpError
 from pgmcp.session.calls import Stream
+from pgmcp.session.event_appender import EventAppender
 from pgmcp.session.fenced_writer import FencedWriter
 from pgmcp.session.outbox import Outbox
-from pgmcp.session.storing import Storing
 from pgmcp.settings import Settings
 from pgmcp.store import history
 from pgmcp.store.database import Database
@@ -318,19 +318,19 @@ async def test_what_is_said_in_a_new_term_waits_for_what_was_said_before_it(data
         session = await opened(node)
         writer = FencedWriter(session.ownership, Clock(), lambda: not refused)
         outbox = Outbox(Stream(session.standalone, 1))
-        storing = Storing(outbox, writer, node.log, lambda *_: None, refused.append)
+        appender = EventAppender(outbox, writer, node.log, lambda *_: None, refused.append)
         for text in (b"1", b"2"):
-            storing.store(outbox.standalone, text)
+            appender.store(outbox.standalone, text)
         await asyncio.sleep(0)  # they wait for the primary
         await promote(hand)
         await arrived(node, 1)
         outbox.go_on(await node.log.stands(list(outbox.known())), JUMP)
         writer.ownership = Ownership(session.key, session.ownership.epoch + JUMP)
-        storing.store(outbox.standalone, b"3")
+        appender.store(outbox.standalone, b"3")
         await asyncio.sleep(0)
         gate.set()
         async with asyncio.timeout(10):
-            await storing.settled()
+            await appender.settled()
         assert refused == []
         rows = await hand.fetch("select seq, message from pgmcp.events order by seq")
         assert [tuple(each) for each in rows] == [(JUMP + seq, str(seq).encode()) for seq in (1, 2, 3)]

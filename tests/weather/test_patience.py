@@ -11,7 +11,7 @@ import pytest
 from mcp.server.mcpserver import Context, MCPServer
 
 from pgmcp.errors import DatabaseUnavailable
-from pgmcp.session import storing
+from pgmcp.session import event_appender
 from pgmcp.session.calls import Over
 from pgmcp.store.secrets import KeyRing
 from tests.harness.clients import RawSession
@@ -108,7 +108,7 @@ async def test_an_event_whose_sayer_gave_up_leaves_no_gap(scene: Scene, reports:
 
 async def test_what_has_no_number_may_be_given_up(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     """At the bound of what may wait a sayer waits before his event has a number; the answer does not wait."""
-    monkeypatch.setattr(storing, "EVENTS", 1)
+    monkeypatch.setattr(event_appender, "EVENTS", 1)
     call = await scene.working(3)
     scene.away()
     scene.reporter.report.set()

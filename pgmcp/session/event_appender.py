@@ -1,4 +1,4 @@
-"""Storing what an actor says: from the moment an event has its number, the actor owns it, not who said it.
+"""Appending what an actor says to the log: from the moment an event has its number, the actor owns it, not who said it.
 
 Invariants:
 - An event with a number is stored, or refused by the database: its sayer may give up, the event may not. A gap would
@@ -33,7 +33,7 @@ BYTES = 4 * 1024 * 1024
 """Bytes of one session after which no further event begins to wait to be stored."""
 
 
-class Storing:
+class EventAppender:
     """Stores the events of one actor.
 
     Args:
