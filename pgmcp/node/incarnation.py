@@ -27,7 +27,7 @@ from pgmcp.node.hearsay import Hearsay
 from pgmcp.node.rereading import HURRY, Rereading
 from pgmcp.ports import Publications
 from pgmcp.service import Faults, Rounds, Service, failure
-from pgmcp.session import news
+from pgmcp.session import change_notices
 from pgmcp.session.adapter import Adapter
 from pgmcp.session.adapters.bus import PostgresSubscriptionBus
 from pgmcp.session.host import Host
@@ -284,11 +284,11 @@ class Incarnation(Service):
         self._rereading.begin()
 
     async def _tell(self, publications: Sequence[Publication]) -> None:
-        await news.tell(self.host.news, publications)
+        await change_notices.tell(self.host.change_notices, publications)
         await self._bus.tell(publications)
 
     async def _missed(self, changed: Collection[Change]) -> None:
-        await news.missed(self.host.news, changed)
+        await change_notices.missed(self.host.change_notices, changed)
         await self._bus.missed()
 
     def _hear(self, wake: Wake) -> None:

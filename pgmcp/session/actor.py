@@ -33,10 +33,10 @@ from pgmcp.session.adapter import Adapter, Incoming, Kind, Outgoing
 from pgmcp.session.bounds import gives_way, too_many_subscriptions
 from pgmcp.session.caller import Caller
 from pgmcp.session.calls import Call, Over, Stream
+from pgmcp.session.change_notices import ChangeNotices
 from pgmcp.session.event_appender import EventAppender
 from pgmcp.session.fenced_writer import FencedWriter
 from pgmcp.session.journal import handshake, journal_entries
-from pgmcp.session.news import News
 from pgmcp.session.outbox import Outbox
 from pgmcp.session.own import OwnRequests
 from pgmcp.session.questions import Questions, dump
@@ -104,7 +104,7 @@ class Actor:
         self._calls: dict[str, Call] = {}
         self._working: set[RequestKey] = set()
         self._questions = Questions(ids)
-        self.news = News(self.emit)
+        self.change_notices = ChangeNotices(self.emit)
         self._floors: dict[str, float | None] = {}
         self._early_cancels = Recent(clock)  # those that overtook their requests
         self._finished = Recent(clock)  # a late cancel must not hit the next request that has the id
@@ -136,7 +136,7 @@ class Actor:
     def mute(self) -> None:
         """Say nothing more from now on."""
         self._muted = True
-        self.news.stop()
+        self.change_notices.stop()
         self.appender.stop()
 
     @property
@@ -216,7 +216,9 @@ class Actor:
         stream = self._register(claimed, rpc_id, claimed.stream, can_ask=caller.can_ask)
         if self._early_cancels.take(rpc_id):
             await self._cancelled(rpc_id)
-        elif refusal := too_many_subscriptions(self._calls[rpc_id], self.news.subscribed, self._calls.values()):
+        elif refusal := too_many_subscriptions(
+            self._calls[rpc_id], self.change_notices.subscribed, self._calls.values()
+        ):
             await self._refuse(rpc_id, INVALID_REQUEST, refusal, Outcome.ANSWERED)
         else:
             incoming = Incoming(
@@ -316,7 +318,7 @@ class Actor:
 
     async def _write_journal(self, entry: JournalEntry) -> None:
         await self.record.write(entry)
-        self.news.note(entry)
+        self.change_notices.note(entry)
 
     @property
     def muted(self) -> bool:

@@ -30,9 +30,9 @@ from pgmcp.session.actor import Actor
 from pgmcp.session.adapter import Adapter
 from pgmcp.session.birth import Birth, Resident
 from pgmcp.session.calls import Over
+from pgmcp.session.change_notices import ChangeNotices
 from pgmcp.session.delivery import Delivery
 from pgmcp.session.ending import end
-from pgmcp.session.news import News
 from pgmcp.session.restore import ATTEMPTS, Restore, RestoreFailed, SessionOver
 from pgmcp.session.sizes import Sizes
 from pgmcp.session.strays import put_back
@@ -96,9 +96,9 @@ class Host(Service):
         return len(self._residents.keys() | self._restoring)
 
     @property
-    def news(self) -> list[News]:
+    def change_notices(self) -> list[ChangeNotices]:
         """What to tell of publications, for each live server session."""
-        return [resident.actor.news for resident in self._residents.values()]
+        return [resident.actor.change_notices for resident in self._residents.values()]
 
     async def open(self, new: NewSession) -> Ownership:
         """Create a session here and start its actor.
@@ -183,7 +183,7 @@ class Host(Service):
             raise
         for sink, stream in left.sinks:
             self._heard(sink, stream)  # whoever wrote there last may have died before it said so
-        actor.news.missed(left.changed)
+        actor.change_notices.missed(left.changed)
         resident.taking = False
         self.wake(ownership.session)
 

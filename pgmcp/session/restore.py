@@ -113,9 +113,9 @@ class Restore:
         initialized = entries.get("initialized") or self._claimed_initialized()
         if initialized is not None:
             self._actor.tell(initialized)
-            self._actor.news.begin()
+            self._actor.change_notices.begin()
         for entry in self._left.journal:
-            self._actor.news.note(entry)
+            self._actor.change_notices.note(entry)
             if entry.kind in {"level", "subscription"} and entry.body is not None:
                 answer = await self._ask(entry.body)
                 if "error" in answer:

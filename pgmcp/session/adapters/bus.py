@@ -2,7 +2,7 @@
 
 What a server publishes is stored for every node; what any node (or SQL) has published comes back and goes to the
 listeners of this process, the ``subscriptions/listen`` streams that it serves. Sessions of earlier revisions hear the
-same without the bus (``session/news.py``).
+same without the bus (``session/change_notices.py``).
 
 Invariants:
 - A publisher's own process hears of its events as every other one does: when they are stored.

@@ -1,4 +1,4 @@
-"""News: what one session is told of publications, on its standalone stream.
+"""Change notices: what one session is told of publications, on its standalone stream.
 
 Invariants:
 - A session hears nothing before the end of its handshake; of resources, only those that it subscribed to.
@@ -31,8 +31,8 @@ SOME = 100
 """Sessions that are told in one turn of the event loop."""
 
 
-class News:
-    """One session's news.
+class ChangeNotices:
+    """One session's change notices.
 
     Args:
         say: sends a message to the client, as if its server had said it; returns when it is stored.
@@ -98,19 +98,19 @@ class News:
             self._telling.cancel()
 
 
-async def tell(sessions: Iterable[News], publications: Sequence[Publication]) -> None:
+async def tell(sessions: Iterable[ChangeNotices], publications: Sequence[Publication]) -> None:
     """Tell each of these sessions what it wants to hear of."""
-    await _each(sessions, lambda news: news.hear(publications))
+    await _each(sessions, lambda notices: notices.hear(publications))
 
 
-async def missed(sessions: Iterable[News], changed: Collection[Change]) -> None:
+async def missed(sessions: Iterable[ChangeNotices], changed: Collection[Change]) -> None:
     """Tell each of these sessions what it may have missed."""
-    await _each(sessions, lambda news: news.missed(changed))
+    await _each(sessions, lambda notices: notices.missed(changed))
 
 
-async def _each(sessions: Iterable[News], do: Callable[[News], None]) -> None:
-    for count, news in enumerate(sessions, 1):
-        do(news)
+async def _each(sessions: Iterable[ChangeNotices], do: Callable[[ChangeNotices], None]) -> None:
+    for count, notices in enumerate(sessions, 1):
+        do(notices)
         if count % SOME == 0:
             await asyncio.sleep(0)
 
