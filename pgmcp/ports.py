@@ -23,7 +23,6 @@ from pgmcp.types import (
     Inheritance,
     JournalEntry,
     Message,
-    News,
     NewSession,
     NodeId,
     NodeState,
@@ -31,6 +30,7 @@ from pgmcp.types import (
     Page,
     Principal,
     Publication,
+    PublicationBatch,
     RequestKey,
     SessionFacts,
     SessionKey,
@@ -333,7 +333,7 @@ class Publications(Protocol):
         """
         ...
 
-    async def read(self, since: Horizon | None) -> News:
+    async def read(self, since: Horizon | None) -> PublicationBatch:
         """What was committed since a horizon; whoever goes on from each answer's horizon gets each publication once.
 
         That holds in whatever order they commit, for as long as they are kept: some minutes, the newest change of each

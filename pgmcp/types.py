@@ -116,7 +116,7 @@ Horizon = NewType("Horizon", str)
 
 
 @dataclass(frozen=True, slots=True)
-class News:
+class PublicationBatch:
     """Publications, and the horizon behind them; ``more`` says that there were too many to list them all."""
 
     horizon: Horizon

@@ -97,12 +97,12 @@ class Herald(Service):
         since = None if self._gap or now - self._looked_at > ABSENT else self._horizon
         self._gap = False
         try:
-            news = await self._table.read(since)
+            batch = await self._table.read(since)
         except BaseException:
             self._gap = self._gap or since is None
             raise
-        self._horizon, self._looked_at = news.horizon, now
-        if since is None or news.more:
-            await self._missed(LISTS if news.more else LISTS & {each.change for each in news.publications})
+        self._horizon, self._looked_at = batch.horizon, now
+        if since is None or batch.more:
+            await self._missed(LISTS if batch.more else LISTS & {each.change for each in batch.publications})
         else:
-            await self._tell(news.publications)
+            await self._tell(batch.publications)

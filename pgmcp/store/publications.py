@@ -28,7 +28,7 @@ from pgmcp.store.encoding import encoding_of
 from pgmcp.store.group import Group
 from pgmcp.store.line import channel
 from pgmcp.store.statements import statement
-from pgmcp.types import PUBLISHED, Change, Horizon, News, Publication
+from pgmcp.types import PUBLISHED, Change, Horizon, Publication, PublicationBatch
 
 MOST = 1_000
 """Publications that one look lists at most."""
@@ -88,11 +88,11 @@ class TablePublications:
         )
         return [None] * len(drafts)
 
-    async def read(self, since: Horizon | None) -> News:
+    async def read(self, since: Horizon | None) -> PublicationBatch:
         """See ``Publications.read``."""
         rows = await self._database.ask("read_publications", since, MOST + 1)
         found = tuple(Publication(Change(row["kind"]), row["uri"]) for row in rows if row["kind"] is not None)
-        return News(Horizon(rows[0]["horizon"]), found[:MOST], more=len(found) > MOST)
+        return PublicationBatch(Horizon(rows[0]["horizon"]), found[:MOST], more=len(found) > MOST)
 
 
 async def publish_from_outside(settings: Settings, publications: Sequence[Publication]) -> None:

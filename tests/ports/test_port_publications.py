@@ -28,10 +28,10 @@ class Reader:
         self.horizon: Horizon | None = None
 
     async def read(self) -> list[Publication]:
-        news = await self.node.publications.read(self.horizon)
-        self.horizon = news.horizon
-        assert not news.more
-        return list(news.publications)
+        batch = await self.node.publications.read(self.horizon)
+        self.horizon = batch.horizon
+        assert not batch.more
+        return list(batch.publications)
 
 
 @pytest.fixture
@@ -79,9 +79,9 @@ async def test_a_lost_reply_publishes_once(pair: Pair, readers: list[Reader], wh
 
 async def test_too_many_are_not_listed(pair: Pair, readers: list[Reader]) -> None:
     await asyncio.gather(*(pair.one.publications.publish(updated(n)) for n in range(MOST + 1)))
-    news = await pair.two.publications.read(readers[1].horizon)
-    assert (len(news.publications), news.more) == (MOST, True)
-    readers[1].horizon = news.horizon
+    batch = await pair.two.publications.read(readers[1].horizon)
+    assert (len(batch.publications), batch.more) == (MOST, True)
+    readers[1].horizon = batch.horizon
     await pair.one.publications.publish(TOOLS)
     assert await readers[1].read() == [TOOLS]
 

@@ -45,8 +45,8 @@ def table(node: Store) -> TablePublications:
 
 
 async def said(of: TablePublications, since: Horizon | None) -> tuple[list[str], Horizon]:
-    news = await of.read(since)
-    return [each.uri or each.change for each in news.publications], news.horizon
+    batch = await of.read(since)
+    return [each.uri or each.change for each in batch.publications], batch.horizon
 
 
 class Gate:

@@ -10,7 +10,7 @@ import pytest
 from pgmcp.cluster.publications import ABSENT, PAUSE, Herald
 from pgmcp.errors import DatabaseUnavailable
 from pgmcp.service import Faults
-from pgmcp.types import LISTS, Change, Horizon, News, Publication
+from pgmcp.types import LISTS, Change, Horizon, Publication, PublicationBatch
 from tests.harness.clock import FakeClock
 
 TOOLS, PROMPTS = Publication(Change.TOOLS), Publication(Change.PROMPTS)
@@ -32,15 +32,15 @@ class Table:
     async def publish(self, publication: Publication) -> None:
         self.said.append(publication)
 
-    async def read(self, since: Horizon | None) -> News:
+    async def read(self, since: Horizon | None) -> PublicationBatch:
         self.reads.append(since)
         await asyncio.sleep(0)
         if self.away:
             message = "away"
             raise DatabaseUnavailable(message)
-        news = News(Horizon(str(len(self.said))), tuple(self.said[int(since or 0) :]), self.more)
+        batch = PublicationBatch(Horizon(str(len(self.said))), tuple(self.said[int(since or 0) :]), self.more)
         self.before_reply()
-        return news
+        return batch
 
 
 class Scene:

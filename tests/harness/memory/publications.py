@@ -6,7 +6,7 @@ from uuid import UUID
 
 from pgmcp.clock import Ids
 from pgmcp.store.publications import MOST, check
-from pgmcp.types import Horizon, News, Publication
+from pgmcp.types import Horizon, Publication, PublicationBatch
 from tests.harness.memory.tables import PublicationRow
 from tests.harness.memory.wire import Wire
 
@@ -26,10 +26,10 @@ class MemoryPublications:
         if all(row.key != key for row in self._cluster.publications):
             self._cluster.publications.append(PublicationRow(key, publication, self._cluster.now()))
 
-    async def read(self, since: Horizon | None) -> News:
+    async def read(self, since: Horizon | None) -> PublicationBatch:
         return await self._wire.ask("read_publications", lambda: self._read(since))
 
-    def _read(self, since: Horizon | None) -> News:
+    def _read(self, since: Horizon | None) -> PublicationBatch:
         rows = self._cluster.publications
         found = tuple(row.publication for row in rows[int(since or 0) :])
-        return News(Horizon(str(len(rows))), found[:MOST], more=len(found) > MOST)
+        return PublicationBatch(Horizon(str(len(rows))), found[:MOST], more=len(found) > MOST)
