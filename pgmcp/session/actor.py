@@ -34,6 +34,7 @@ from pgmcp.session.bounds import gives_way, too_many_subscriptions
 from pgmcp.session.caller import Caller
 from pgmcp.session.calls import Call, Over, Stream
 from pgmcp.session.change_notices import ChangeNotices
+from pgmcp.session.coalescing import topic_of
 from pgmcp.session.event_appender import EventAppender
 from pgmcp.session.fenced_writer import FencedWriter
 from pgmcp.session.journal import handshake, journal_entries
@@ -44,7 +45,6 @@ from pgmcp.session.recent import Recent
 from pgmcp.session.record import Record
 from pgmcp.session.sizes import Sizes
 from pgmcp.session.state import SessionState
-from pgmcp.session.topics import topic_of
 from pgmcp.types import (
     RESUMES,
     Claimed,

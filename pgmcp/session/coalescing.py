@@ -1,4 +1,4 @@
-"""Topics: which notifications of the standalone stream may give way while nobody fetches them.
+"""Coalescing: which notifications of the standalone stream may give way while nobody fetches them.
 
 A list that changed twice changed; of two updates of one resource the newer one is enough. Log messages and whatever
 else a server says on its own have a topic each: they keep their place until too many wait. Questions and answers have
