@@ -40,9 +40,9 @@ from pgmcp.session.fenced_writer import FencedWriter
 from pgmcp.session.journal import handshake, journal_entries
 from pgmcp.session.outbox import Outbox
 from pgmcp.session.own import OwnRequests
-from pgmcp.session.questions import Questions, dump
 from pgmcp.session.recent import Recent
 from pgmcp.session.record import Record
+from pgmcp.session.server_requests import ServerRequests, dump
 from pgmcp.session.sizes import Sizes
 from pgmcp.session.state import SessionState
 from pgmcp.types import (
@@ -103,7 +103,7 @@ class Actor:
         self._standalone, self._streams = self.outbox.standalone, self.outbox.streams
         self._calls: dict[str, Call] = {}
         self._working: set[RequestKey] = set()
-        self._questions = Questions(ids)
+        self._server_requests = ServerRequests(ids)
         self.change_notices = ChangeNotices(self.emit)
         self._floors: dict[str, float | None] = {}
         self._early_cancels = Recent(clock)  # those that overtook their requests
@@ -198,11 +198,11 @@ class Actor:
         if claimed.rpc_id is not None:
             await self._deliver_request(claimed, claimed.rpc_id, caller)
         elif claimed.method is None:
-            self._pass_on(self._questions.answer(json.loads(claimed.body)), caller)
+            self._pass_on(self._server_requests.answer(json.loads(claimed.body)), caller)
         elif claimed.method == "notifications/cancelled":
             self._deliver_cancel(claimed.body, caller)
         elif claimed.method == "notifications/progress":
-            self._pass_on(self._questions.progress(json.loads(claimed.body)), caller)
+            self._pass_on(self._server_requests.progress(json.loads(claimed.body)), caller)
         else:
             for entry in journal_entries(claimed.method, claimed.body, None):
                 await self._write_journal(entry)
@@ -280,9 +280,9 @@ class Actor:
             stream = call.stream
         message: bytes | None = outgoing.message
         if outgoing.kind is Kind.REQUEST:
-            message = self._questions.ask(outgoing.message)
+            message = self._server_requests.ask(outgoing.message)
         elif outgoing.method == "notifications/cancelled":
-            message = self._questions.cancel(outgoing.message)
+            message = self._server_requests.cancel(outgoing.message)
         if message is not None:
             topic = topic_of(outgoing, stream.next_seq) if stream is self._standalone else None
             await asyncio.shield(self.appender.store(stream, message, topic=topic))

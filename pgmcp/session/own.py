@@ -14,7 +14,7 @@ from typing import Any
 from pgmcp.clock import Ids
 from pgmcp.errors import PgmcpError
 from pgmcp.session.adapter import Incoming
-from pgmcp.session.questions import dump
+from pgmcp.session.server_requests import dump
 
 ANSWER = 5.0
 """Seconds that a server session may take to answer the node itself."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from pgmcp.errors import MessageTooLarge
 from pgmcp.session.adapter import Kind, Outgoing
-from pgmcp.session.questions import dump
+from pgmcp.session.server_requests import dump
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Questions of the server to the client: their ids on the wire.
+"""Requests of the server to the client: their ids on the wire.
 
 An actor's questions start at 1 again after every restore. On the wire each carries a number that was drawn for this
 actor, so that a late answer to a dead owner's question can never answer a new owner's (the two dialogs look alike to
@@ -16,7 +16,7 @@ ACTORS = 900_000_000
 STEP = 10_000_000
 
 
-class Questions:
+class ServerRequests:
     """The open questions of one actor."""
 
     def __init__(self, ids: Ids) -> None:

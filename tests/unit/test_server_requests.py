@@ -1,4 +1,4 @@
-"""Questions of the server to the client: ids that no other actor's answer can hit."""
+"""Requests of the server to the client: ids that no other actor's answer can hit."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pgmcp.clock import Ids
-from pgmcp.session.questions import ACTORS, STEP, Questions
+from pgmcp.session.server_requests import ACTORS, STEP, ServerRequests
 
 JS_SAFE = 2**53 - 1
 
@@ -21,28 +21,28 @@ class FixedIds(Ids):
         return min(self._number, below - 1)
 
 
-def ask(questions: Questions, own: Any, **params: Any) -> dict[str, Any]:
+def ask(server_requests: ServerRequests, own: Any, **params: Any) -> dict[str, Any]:
     message = {"jsonrpc": "2.0", "id": own, "method": "elicitation/create", "params": params}
-    return dict(json.loads(questions.ask(json.dumps(message).encode())))
+    return dict(json.loads(server_requests.ask(json.dumps(message).encode())))
 
 
-def answer(questions: Questions, wire: Any) -> Any:
-    answered = questions.answer({"jsonrpc": "2.0", "id": wire, "result": {}})
+def answer(server_requests: ServerRequests, wire: Any) -> Any:
+    answered = server_requests.answer({"jsonrpc": "2.0", "id": wire, "result": {}})
     return None if answered is None else json.loads(answered)["id"]
 
 
 @pytest.mark.parametrize("own", [0, 1, "1", "a"])
 def test_an_answer_comes_back_under_the_servers_own_id(own: Any) -> None:
-    questions = Questions(Ids())
-    wire = ask(questions, own)["id"]
+    server_requests = ServerRequests(Ids())
+    wire = ask(server_requests, own)["id"]
     assert wire != own
-    assert answer(questions, wire) == own
-    assert answer(questions, wire) is None
+    assert answer(server_requests, wire) == own
+    assert answer(server_requests, wire) is None
 
 
 def test_a_late_answer_to_a_dead_actor_answers_nobody() -> None:
     """Both actors ask their first question; the dialogs look alike."""
-    dead, new = Questions(FixedIds(5)), Questions(FixedIds(6))
+    dead, new = ServerRequests(FixedIds(5)), ServerRequests(FixedIds(6))
     late, current = ask(dead, 1)["id"], ask(new, 1)["id"]
     assert answer(new, late) is None
     assert answer(new, current) == 1
@@ -50,53 +50,53 @@ def test_a_late_answer_to_a_dead_actor_answers_nobody() -> None:
 
 @pytest.mark.parametrize("drawn", [0, 1, ACTORS])
 def test_ids_are_safe_in_javascript_and_stay_in_their_actors_range(drawn: int) -> None:
-    questions = Questions(FixedIds(drawn))
-    questions._count = STEP - 2
-    wires = [ask(questions, own)["id"] for own in range(3)]
+    server_requests = ServerRequests(FixedIds(drawn))
+    server_requests._count = STEP - 2
+    wires = [ask(server_requests, own)["id"] for own in range(3)]
     assert all(0 < wire <= JS_SAFE for wire in wires)
     assert len(set(wires)) == 3
     assert len({wire // STEP for wire in wires}) == 1
 
 
 def test_a_progress_token_goes_along_both_ways() -> None:
-    questions = Questions(Ids())
-    asked = ask(questions, 4, _meta={"progressToken": 4})
+    server_requests = ServerRequests(Ids())
+    asked = ask(server_requests, 4, _meta={"progressToken": 4})
     assert asked["params"]["_meta"]["progressToken"] == asked["id"]
     note = {
         "jsonrpc": "2.0",
         "method": "notifications/progress",
         "params": {"progressToken": asked["id"], "progress": 1},
     }
-    translated = questions.progress(note)
+    translated = server_requests.progress(note)
     assert translated is not None
     assert json.loads(translated)["params"] == {"progressToken": 4, "progress": 1}
 
 
 def test_a_token_of_the_servers_own_choice_stays() -> None:
-    questions = Questions(Ids())
-    assert ask(questions, 4, _meta={"progressToken": "mine"})["params"]["_meta"]["progressToken"] == "mine"
+    server_requests = ServerRequests(Ids())
+    assert ask(server_requests, 4, _meta={"progressToken": "mine"})["params"]["_meta"]["progressToken"] == "mine"
 
 
 def test_a_cancelled_question_cannot_be_answered() -> None:
-    questions = Questions(Ids())
-    wire = ask(questions, 1)["id"]
+    server_requests = ServerRequests(Ids())
+    wire = ask(server_requests, 1)["id"]
     note = json.dumps({"jsonrpc": "2.0", "method": "notifications/cancelled", "params": {"requestId": 1}}).encode()
-    cancelled = questions.cancel(note)
+    cancelled = server_requests.cancel(note)
     assert cancelled is not None
     assert json.loads(cancelled)["params"]["requestId"] == wire
-    assert answer(questions, wire) is None
-    assert questions.cancel(note) is None
+    assert answer(server_requests, wire) is None
+    assert server_requests.cancel(note) is None
 
 
 @pytest.mark.parametrize("wire", [None, 1, -1, "1", 1.5, [], {}, True, 2**70])
 def test_answers_to_nothing_are_nothing(wire: Any) -> None:
-    questions = Questions(Ids())
-    ask(questions, 1)
-    assert answer(questions, wire) is None
-    assert questions.progress({"params": {"progressToken": wire}}) is None
-    assert questions.progress({}) is None
+    server_requests = ServerRequests(Ids())
+    ask(server_requests, 1)
+    assert answer(server_requests, wire) is None
+    assert server_requests.progress({"params": {"progressToken": wire}}) is None
+    assert server_requests.progress({}) is None
 
 
 def test_text_survives() -> None:
-    questions = Questions(Ids())
-    assert ask(questions, 1, message="\N{SNOWMAN} \0 \ud800")["params"]["message"] == "\N{SNOWMAN} \0 \ud800"
+    server_requests = ServerRequests(Ids())
+    assert ask(server_requests, 1, message="\N{SNOWMAN} \0 \ud800")["params"]["message"] == "\N{SNOWMAN} \0 \ud800"
