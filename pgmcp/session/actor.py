@@ -32,7 +32,6 @@ from pgmcp.ports import Inbox, Log
 from pgmcp.session.adapter import Adapter, Incoming, Kind, Outgoing
 from pgmcp.session.bounds import gives_way, too_many_subscriptions
 from pgmcp.session.caller import Caller
-from pgmcp.session.calls import Call, Over, Stream
 from pgmcp.session.change_notices import ChangeNotices
 from pgmcp.session.coalescing import topic_of
 from pgmcp.session.event_appender import EventAppender
@@ -42,6 +41,7 @@ from pgmcp.session.outbox import Outbox
 from pgmcp.session.own import OwnRequests
 from pgmcp.session.recent import Recent
 from pgmcp.session.record import Record
+from pgmcp.session.running_requests import ActorEnd, RunningRequest, Stream
 from pgmcp.session.server_requests import ServerRequests, dump
 from pgmcp.session.sizes import Sizes
 from pgmcp.session.state import SessionState
@@ -91,7 +91,7 @@ class Actor:
         sizes: Sizes,
         heard: Callable[[NodeId, StreamId], None],
         version: int | None,
-        on_over: Callable[[Actor, Over], None],
+        on_over: Callable[[Actor, ActorEnd], None],
     ) -> None:
         self.session_id, self.state = state.session_id, state
         self.writer = FencedWriter(ownership, clock, lambda: not self._muted)
@@ -101,7 +101,7 @@ class Actor:
         self.outbox = Outbox(Stream(*standalone))
         self.appender = EventAppender(self.outbox, self.writer, log, heard, self._refused)
         self._standalone, self._streams = self.outbox.standalone, self.outbox.streams
-        self._calls: dict[str, Call] = {}
+        self._running: dict[str, RunningRequest] = {}
         self._working: set[RequestKey] = set()
         self._server_requests = ServerRequests(ids)
         self.change_notices = ChangeNotices(self.emit)
@@ -131,7 +131,7 @@ class Actor:
             logger.exception("server session %s crashed", self.ownership.session)
         finally:
             self._own.fail()
-            self._lose(Over.ENDED)
+            self._lose(ActorEnd.ENDED)
 
     def mute(self) -> None:
         """Say nothing more from now on."""
@@ -142,7 +142,7 @@ class Actor:
     @property
     def busy(self) -> bool:
         """Whether it works on something: a request, a message that waits, an event that is being stored."""
-        return bool(self._calls or self.outbox.storing or not self._queue.empty())
+        return bool(self._running or self.outbox.storing or not self._queue.empty())
 
     async def stop(self) -> None:
         """Mute and end the server session."""
@@ -217,7 +217,7 @@ class Actor:
         if self._early_cancels.take(rpc_id):
             await self._cancelled(rpc_id)
         elif refusal := too_many_subscriptions(
-            self._calls[rpc_id], self.change_notices.subscribed, self._calls.values()
+            self._running[rpc_id], self.change_notices.subscribed, self._running.values()
         ):
             await self._refuse(rpc_id, INVALID_REQUEST, refusal, Outcome.ANSWERED)
         else:
@@ -234,7 +234,7 @@ class Actor:
     def _register(self, claimed: Claimed, rpc_id: str, stream_id: StreamId | None, *, can_ask: bool) -> Stream:
         stream = self._standalone if stream_id is None else self._streams[stream_id]  # HTTP+SSE has but one
         floor = self._floors.pop(rpc_id, None)
-        self._calls[rpc_id] = Call(claimed.key, claimed.method or "", claimed.body, stream, can_ask, floor)
+        self._running[rpc_id] = RunningRequest(claimed.key, claimed.method or "", claimed.body, stream, can_ask, floor)
         return stream
 
     async def reject(self, claimed: Claimed, text: str, data: dict[str, Any] | None = None) -> None:
@@ -251,8 +251,8 @@ class Actor:
 
     def _deliver_cancel(self, body: bytes, caller: Caller) -> None:
         rpc_id = json.dumps((json.loads(body).get("params") or {}).get("requestId"))
-        if rpc_id in self._calls:
-            if self._calls[rpc_id].method != "initialize":
+        if rpc_id in self._running:
+            if self._running[rpc_id].method != "initialize":
                 self._pass_on(body, caller)
         elif rpc_id not in self._finished:
             self._early_cancels.keep(rpc_id)
@@ -274,10 +274,10 @@ class Actor:
             return
         stream = self._standalone
         if outgoing.related is not None:
-            call = self._calls.get(outgoing.related)
-            if call is None or not call.can_ask or gives_way(call, outgoing, self._clock.boottime()):
+            request = self._running.get(outgoing.related)
+            if request is None or not request.can_ask or gives_way(request, outgoing, self._clock.boottime()):
                 return  # answered already, or answered by plain JSON: there is nowhere to say it
-            stream = call.stream
+            stream = request.stream
         message: bytes | None = outgoing.message
         if outgoing.kind is Kind.REQUEST:
             message = self._server_requests.ask(outgoing.message)
@@ -291,22 +291,26 @@ class Actor:
         rpc_id = outgoing.rpc_id or ""
         if self._own.take(rpc_id, outgoing.message):
             return
-        call = self._calls.get(rpc_id)
-        if call is None:
+        request = self._running.get(rpc_id)
+        if request is None:
             return
-        entries = journal_entries(call.method, call.body, outgoing.message) if outgoing.kind is Kind.RESULT else []
+        entries = (
+            journal_entries(request.method, request.body, outgoing.message) if outgoing.kind is Kind.RESULT else []
+        )
         if entries:
-            task = asyncio.create_task(self._establish(rpc_id, call, entries, outgoing.message))
+            task = asyncio.create_task(self._establish(rpc_id, request, entries, outgoing.message))
             self._establishing.add(task)
             task.add_done_callback(self._establishing.discard)
             await asyncio.shield(task)  # the answer is the actor's: whoever gave it may go
         else:
-            await self._finish(rpc_id, call, outgoing.message, Outcome.ANSWERED)
+            await self._finish(rpc_id, request, outgoing.message, Outcome.ANSWERED)
 
-    async def _establish(self, rpc_id: str, call: Call, entries: Sequence[JournalEntry], result: bytes) -> None:
+    async def _establish(
+        self, rpc_id: str, request: RunningRequest, entries: Sequence[JournalEntry], result: bytes
+    ) -> None:
         try:
-            if call.method == "initialize":
-                settled = handshake(call.body, result)
+            if request.method == "initialize":
+                settled = handshake(request.body, result)
                 self.speaks(settled.protocol_version)
                 await self.record.establish(settled)
             for entry in entries:
@@ -314,7 +318,7 @@ class Actor:
         except PgmcpError as error:
             self._refused(error)
         else:
-            await self._finish(rpc_id, call, result, Outcome.ANSWERED)
+            await self._finish(rpc_id, request, result, Outcome.ANSWERED)
 
     async def _write_journal(self, entry: JournalEntry) -> None:
         await self.record.write(entry)
@@ -341,25 +345,25 @@ class Actor:
     async def _refuse(
         self, rpc_id: str, code: int, text: str, outcome: Outcome, data: dict[str, Any] | None = None
     ) -> None:
-        call = self._calls.get(rpc_id)
-        if call is not None:
+        request = self._running.get(rpc_id)
+        if request is not None:
             error: dict[str, Any] = {"code": code, "message": text}
             if data is not None:
                 error["data"] = data
             answer = dump({"jsonrpc": "2.0", "id": json.loads(rpc_id), "error": error})
-            await self._finish(rpc_id, call, answer, outcome)
+            await self._finish(rpc_id, request, answer, outcome)
 
-    def _finish(self, rpc_id: str, call: Call, message: bytes, outcome: Outcome) -> Awaitable[None]:
-        """End a call, which has its number when this returns; done when that is stored."""
-        if self._muted or self._calls.get(rpc_id) is not call:
+    def _finish(self, rpc_id: str, request: RunningRequest, message: bytes, outcome: Outcome) -> Awaitable[None]:
+        """End a request, which has its number when this returns; done when that is stored."""
+        if self._muted or self._running.get(rpc_id) is not request:
             return asyncio.sleep(0)  # it was cancelled while its answer was being established
-        del self._calls[rpc_id]
+        del self._running[rpc_id]
         self._finished.keep(rpc_id)
-        call.stream.unfinished -= 1
-        if call.stream.unfinished == 0:
-            self._streams.pop(call.stream.id, None)
-        task = self.appender.store(call.stream, message, call.key, outcome)
-        task.add_done_callback(lambda _: self._has_answered(call.key))
+        request.stream.unfinished -= 1
+        if request.stream.unfinished == 0:
+            self._streams.pop(request.stream.id, None)
+        task = self.appender.store(request.stream, message, request.key, outcome)
+        task.add_done_callback(lambda _: self._has_answered(request.key))
         return asyncio.shield(task)
 
     def _has_answered(self, key: RequestKey) -> None:
@@ -369,9 +373,9 @@ class Actor:
     def _refused(self, error: PgmcpError) -> None:
         if not self._muted:
             logger.warning("session %s: %s", self.ownership.session, error)
-        self._lose(Over.FENCED if isinstance(error, Fenced) else Over.OUT_OF_STEP)
+        self._lose(ActorEnd.FENCED if isinstance(error, Fenced) else ActorEnd.OUT_OF_STEP)
 
-    def _lose(self, how: Over) -> None:
+    def _lose(self, how: ActorEnd) -> None:
         if not self._muted:
             self.mute()
             self._on_over(self, how)

@@ -9,7 +9,7 @@ from pgmcp.clock import Clock, Ids
 from pgmcp.ports import Inbox, Log
 from pgmcp.session.actor import Actor
 from pgmcp.session.adapter import Adapter
-from pgmcp.session.calls import Over
+from pgmcp.session.running_requests import ActorEnd
 from pgmcp.session.sizes import Sizes
 from pgmcp.session.state import KIND, SessionState
 from pgmcp.types import Inheritance, JournalEntry, NodeId, Ownership, StreamId
@@ -25,7 +25,7 @@ class Birth:
     clock: Clock
     ids: Ids
     heard: Callable[[NodeId, StreamId], None]
-    on_over: Callable[[Actor, Over], None]
+    on_over: Callable[[Actor, ActorEnd], None]
     sizes: Sizes
 
     def actor(

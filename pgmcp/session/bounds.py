@@ -7,8 +7,8 @@ from hashlib import sha256
 from json import dumps
 
 from pgmcp.session.adapter import Kind, Outgoing
-from pgmcp.session.calls import Call, Stream, repeats
 from pgmcp.session.journal import subscription
+from pgmcp.session.running_requests import RunningRequest, Stream, repeats
 
 SUBSCRIPTIONS = 1_000
 """Resources that a session may be subscribed to: each is a row, and is replayed when the session is restored."""
@@ -25,30 +25,32 @@ PACE = 1.0
 SUBSCRIBE = "resources/subscribe"
 
 
-def too_many_subscriptions(call: Call, subscribed: Collection[str], calls: Iterable[Call]) -> str | None:
+def too_many_subscriptions(
+    request: RunningRequest, subscribed: Collection[str], running: Iterable[RunningRequest]
+) -> str | None:
     """Why a request may not subscribe; None if it may, or is no subscription.
 
     Args:
         subscribed: the keys of what the session is subscribed to.
-        calls: what runs, this one too.
+        running: what runs, this one too.
     """
-    if call.method != SUBSCRIBE:
+    if request.method != SUBSCRIBE:
         return None
-    asked = {_key(each) for each in calls if each.method == SUBSCRIBE} - {_key(call)}
-    if _key(call) in subscribed or len(asked | set(subscribed)) < SUBSCRIPTIONS:
+    asked = {_key(each) for each in running if each.method == SUBSCRIBE} - {_key(request)}
+    if _key(request) in subscribed or len(asked | set(subscribed)) < SUBSCRIPTIONS:
         return None
     return f"This session has {SUBSCRIPTIONS} subscriptions; unsubscribe from one before you subscribe to another."
 
 
-def _key(call: Call) -> str:
-    return sha256(dumps(subscription(call.body)).encode()).hexdigest()
+def _key(request: RunningRequest) -> str:
+    return sha256(dumps(subscription(request.body)).encode()).hexdigest()
 
 
-def gives_way(call: Call, outgoing: Outgoing, now: float) -> bool:
-    """Whether what a server says for a call is not kept: answers, questions and cancels always are."""
-    if repeats(call, outgoing):
+def gives_way(request: RunningRequest, outgoing: Outgoing, now: float) -> bool:
+    """Whether what a server says for a request is not kept: answers, questions and cancels always are."""
+    if repeats(request, outgoing):
         return True
-    stream = call.stream
+    stream = request.stream
     if outgoing.kind is not Kind.NOTIFICATION or outgoing.method == "notifications/cancelled" or not stream.unfinished:
         return False  # the standalone stream, which HTTP+SSE uses for all, has a bound of its own
     if _full(stream) and now - stream.said_at < PACE:

@@ -19,9 +19,9 @@ from itertools import takewhile
 
 from pgmcp.errors import OutOfStep, PgmcpError
 from pgmcp.ports import Log
-from pgmcp.session.calls import Stream
 from pgmcp.session.fenced_writer import FencedWriter
 from pgmcp.session.outbox import Outbox, PendingEvent
+from pgmcp.session.running_requests import Stream
 from pgmcp.types import Entry, NodeId, Outcome, RequestKey, StreamId
 
 logger = logging.getLogger(__name__)

@@ -29,11 +29,11 @@ from pgmcp.session import terms
 from pgmcp.session.actor import Actor
 from pgmcp.session.adapter import Adapter
 from pgmcp.session.birth import Birth, Resident
-from pgmcp.session.calls import Over
 from pgmcp.session.change_notices import ChangeNotices
 from pgmcp.session.delivery import Delivery
 from pgmcp.session.ending import end
 from pgmcp.session.restore import ATTEMPTS, Restore, RestoreFailed, SessionOver
+from pgmcp.session.running_requests import ActorEnd
 from pgmcp.session.sizes import Sizes
 from pgmcp.session.strays import put_back
 from pgmcp.settings import Settings
@@ -359,18 +359,18 @@ class Host(Service):
         except Exception as error:
             logger.warning("session %s lost step: %s", session, told(error), exc_info=unknown(error))
             resident.actor.mute()
-            self._over(resident.actor, Over.OUT_OF_STEP)
+            self._over(resident.actor, ActorEnd.OUT_OF_STEP)
         finally:
             resident.taking = False
 
-    def _over(self, actor: Actor, how: Over) -> None:
+    def _over(self, actor: Actor, how: ActorEnd) -> None:
         session = actor.ownership.session
         resident = self._residents.get(session)
         if resident is None or resident.actor is not actor:
             return  # another one has its place already
-        if session in self._restoring or how is Over.FENCED:  # a restore fails then, and may be tried again
+        if session in self._restoring or how is ActorEnd.FENCED:  # a restore fails then, and may be tried again
             self.drop(session)
-        elif how is Over.OUT_OF_STEP:
+        elif how is ActorEnd.OUT_OF_STEP:
             self._anew(actor)
         else:
             self.drop(session)

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pgmcp.session.calls import Stream
+from pgmcp.session.running_requests import Stream
 from pgmcp.types import Outcome, RequestKey, Stand, StreamId
 
 

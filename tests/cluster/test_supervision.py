@@ -14,7 +14,7 @@ from pgmcp.node import incarnation as incarnation_module
 from pgmcp.node import keeper
 from pgmcp.node import node as node_module
 from pgmcp.node.incarnation import Incarnation
-from pgmcp.session.calls import Over
+from pgmcp.session.running_requests import ActorEnd
 from tests.harness.clients import RawSession
 from tests.harness.cluster import RunningNode, cluster, eventually, everything, tables_of
 
@@ -226,7 +226,7 @@ async def test_work_for_one_session_that_fails_costs_no_other(
         before = node.incarnation
         breaks(monkeypatch, before.inbox, "end_owned")
         key = min(before.host._residents)
-        before.host._over(before.host._residents[key].actor, Over.ENDED)
+        before.host._over(before.host._residents[key].actor, ActorEnd.ENDED)
         await eventually(lambda: node.node.faults.counts == {"work for one session": 1}, "it is counted")
         assert "Bug" in caplog.text
         assert (await other.call_tool(node.url, "count"))["structuredContent"] == {"result": 1}

@@ -13,10 +13,10 @@ import pytest
 
 from pgmcp.clock import Clock
 from pgmcp.errors import DatabaseUnavailable, Fenced, OutOfStep, PgmcpError
-from pgmcp.session.calls import Stream
 from pgmcp.session.event_appender import EventAppender
 from pgmcp.session.fenced_writer import FencedWriter
 from pgmcp.session.outbox import Outbox
+from pgmcp.session.running_requests import Stream
 from pgmcp.settings import Settings
 from pgmcp.store import history
 from pgmcp.store.database import Database

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from pgmcp.clock import Ids
-from pgmcp.session.calls import Stream
 from pgmcp.session.outbox import Outbox
+from pgmcp.session.running_requests import Stream
 from pgmcp.types import RequestKey, Stand, StreamId
 
 JUMP = 1_000_000

@@ -12,7 +12,7 @@ from mcp.server.mcpserver import Context, MCPServer
 
 from pgmcp.errors import DatabaseUnavailable
 from pgmcp.session import event_appender
-from pgmcp.session.calls import Over
+from pgmcp.session.running_requests import ActorEnd
 from pgmcp.store.secrets import KeyRing
 from tests.harness.clients import RawSession
 from tests.harness.cluster import RunningNode, cluster, eventually
@@ -149,7 +149,7 @@ async def test_an_actor_that_was_replaced_ends_nobody(scene: Scene) -> None:
         return not host._restoring and any(each.actor is not former for each in host._residents.values())
 
     await eventually(replaced, "another one has its place")
-    host._over(former, Over.ENDED)
+    host._over(former, ActorEnd.ENDED)
     assert (await scene.session.call_tool(scene.node.url, "quick"))["content"][0]["text"] == "quick"
 
 

@@ -1,4 +1,4 @@
-"""What an actor works on: the calls that are running, the streams that carry their answers, and how it may end."""
+"""What an actor works on: the requests that are running, the streams that carry their answers, and how it may end."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pgmcp.session.adapter import Outgoing
 from pgmcp.types import RequestKey, StreamId
 
 
-class Over(StrEnum):
+class ActorEnd(StrEnum):
     """How an actor came to its end."""
 
     ENDED = "its server session has ended"
@@ -34,7 +34,7 @@ class Stream:
 
 
 @dataclass(slots=True)
-class Call:
+class RunningRequest:
     """A running request; ``floor`` is how far its progress was when an earlier owner ran it."""
 
     key: RequestKey
@@ -45,9 +45,9 @@ class Call:
     floor: float | None = None
 
 
-def repeats(call: Call, outgoing: Outgoing) -> bool:
-    """Whether a call that runs again says progress that its client has seen: it must only grow (MCP, "Progress")."""
-    if call.floor is None or outgoing.method != "notifications/progress":
+def repeats(request: RunningRequest, outgoing: Outgoing) -> bool:
+    """Whether a request that runs again says progress that its client has seen: it must only grow (MCP, "Progress")."""
+    if request.floor is None or outgoing.method != "notifications/progress":
         return False
     progress = (json.loads(outgoing.message).get("params") or {}).get("progress")
-    return isinstance(progress, (int, float)) and progress <= call.floor
+    return isinstance(progress, (int, float)) and progress <= request.floor
