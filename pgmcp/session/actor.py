@@ -31,7 +31,6 @@ from pgmcp.errors import Fenced, PgmcpError
 from pgmcp.ports import Inbox, Log
 from pgmcp.session.adapter import Adapter, Incoming, Kind, Outgoing
 from pgmcp.session.bounds import gives_way, too_many_subscriptions
-from pgmcp.session.caller import Caller
 from pgmcp.session.change_notices import ChangeNotices
 from pgmcp.session.coalescing import topic_of
 from pgmcp.session.event_appender import EventAppender
@@ -41,6 +40,7 @@ from pgmcp.session.outbox import Outbox
 from pgmcp.session.own import OwnRequests
 from pgmcp.session.recent import Recent
 from pgmcp.session.record import Record
+from pgmcp.session.request_context import RequestContext
 from pgmcp.session.running_requests import ActorEnd, RunningRequest, Stream
 from pgmcp.session.server_requests import ServerRequests, dump
 from pgmcp.session.sizes import Sizes
@@ -191,29 +191,29 @@ class Actor:
                 stream = self._streams.setdefault(message.stream, Stream(message.stream, message.next_seq))
                 stream.unfinished += 1
 
-    async def deliver(self, claimed: Claimed, caller: Caller) -> None:
+    async def deliver(self, claimed: Claimed, context: RequestContext) -> None:
         """Hand one claimed and expected message to the server; messages must come in inbox order."""
         if self._muted:
             return
         if claimed.rpc_id is not None:
-            await self._deliver_request(claimed, claimed.rpc_id, caller)
+            await self._deliver_request(claimed, claimed.rpc_id, context)
         elif claimed.method is None:
-            self._pass_on(self._server_requests.answer(json.loads(claimed.body)), caller)
+            self._pass_on(self._server_requests.answer(json.loads(claimed.body)), context)
         elif claimed.method == "notifications/cancelled":
-            self._deliver_cancel(claimed.body, caller)
+            self._deliver_cancel(claimed.body, context)
         elif claimed.method == "notifications/progress":
-            self._pass_on(self._server_requests.progress(json.loads(claimed.body)), caller)
+            self._pass_on(self._server_requests.progress(json.loads(claimed.body)), context)
         else:
             for entry in journal_entries(claimed.method, claimed.body, None):
                 await self._write_journal(entry)
-            self._pass_on(claimed.body, caller)
+            self._pass_on(claimed.body, context)
 
-    def _pass_on(self, body: bytes | None, caller: Caller) -> None:
+    def _pass_on(self, body: bytes | None, context: RequestContext) -> None:
         if body is not None:
-            self._queue.put_nowait(Incoming(body, caller.context, close_standalone=self._closer(None)))
+            self._queue.put_nowait(Incoming(body, context.described, close_standalone=self._closer(None)))
 
-    async def _deliver_request(self, claimed: Claimed, rpc_id: str, caller: Caller) -> None:
-        stream = self._register(claimed, rpc_id, claimed.stream, can_ask=caller.can_ask)
+    async def _deliver_request(self, claimed: Claimed, rpc_id: str, context: RequestContext) -> None:
+        stream = self._register(claimed, rpc_id, claimed.stream, can_ask=context.can_ask)
         if self._early_cancels.take(rpc_id):
             await self._cancelled(rpc_id)
         elif refusal := too_many_subscriptions(
@@ -223,8 +223,8 @@ class Actor:
         else:
             incoming = Incoming(
                 claimed.body,
-                caller.context,
-                can_ask=caller.can_ask,
+                context.described,
+                can_ask=context.can_ask,
                 unanswered=lambda: self._cancelled(rpc_id),
                 close_stream=None if claimed.stream is None else self._closer(stream.id),
                 close_standalone=None if claimed.stream is None else self._closer(None),  # HTTP+SSE cannot resume
@@ -249,11 +249,11 @@ class Actor:
             self._register(claimed, claimed.rpc_id, claimed.stream, can_ask=False)
             await self._cancelled(claimed.rpc_id)
 
-    def _deliver_cancel(self, body: bytes, caller: Caller) -> None:
+    def _deliver_cancel(self, body: bytes, context: RequestContext) -> None:
         rpc_id = json.dumps((json.loads(body).get("params") or {}).get("requestId"))
         if rpc_id in self._running:
             if self._running[rpc_id].method != "initialize":
-                self._pass_on(body, caller)
+                self._pass_on(body, context)
         elif rpc_id not in self._finished:
             self._early_cancels.keep(rpc_id)
 

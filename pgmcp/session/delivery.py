@@ -15,7 +15,7 @@ from pgmcp.boxes import SecretBox
 from pgmcp.clock import Clock
 from pgmcp.errors import DatabaseUnavailable, PgmcpError
 from pgmcp.session.actor import Actor
-from pgmcp.session.caller import Caller, place
+from pgmcp.session.request_context import RequestContext, place_of_context
 from pgmcp.types import Claimed
 
 logger = logging.getLogger(__name__)
@@ -49,13 +49,13 @@ class Delivery:
             return
         await self._trusted()  # last: opening may ask the database for a new key
         if packed is not None:
-            await actor.deliver(claimed, Caller.unpack(packed))
+            await actor.deliver(claimed, RequestContext.unpack(packed))
 
     async def _opened(self, actor: Actor, claimed: Claimed) -> bytes | None:
         """The caller as the edge sealed it; None when the actor was muted meanwhile."""
         while not actor.muted:
             try:
-                return await self._box.open(claimed.context, place(actor.session_id, claimed.key))
+                return await self._box.open(claimed.context, place_of_context(actor.session_id, claimed.key))
             except DatabaseUnavailable as error:
                 logger.info("session %s waits for a key: %s", claimed.ownership.session, error)
             await self._clock.sleep(AGAIN)

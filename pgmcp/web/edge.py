@@ -15,8 +15,8 @@ from pgmcp.cluster.takeover import Takeover
 from pgmcp.cluster.wakeups import Wakeups
 from pgmcp.ports import Inbox, Log
 from pgmcp.session.adapter import Adapter
-from pgmcp.session.caller import Caller, place
 from pgmcp.session.host import Host
+from pgmcp.session.request_context import RequestContext, place_of_context
 from pgmcp.settings import Settings
 from pgmcp.types import (
     RESUMES,
@@ -136,7 +136,9 @@ class Edge:
             DatabaseUnavailable: it could not be committed within the hold.
         """
         arrived = self.lease.database_time(call.arrived)
-        caller = Caller(self.adapter.describe(call.request.scope), can_ask=self.settings.response != "json").pack()
+        context = RequestContext(
+            self.adapter.describe(call.request.scope), can_ask=self.settings.response != "json"
+        ).pack()
         principal, messages = call.principal, []
         for message in post.messages:
             key = RequestKey(self.ids.uuid())
@@ -149,7 +151,7 @@ class Edge:
                     method=message.method,
                     name=message.name,
                     body=message.body,
-                    context=self.box.seal(caller, place(session_id, key)),
+                    context=self.box.seal(context, place_of_context(session_id, key)),
                     stream=stream if message.rpc_id is not None or post.batch else None,  # so that a repeat is known
                     transport=transport,
                     arrived=arrived,
