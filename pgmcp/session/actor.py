@@ -36,8 +36,8 @@ from pgmcp.session.coalescing import topic_of
 from pgmcp.session.event_appender import EventAppender
 from pgmcp.session.fenced_writer import FencedWriter
 from pgmcp.session.journal import handshake, journal_entries
+from pgmcp.session.node_requests import NodeRequests
 from pgmcp.session.outbox import Outbox
-from pgmcp.session.own import OwnRequests
 from pgmcp.session.recent import Recent
 from pgmcp.session.record import Record
 from pgmcp.session.request_context import RequestContext
@@ -110,7 +110,7 @@ class Actor:
         self._finished = Recent(clock)  # a late cancel must not hit the next request that has the id
         self._answered = Recent(clock)
         self._queue: asyncio.Queue[Incoming | None] = asyncio.Queue()
-        self._own = OwnRequests(ids, self._queue.put_nowait)
+        self._node_requests = NodeRequests(ids, self._queue.put_nowait)
         self._closable = self._muted = False
         self._task: asyncio.Task[None] | None = None
         self._establishing: set[asyncio.Task[None]] = set()
@@ -130,7 +130,7 @@ class Actor:
         except Exception:
             logger.exception("server session %s crashed", self.ownership.session)
         finally:
-            self._own.fail()
+            self._node_requests.fail()
             self._lose(ActorEnd.ENDED)
 
     def mute(self) -> None:
@@ -157,8 +157,8 @@ class Actor:
         self._closable = is_version_at_least(version, RESUMES)
 
     async def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Send the server a request of the node's own; its answer (see ``OwnRequests.ask``)."""
-        return await self._own.ask(request)
+        """Send the server a request of the node's own; its answer (see ``NodeRequests.ask``)."""
+        return await self._node_requests.ask(request)
 
     def tell(self, notification: bytes) -> None:
         """Send the server a notification of the node's own."""
@@ -289,7 +289,7 @@ class Actor:
 
     async def _answer(self, outgoing: Outgoing) -> None:
         rpc_id = outgoing.rpc_id or ""
-        if self._own.take(rpc_id, outgoing.message):
+        if self._node_requests.take(rpc_id, outgoing.message):
             return
         request = self._running.get(rpc_id)
         if request is None:

@@ -20,7 +20,7 @@ ANSWER = 5.0
 """Seconds that a server session may take to answer the node itself."""
 
 
-class OwnRequests:
+class NodeRequests:
     """The unanswered requests of the node itself to one server session.
 
     Args:
