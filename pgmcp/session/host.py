@@ -32,10 +32,10 @@ from pgmcp.session.birth import Birth, Resident
 from pgmcp.session.change_notices import ChangeNotices
 from pgmcp.session.delivery import Delivery
 from pgmcp.session.ending import end
+from pgmcp.session.lost_claims import put_back
 from pgmcp.session.restore import ATTEMPTS, Restore, RestoreFailed, SessionOver
 from pgmcp.session.running_requests import ActorEnd
 from pgmcp.session.sizes import Sizes
-from pgmcp.session.strays import put_back
 from pgmcp.settings import Settings
 from pgmcp.types import Inheritance, NewSession, NodeId, Ownership, SessionKey, StreamId
 

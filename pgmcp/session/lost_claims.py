@@ -1,4 +1,4 @@
-"""Strays: claims that came to nobody, since a try that was given up as lost committed after its repeat."""
+"""Lost claims: those that came to nobody, since a try that was given up as lost committed after its repeat."""
 
 from __future__ import annotations
 
