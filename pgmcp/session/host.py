@@ -31,10 +31,10 @@ from pgmcp.session.adapter import Adapter
 from pgmcp.session.birth import Birth, Resident
 from pgmcp.session.change_notices import ChangeNotices
 from pgmcp.session.delivery import Delivery
-from pgmcp.session.ending import end
 from pgmcp.session.lost_claims import put_back
 from pgmcp.session.restore import ATTEMPTS, Restore, RestoreFailed, SessionOver
 from pgmcp.session.running_requests import ActorEnd
+from pgmcp.session.session_end import end_session
 from pgmcp.session.sizes import Sizes
 from pgmcp.settings import Settings
 from pgmcp.types import Inheritance, NewSession, NodeId, Ownership, SessionKey, StreamId
@@ -394,4 +394,4 @@ class Host(Service):
         self._again.add(actor.ownership)  # with the next poll: one that is refused at once again is no storm
 
     async def _end(self, ownership: Ownership) -> None:
-        await end(ownership, self._inbox, self._clock, self._settings.poll, self._ended)
+        await end_session(ownership, self._inbox, self._clock, self._settings.poll, self._ended)

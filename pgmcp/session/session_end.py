@@ -13,7 +13,7 @@ from pgmcp.types import Ownership, SessionKey
 logger = logging.getLogger(__name__)
 
 
-async def end(
+async def end_session(
     ownership: Ownership, inbox: Inbox, clock: Clock, again: float, ended: Callable[[SessionKey], None]
 ) -> None:
     """End a session for its client too, unless it goes on elsewhere.
