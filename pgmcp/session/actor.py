@@ -36,6 +36,7 @@ from pgmcp.session.coalescing import topic_of
 from pgmcp.session.event_appender import EventAppender
 from pgmcp.session.fenced_writer import FencedWriter
 from pgmcp.session.journal import handshake, journal_entries
+from pgmcp.session.message_limit import MessageLimit
 from pgmcp.session.node_requests import NodeRequests
 from pgmcp.session.outbox import Outbox
 from pgmcp.session.recent import Recent
@@ -43,7 +44,6 @@ from pgmcp.session.record import Record
 from pgmcp.session.request_context import RequestContext
 from pgmcp.session.running_requests import ActorEnd, RunningRequest, Stream
 from pgmcp.session.server_requests import ServerRequests, dump
-from pgmcp.session.sizes import Sizes
 from pgmcp.session.state import SessionState
 from pgmcp.types import (
     RESUMES,
@@ -88,7 +88,7 @@ class Actor:
         log: Log,
         clock: Clock,
         ids: Ids,
-        sizes: Sizes,
+        message_limit: MessageLimit,
         heard: Callable[[NodeId, StreamId], None],
         version: int | None,
         on_over: Callable[[Actor, ActorEnd], None],
@@ -97,7 +97,7 @@ class Actor:
         self.writer = FencedWriter(ownership, clock, lambda: not self._muted)
         self.record = Record(inbox, self.writer, version)
         self._adapter, self._log, self._clock = adapter, log, clock
-        self._sizes, self._heard, self._on_over = sizes, heard, on_over
+        self._message_limit, self._heard, self._on_over = message_limit, heard, on_over
         self.outbox = Outbox(Stream(*standalone))
         self.appender = EventAppender(self.outbox, self.writer, log, heard, self._refused)
         self._standalone, self._streams = self.outbox.standalone, self.outbox.streams
@@ -265,7 +265,7 @@ class Actor:
         """See ``Conversation.emit``."""
         if self._muted:
             return
-        outgoing = self._sizes.fitting(outgoing)
+        outgoing = self._message_limit.fitting(outgoing)
         if outgoing.kind in {Kind.RESULT, Kind.ERROR}:
             await self._answer(outgoing)
             return

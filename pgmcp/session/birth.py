@@ -9,8 +9,8 @@ from pgmcp.clock import Clock, Ids
 from pgmcp.ports import Inbox, Log
 from pgmcp.session.actor import Actor
 from pgmcp.session.adapter import Adapter
+from pgmcp.session.message_limit import MessageLimit
 from pgmcp.session.running_requests import ActorEnd
-from pgmcp.session.sizes import Sizes
 from pgmcp.session.state import KIND, SessionState
 from pgmcp.types import Inheritance, JournalEntry, NodeId, Ownership, StreamId
 
@@ -26,7 +26,7 @@ class Birth:
     ids: Ids
     heard: Callable[[NodeId, StreamId], None]
     on_over: Callable[[Actor, ActorEnd], None]
-    sizes: Sizes
+    message_limit: MessageLimit
 
     def actor(
         self, ownership: Ownership, session_id: str, standalone: tuple[StreamId, int], left: Inheritance | None = None
@@ -51,7 +51,7 @@ class Birth:
             log=self.log,
             clock=self.clock,
             ids=self.ids,
-            sizes=self.sizes,
+            message_limit=self.message_limit,
             heard=self.heard,
             version=None if left is None else left.version,
             on_over=self.on_over,

@@ -32,10 +32,10 @@ from pgmcp.session.birth import Birth, Resident
 from pgmcp.session.change_notices import ChangeNotices
 from pgmcp.session.delivery import Delivery
 from pgmcp.session.lost_claims import put_back
+from pgmcp.session.message_limit import MessageLimit
 from pgmcp.session.restore import ATTEMPTS, Restore, RestoreFailed, SessionOver
 from pgmcp.session.running_requests import ActorEnd
 from pgmcp.session.session_end import end_session
-from pgmcp.session.sizes import Sizes
 from pgmcp.settings import Settings
 from pgmcp.types import Inheritance, NewSession, NodeId, Ownership, SessionKey, StreamId
 
@@ -86,7 +86,7 @@ class Host(Service):
         self._holding = False
         self.unsettled = False
         """Whether the database follows another history, and what lives here was not yet brought in line with it."""
-        self._birth = Birth(adapter, inbox, log, clock, ids, heard, self._over, Sizes(settings.max_message))
+        self._birth = Birth(adapter, inbox, log, clock, ids, heard, self._over, MessageLimit(settings.max_message))
         self._room = asyncio.Semaphore(RESTORES)
         self._tasks = Tasks("work for one session", faults)
 

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from pgmcp.session.adapter import Kind, Outgoing
-from pgmcp.session.sizes import Sizes
+from pgmcp.session.message_limit import MessageLimit
 from tests.harness.clients import RawSession
 from tests.harness.cluster import cluster, eventually, tables_of
 
@@ -121,7 +121,7 @@ async def zero(tables, query: str) -> bool:
 
 def test_a_refused_answer_is_small() -> None:
     given = Outgoing(Kind.RESULT, b"x" * 100_000, '"an id"')
-    found = Sizes(65_536).fitting(given)
+    found = MessageLimit(65_536).fitting(given)
     assert json.loads(found.message)["id"] == "an id"
     assert found.kind is Kind.ERROR
     assert len(found.message) < 500

@@ -20,10 +20,10 @@ INTERNAL_ERROR = -32603
 
 
 @dataclass(frozen=True, slots=True)
-class Sizes:
-    """The limit; ``most`` in bytes."""
+class MessageLimit:
+    """The limit; ``max_bytes`` of one message."""
 
-    most: int
+    max_bytes: int
 
     def fitting(self, outgoing: Outgoing) -> Outgoing:
         """A message that may be sent: the given one, or an error in place of an answer that is too large.
@@ -32,14 +32,14 @@ class Sizes:
             MessageTooLarge: it is too large and no answer.
         """
         size = len(outgoing.message)
-        if size <= self.most:
+        if size <= self.max_bytes:
             return outgoing
         what = "answer" if outgoing.kind in {Kind.RESULT, Kind.ERROR} else outgoing.method
-        text = f"The server's {what} has {size} bytes, of {self.most} that a message may have (--max-message)."
+        text = f"The server's {what} has {size} bytes, of {self.max_bytes} that a message may have (--max-message)."
         logger.warning("%s Nothing of it is stored or sent", text)
         if outgoing.rpc_id is None or outgoing.kind not in {Kind.RESULT, Kind.ERROR}:
             raise MessageTooLarge(text)
-        data = {"reason": "too_large", "bytes": size, "limit": self.most}
+        data = {"reason": "too_large", "bytes": size, "limit": self.max_bytes}
         error = {"code": INTERNAL_ERROR, "message": f"{text} Ask for less at a time.", "data": data}
         answer = dump({"jsonrpc": "2.0", "id": json.loads(outgoing.rpc_id), "error": error})
         return Outgoing(Kind.ERROR, answer, outgoing.rpc_id, None, outgoing.related)
