@@ -30,7 +30,6 @@ from pgmcp.clock import Clock, Ids
 from pgmcp.errors import Fenced, PgmcpError
 from pgmcp.ports import Inbox, Log
 from pgmcp.session.adapter import Adapter, Incoming, Kind, Outgoing
-from pgmcp.session.bounds import gives_way, too_many_subscriptions
 from pgmcp.session.change_notices import ChangeNotices
 from pgmcp.session.coalescing import topic_of
 from pgmcp.session.event_appender import EventAppender
@@ -44,6 +43,7 @@ from pgmcp.session.record import Record
 from pgmcp.session.request_context import RequestContext
 from pgmcp.session.running_requests import ActorEnd, RunningRequest, Stream
 from pgmcp.session.server_requests import ServerRequests, dump
+from pgmcp.session.session_limits import gives_way, too_many_subscriptions
 from pgmcp.session.state import SessionState
 from pgmcp.types import (
     RESUMES,

@@ -1,4 +1,4 @@
-"""Bounds of one session at its owner: what it may subscribe to, and what a request may say before its answer."""
+"""Limits of one session at its owner: what it may subscribe to, and what a request may say before its answer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bounds of one session: subscriptions, and what a request says before its answer."""
+"""Limits of one session: subscriptions, and what a request says before its answer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import mcp_types as types
 import pytest
 from mcp.server.lowlevel import Server
 
-from pgmcp.session import bounds
+from pgmcp.session import session_limits
 from tests.harness.clients import RawSession
 from tests.harness.cluster import cluster, tables_of
 
@@ -23,7 +23,7 @@ def subscribing() -> Server:
 
 
 async def test_subscriptions_of_a_session(database, monkeypatch):
-    monkeypatch.setattr(bounds, "SUBSCRIPTIONS", 3)
+    monkeypatch.setattr(session_limits, "SUBSCRIPTIONS", 3)
     async with (
         cluster(database, subscribing, 2) as nodes,
         tables_of(database) as tables,
@@ -53,8 +53,8 @@ async def test_subscriptions_of_a_session(database, monkeypatch):
 @pytest.mark.parametrize(("name", "bound"), [("SAID", 20), ("SAID_BYTES", 20 * 100)])
 async def test_what_an_unfinished_request_says(database, talker, monkeypatch, name, bound):
     """What is too much gives way; the answer does not, nor does a question."""
-    monkeypatch.setattr(bounds, name, bound)
-    monkeypatch.setattr(bounds, "PACE", 3600.0)
+    monkeypatch.setattr(session_limits, name, bound)
+    monkeypatch.setattr(session_limits, "PACE", 3600.0)
     async with (
         cluster(database, talker, 2) as nodes,
         tables_of(database) as tables,
