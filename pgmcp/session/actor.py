@@ -35,11 +35,11 @@ from pgmcp.session.coalescing import topic_of
 from pgmcp.session.event_appender import EventAppender
 from pgmcp.session.fenced_writer import FencedWriter
 from pgmcp.session.journal import handshake, journal_entries
+from pgmcp.session.journal_writer import JournalWriter
 from pgmcp.session.message_limit import MessageLimit
 from pgmcp.session.node_requests import NodeRequests
 from pgmcp.session.outbox import Outbox
 from pgmcp.session.recent import Recent
-from pgmcp.session.record import Record
 from pgmcp.session.request_context import RequestContext
 from pgmcp.session.running_requests import ActorEnd, RunningRequest, Stream
 from pgmcp.session.server_requests import ServerRequests, dump
@@ -95,7 +95,7 @@ class Actor:
     ) -> None:
         self.session_id, self.state = state.session_id, state
         self.writer = FencedWriter(ownership, clock, lambda: not self._muted)
-        self.record = Record(inbox, self.writer, version)
+        self.journal_writer = JournalWriter(inbox, self.writer, version)
         self._adapter, self._log, self._clock = adapter, log, clock
         self._message_limit, self._heard, self._on_over = message_limit, heard, on_over
         self.outbox = Outbox(Stream(*standalone))
@@ -312,7 +312,7 @@ class Actor:
             if request.method == "initialize":
                 settled = handshake(request.body, result)
                 self.speaks(settled.protocol_version)
-                await self.record.establish(settled)
+                await self.journal_writer.establish(settled)
             for entry in entries:
                 await self._write_journal(entry)
         except PgmcpError as error:
@@ -321,7 +321,7 @@ class Actor:
             await self._finish(rpc_id, request, result, Outcome.ANSWERED)
 
     async def _write_journal(self, entry: JournalEntry) -> None:
-        await self.record.write(entry)
+        await self.journal_writer.write(entry)
         self.change_notices.note(entry)
 
     @property

@@ -40,7 +40,7 @@ class Birth:
         kept = {entry.detail: entry.body for entry in left.journal if entry.kind == KIND and entry.body} if left else {}
 
         async def keep(entry: JournalEntry) -> None:
-            await actor.record.keep(entry)
+            await actor.journal_writer.keep(entry)
 
         actor = Actor(
             ownership,

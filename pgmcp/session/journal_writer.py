@@ -1,4 +1,4 @@
-"""The record: what an actor writes into its session's journal, one write after the other.
+"""The journal's writer: what an actor writes into its session's journal, one write after the other.
 
 Invariants:
 - Each write has a greater number than those before it, and the next one begins when this one has ended or was given up:
@@ -24,7 +24,7 @@ TURN = 25.0
 """Seconds for which a value waits for the writes before it."""
 
 
-class Record:
+class JournalWriter:
     """The writes of one actor.
 
     Args:
@@ -37,7 +37,7 @@ class Record:
         self._turn = asyncio.Lock()
 
     async def establish(self, facts: Established) -> None:
-        """Record what the handshake settled, however long that takes.
+        """JournalWriter what the handshake settled, however long that takes.
 
         Raises:
             PgmcpError: it is refused, or nobody wants it any more.
@@ -45,7 +45,7 @@ class Record:
         await self._insist(lambda version: self._inbox.establish(self._writer.ownership, facts, version))
 
     async def write(self, entry: JournalEntry) -> None:
-        """Record or forget what establishes the session, however long that takes.
+        """JournalWriter or forget what establishes the session, however long that takes.
 
         Raises:
             PgmcpError: it is refused, or nobody wants it any more.
@@ -53,7 +53,7 @@ class Record:
         await self._insist(lambda version: self._inbox.write_journal(self._writer.ownership, entry, version))
 
     async def keep(self, entry: JournalEntry) -> None:
-        """Record or forget a value, whose sayer can try again.
+        """JournalWriter or forget a value, whose sayer can try again.
 
         Raises:
             DatabaseUnavailable: not in time; it may be stored or not.
