@@ -27,8 +27,8 @@ from pgmcp.ports import Inbox, Log, Takeovers
 from pgmcp.service import Faults, Looks, Service, Tasks
 from pgmcp.session import terms
 from pgmcp.session.actor import Actor
+from pgmcp.session.actor_factory import ActorFactory, Resident
 from pgmcp.session.adapter import Adapter
-from pgmcp.session.birth import Birth, Resident
 from pgmcp.session.change_notices import ChangeNotices
 from pgmcp.session.delivery import Delivery
 from pgmcp.session.lost_claims import put_back
@@ -86,7 +86,9 @@ class Host(Service):
         self._holding = False
         self.unsettled = False
         """Whether the database follows another history, and what lives here was not yet brought in line with it."""
-        self._birth = Birth(adapter, inbox, log, clock, ids, heard, self._over, MessageLimit(settings.max_message))
+        self._actor_factory = ActorFactory(
+            adapter, inbox, log, clock, ids, heard, self._over, MessageLimit(settings.max_message)
+        )
         self._room = asyncio.Semaphore(RESTORES)
         self._tasks = Tasks("work for one session", faults)
 
@@ -109,7 +111,7 @@ class Host(Service):
             TooManySessions: too many of this caller, and none makes room.
         """
         ownership = await self._opened(new)
-        self._settle(self._birth.actor(ownership, new.session_id, (new.standalone, 1)))
+        self._settle(self._actor_factory.make(ownership, new.session_id, (new.standalone, 1)))
         return ownership
 
     async def _opened(self, new: NewSession) -> Ownership:
@@ -162,7 +164,7 @@ class Host(Service):
             self._restoring.discard(session)
 
     async def _revive(self, ownership: Ownership, left: Inheritance) -> None:
-        actor = self._birth.actor(ownership, left.session_id, (left.standalone, left.next_seq), left)
+        actor = self._actor_factory.make(ownership, left.session_id, (left.standalone, left.next_seq), left)
         resident = self._settle(actor, taking=True)
         restore = Restore(
             actor,

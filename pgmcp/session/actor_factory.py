@@ -16,7 +16,7 @@ from pgmcp.types import Inheritance, JournalEntry, NodeId, Ownership, StreamId
 
 
 @dataclass(frozen=True, slots=True)
-class Birth:
+class ActorFactory:
     """What all actors of a host have in common."""
 
     adapter: Adapter
@@ -28,7 +28,7 @@ class Birth:
     on_over: Callable[[Actor, ActorEnd], None]
     message_limit: MessageLimit
 
-    def actor(
+    def make(
         self, ownership: Ownership, session_id: str, standalone: tuple[StreamId, int], left: Inheritance | None = None
     ) -> Actor:
         """A fresh actor, not started yet.
