@@ -57,12 +57,3 @@ class ActorFactory:
             on_over=self.on_over,
         )
         return actor
-
-
-@dataclass(slots=True)
-class Resident:
-    """An actor on its host: whether its inbox has to be looked at, and whether that is done."""
-
-    actor: Actor
-    dirty: bool = False
-    taking: bool = False

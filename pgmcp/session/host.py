@@ -1,9 +1,6 @@
-"""The host: the actors of one node, fed from the inbox.
+"""The host: the actors of one node, which ``Intake`` feeds from the inbox.
 
 Invariants:
-- Messages reach an actor only through the claim statement, in inbox order, one claim of a session at a time (a message
-  that took a short cut in memory overtook an earlier, acknowledged one in 199 of 300 tries).
-- Trust is asked for right before messages are handed over (G9).
 - A session that was taken over is restored before it takes messages; a few at a time.
 - What a wake-up missed is found by ``poll`` (messages, takeovers) and ``survey`` (ends).
 
@@ -22,15 +19,15 @@ from typing import Any
 
 from pgmcp.boxes import SecretBox
 from pgmcp.clock import Clock, Ids
-from pgmcp.errors import ClusterFull, DatabaseUnavailable, Fenced, PgmcpError, TooManySessions, told, unknown
+from pgmcp.errors import ClusterFull, Fenced, PgmcpError, TooManySessions, told, unknown
 from pgmcp.ports import Inbox, Log, Takeovers
 from pgmcp.service import Faults, Looks, Service, Tasks
 from pgmcp.session import terms
 from pgmcp.session.actor import Actor
-from pgmcp.session.actor_factory import ActorFactory, Resident
+from pgmcp.session.actor_factory import ActorFactory
 from pgmcp.session.adapter import Adapter
 from pgmcp.session.change_notices import ChangeNotices
-from pgmcp.session.delivery import Delivery
+from pgmcp.session.intake import Intake, Resident
 from pgmcp.session.lost_claims import put_back
 from pgmcp.session.message_limit import MessageLimit
 from pgmcp.session.restore import ATTEMPTS, Restore, RestoreFailed, SessionOver
@@ -75,7 +72,6 @@ class Host(Service):
         faults: Faults,
     ) -> None:
         self._hooks, self._inbox, self._log = adapter.hooks, inbox, log
-        self._delivery = Delivery(box, clock, trusted)
         self._takeovers, self._settings, self._clock = takeovers, settings, clock
         self._trusted, self._heard, self._ended = trusted, heard, ended
         self._residents: dict[SessionKey, Resident] = {}
@@ -83,7 +79,6 @@ class Host(Service):
         self._looks = Looks(self.poll, clock)
         self._missing: set[Ownership] = set()
         self._again: set[Ownership] = set()
-        self._holding = False
         self.unsettled = False
         """Whether the database follows another history, and what lives here was not yet brought in line with it."""
         self._actor_factory = ActorFactory(
@@ -91,6 +86,16 @@ class Host(Service):
         )
         self._room = asyncio.Semaphore(RESTORES)
         self._tasks = Tasks("work for one session", faults)
+        self._intake = Intake(
+            self._residents,
+            inbox=inbox,
+            box=box,
+            clock=clock,
+            trusted=trusted,
+            tasks=self._tasks,
+            on_fenced=self.drop,
+            on_over=self._over,
+        )
 
     @property
     def sessions(self) -> int:
@@ -172,7 +177,7 @@ class Host(Service):
             takeovers=self._takeovers,
             rerun=self._settings.rerun,
             hooks=self._hooks,
-            hand_over=self._delivery.deliver,
+            hand_over=self._intake.deliver,
         )
         try:
             await restore.run()
@@ -192,14 +197,10 @@ class Host(Service):
     def wake(self, session: SessionKey) -> None:
         """A session's inbox may have messages."""
         resident = self._residents.get(session)
-        if resident is None:
-            if session not in self._restoring:
-                self.look()  # the reply to a takeover was lost, or a restore failed
-            return
-        resident.dirty = True
-        if not resident.taking:
-            resident.taking = True
-            self._tasks.spawn(self._take(session, resident))
+        if resident is not None:
+            self._intake.wake(resident)
+        elif session not in self._restoring:
+            self.look()  # the reply to a takeover was lost, or a restore failed
 
     def look(self) -> None:
         """Poll now; once more if that is being done."""
@@ -282,7 +283,7 @@ class Host(Service):
 
     def hold(self) -> None:
         """Start no more requests: they wait for their session's next owner. What serves running ones still comes in."""
-        self._holding = True
+        self._intake.hold()
 
     def movable(self, *, busy: bool) -> list[SessionKey]:
         """The sessions that can be given away now; those that work on something only if ``busy``."""
@@ -333,37 +334,10 @@ class Host(Service):
     async def stop(self) -> None:
         """Mute every actor, then stop them all."""
         self.mute()
-        residents, self._residents = self._residents, {}
-        await asyncio.gather(*(resident.actor.stop() for resident in residents.values()))
+        residents = list(self._residents.values())
+        self._residents.clear()
+        await asyncio.gather(*(resident.actor.stop() for resident in residents))
         await self._tasks.close()
-
-    async def _take(self, session: SessionKey, resident: Resident) -> None:
-        try:
-            while resident.dirty and self._residents.get(session) is resident:
-                resident.dirty = False
-                ownership = resident.actor.ownership
-                try:
-                    claimed_now = await self._inbox.claim(ownership, requests=not self._holding)
-                except Fenced:
-                    if resident.actor.ownership == ownership:
-                        raise
-                    resident.dirty = True  # the term has changed
-                    continue
-                messages = [message for message in claimed_now if not resident.actor.has(message.key)]
-                resident.actor.expect(messages)
-                for claimed in messages:
-                    await self._delivery.deliver(resident.actor, claimed)
-        except Fenced:
-            if self._residents.get(session) is resident:  # else another one has its place already
-                self.drop(session)
-        except DatabaseUnavailable as error:
-            logger.warning("session %s waits for its messages: %s", session, error)
-        except Exception as error:
-            logger.warning("session %s lost step: %s", session, told(error), exc_info=unknown(error))
-            resident.actor.mute()
-            self._over(resident.actor, ActorEnd.OUT_OF_STEP)
-        finally:
-            resident.taking = False
 
     def _over(self, actor: Actor, how: ActorEnd) -> None:
         session = actor.ownership.session

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 
 from pgmcp.ports import Inbox
-from pgmcp.session.actor_factory import Resident
+from pgmcp.session.intake import Resident
 from pgmcp.types import SessionKey
 
 logger = logging.getLogger(__name__)
