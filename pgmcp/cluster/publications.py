@@ -4,7 +4,7 @@ Invariants:
 - Each publication is told once, in the order in which they were stored; the next look begins when the last one's
   publications were told.
 - After a gap everything that anybody here wants to hear of is told once: a needless look at a list harms nobody, and
-  silence does. A gap is another history or a crash of PostgreSQL (the horizon names transactions by ids that may have
+  silence does. A gap is another timeline or a crash of PostgreSQL (the horizon names transactions by ids that may have
   been given out anew), an absence of half as long as publications are kept, or more publications than one look lists. A
   lost line is none: the horizon is exact.
 

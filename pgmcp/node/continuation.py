@@ -1,4 +1,4 @@
-"""How an incarnation goes on when its database follows another history (see ``store.history`` and ``session.terms``).
+"""How an incarnation goes on when its database follows another history (see ``store.timeline`` and ``session.terms``).
 
 Invariant: from the moment in which a connection finds another history until the node's sessions are brought in line
 with it, no owner's write is sent.
@@ -15,8 +15,8 @@ from pgmcp.cluster.publications import Herald
 from pgmcp.errors import Fenced, PgmcpError
 from pgmcp.service import Service
 from pgmcp.session.host import Host
-from pgmcp.store.history import JUMP, History
 from pgmcp.store.secrets import KeyRing
+from pgmcp.store.timeline import JUMP, Timeline
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class Continuation(Service):
         box: the key ring, which may have lost keys.
     """
 
-    def __init__(self, history: History, lease: Lease, box: KeyRing, clock: Clock) -> None:
+    def __init__(self, history: Timeline, lease: Lease, box: KeyRing, clock: Clock) -> None:
         self._history, self._lease, self._box, self._clock = history, lease, box, clock
         self._term = history.term
         self._changed, self._settled = asyncio.Event(), asyncio.Event()

@@ -104,7 +104,7 @@ class Incarnation(Service):
             database=database,
         )
         self.lease = Lease(self.line, settings, clock, self._on_fenced)
-        self._continuation = Continuation(database.history, self.lease, box, clock)
+        self._continuation = Continuation(database.timeline, self.lease, box, clock)
         acting = self._continuation.acting
         self.tails = Tails()
         self._upkeep = Upkeep(database, ids)
@@ -156,7 +156,7 @@ class Incarnation(Service):
             settings=settings,
             clock=clock,
             ids=ids,
-            term=lambda: database.history.term,
+            term=lambda: database.timeline.term,
         )
         self._drain = Drain(
             self.host, takeovers, clock, waiting=lambda: self.tails.patient + busy(), told=self.wakeups.handed

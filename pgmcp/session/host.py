@@ -80,7 +80,7 @@ class Host(Service):
         self._missing: set[Ownership] = set()
         self._again: set[Ownership] = set()
         self.unsettled = False
-        """Whether the database follows another history, and what lives here was not yet brought in line with it."""
+        """Whether the database follows another timeline, and what lives here was not yet brought in line with it."""
         self._actor_factory = ActorFactory(
             adapter, inbox, log, clock, ids, heard, self._over, MessageLimit(settings.max_message)
         )
@@ -270,7 +270,7 @@ class Host(Service):
         return owned
 
     async def go_on(self, jump: int, lasts: Callable[[], bool]) -> None:
-        """Bring what lives here in line with a database that follows another history: see ``terms.go_on``."""
+        """Bring what lives here in line with a database that follows another timeline: see ``terms.go_on``."""
         actors = [each.actor for session, each in self._residents.items() if session not in self._restoring]
         leaving, owned = await terms.go_on(actors, self._inbox, self._log, jump, lasts)
         self.unsettled = False

@@ -2,7 +2,7 @@
 
 Invariants:
 - Numbers of a stream have no gap, but for the jump at the begin of a term; they are given out in the order of writing.
-- What is being stored when a term begins gets its number anew, unless the former history had it in time.
+- What is being stored when a term begins gets its number anew, unless the former timeline had it in time.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Sessions in a database that has begun to follow another history (see ``store.history``).
+"""Sessions in a database that has begun to follow another timeline (see ``store.timeline``).
 
 A standby was promoted. It has every commit up to some moment, and none after it. So the last thing that an actor stored
 tells of all before: if it is there, nothing of the session is missing, and the actor goes on where it is, with the

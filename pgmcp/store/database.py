@@ -27,11 +27,11 @@ from pgmcp.settings import Settings
 from pgmcp.store import primary
 from pgmcp.store.address import AddressUnread, place
 from pgmcp.store.encoding import Encoding, encoding_of, read_unescaped
-from pgmcp.store.history import History
 from pgmcp.store.pins import PLANS, STARTUP, Frame, pin
 from pgmcp.store.reason import reason
 from pgmcp.store.revisions import understood
 from pgmcp.store.statements import statement
+from pgmcp.store.timeline import Timeline
 
 Result = TypeVar("Result")
 
@@ -90,7 +90,7 @@ class Database:
 
     def __init__(self, settings: Settings, clock: Clock, ids: Ids | None = None) -> None:
         self.settings, self.clock = settings, clock
-        self.history = History(settings.schema_name, ids or Ids())
+        self.timeline = Timeline(settings.schema_name, ids or Ids())
         self._frame, self._encoding = Frame(clock), Encoding("UTF8")
         self._pool: asyncpg.Pool | None = None
         self._turns, self._large_turns = asyncio.Semaphore(settings.pool_size), asyncio.Semaphore(LARGE_CONNECTIONS)
@@ -124,12 +124,12 @@ class Database:
             raise unavailable(self.settings.database_url, error) from error
 
     async def connect(self, url: str, *, timeout: float, **options: Any) -> asyncpg.Connection:
-        """A direct connection to the server that this node works with: see ``primary.connect`` and ``History``."""
+        """A direct connection to the server that this node works with: see ``primary.connect`` and ``Timeline``."""
 
         async def check(connection: asyncpg.Connection) -> None:
             await pin(connection)
             await self._speak(connection)
-            await self.history.follow(connection)
+            await self.timeline.follow(connection)
 
         options["server_settings"] = STARTUP | options.get("server_settings", {})
         return await primary.connect(url, timeout=timeout, check=check, **options)
@@ -140,7 +140,7 @@ class Database:
         async def check(connection: asyncpg.Connection) -> None:
             await self._frame.look(connection)
             await self._speak(connection)
-            await self.history.follow(connection)
+            await self.timeline.follow(connection)
 
         return await primary.connect(url, timeout=timeout, check=check, **options)
 
@@ -210,12 +210,12 @@ class Database:
         if pool is None:
             message = "This node's database connections are closed; start the node again."
             raise DatabaseUnavailable(message)
-        term = self.history.known
+        term = self.timeline.known
         async with self._turn(turns, seconds):
             connection = await self._connection(pool)
-            if term is not None and term != self.history.known:
+            if term is not None and term != self.timeline.known:
                 self._idle.append(connection)
-                message = "the database follows another history than when this was begun"
+                message = "the database follows another timeline than when this was begun"
                 raise ConnectionError(message)
             text = statement(name, self.settings.schema_name, LOCK_WAIT.get())
             rows: list[asyncpg.Record] = []

@@ -151,7 +151,7 @@ class TableInbox:
     async def _send_accepts(self, posts: Sequence[Sequence[Stored]]) -> list[list[asyncpg.Record] | PgmcpError]:
         each = [stored for post in posts for stored in post]
         flat = [stored.message for stored in each]
-        term = self._database.history.term  # another one may count transactions anew
+        term = self._database.timeline.term  # another one may count transactions anew
         floors = {message.session_id: self._counted.of((term, message.session_id)) for message in flat}
         rows = await self._database.fetch_sized(
             "accept",
@@ -261,7 +261,7 @@ class TableInbox:
 
     async def _look(self) -> list[asyncpg.Record]:
         """What is unfinished in this node's sessions."""
-        term = self._database.history.term
+        term = self._database.timeline.term
         floor = self._seen.of(term)
         rows = await self._database.ask("unclaimed", self._node, floor.low, floor.running, floor.known)
         known = [row["id"] for row in rows if row["id"] is not None]

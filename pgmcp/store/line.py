@@ -164,13 +164,13 @@ class Line(Service):
         Raises:
             DatabaseUnavailable: there was no answer within the deadline.
         """
-        known = self._database.history.known
+        known = self._database.timeline.known
         if self._connection is not None:
             rows = await self._ask("renew", self._node, self._settings.ttl, self._started_at)
         else:
             rows = await self._renew_on_pool()
         if rows:
-            self._database.history.renewed(known, self._node, rows[0]["at"])
+            self._database.timeline.renewed(known, self._node, rows[0]["at"])
         return rows[0]["at"] if rows else None
 
     async def _renew_on_pool(self) -> list[asyncpg.Record]:

@@ -62,7 +62,7 @@ class Edge:
     clock: Clock
     ids: Ids
     term: Callable[[], int]
-    """The term of the database's history."""
+    """The term of the database's timeline."""
 
     def new_session(self, call: Call, transport: str) -> NewSession:
         """A session that this node is about to own; its id hints at the node and is unguessable."""

@@ -150,7 +150,7 @@ class Posting:
             await self._carry(exchange, batch=batch)
 
     async def _lost(self, stream: StreamId, term: int) -> list[bytes]:
-        """Errors for requests that were accepted in a history of the database that is over, and are not in this one."""
+        """Errors for requests that were accepted in a timeline that is over, and are not in this one."""
         if self._edge.term() == term:
             return []
         with suppress(PgmcpError):

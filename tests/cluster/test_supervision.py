@@ -47,7 +47,7 @@ def wakes(self: Incarnation) -> None:
 
 
 def turns(self: Incarnation) -> None:
-    self._database.history.on_change()
+    self._database.timeline.on_change()
 
 
 def lost_line(self: Incarnation) -> None:

@@ -18,8 +18,8 @@ import pytest
 from pgmcp.clock import Clock, Ids
 from pgmcp.settings import Settings
 from pgmcp.store.database import Database
-from pgmcp.store.history import JUMP
 from pgmcp.store.line import Line
+from pgmcp.store.timeline import JUMP
 from pgmcp.types import NodeId
 from tests.harness.clients import RawSession
 from tests.harness.cluster import eventually, tables_of
@@ -75,7 +75,7 @@ async def test_a_crash_takes_nothing_back_though_the_role_commits_asynchronously
             await back(primary)
             await session.call_tool(nodes[turn % 2].url, "run", 20, text=f"after {turn}")
         assert max(truth.ran.values()) == 1
-        assert {node.node._database.history.term for node in nodes} == {0}
+        assert {node.node._database.timeline.term for node in nodes} == {0}
 
 
 async def test_a_storage_that_was_put_back_begins_a_term(primary):
@@ -100,7 +100,7 @@ async def test_a_storage_that_was_put_back_begins_a_term(primary):
         assert (await ear.message("notifications/resources/updated"))["params"]["uri"] == "test://after"
         assert int((ear.last_event_id or "").rpartition(".")[2]) > JUMP > seen
         assert (await late.request(nodes[0].url, "ping")).status == 404
-        assert {node.node._database.history.term for node in nodes} == {1}
+        assert {node.node._database.timeline.term for node in nodes} == {1}
 
 
 async def claim_was_lost(primary: Server, text: str) -> bool:

@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack
 
 import pytest
 
-from pgmcp.store.history import JUMP
+from pgmcp.store.timeline import JUMP
 from tests.harness.clients import RawExchange, RawSession
 from tests.harness.cluster import eventually, tables_of
 from tests.loss.inside import Truth, two_nodes, waiting
@@ -53,9 +53,11 @@ async def test_the_last_commits_are_lost(primary, standby):
         truth.gates["quiet early"].set()  # its answer is on its way when the term begins
         await asyncio.to_thread(standby.promote)
         for node in nodes:
-            history, continuation = node.node._database.history, node.incarnation._continuation
+            timeline, continuation = node.node._database.timeline, node.incarnation._continuation
             await eventually(
-                lambda history=history, continuation=continuation: history.term == 1 and continuation._settled.is_set(),
+                lambda timeline=timeline, continuation=continuation: (
+                    timeline.term == 1 and continuation._settled.is_set()
+                ),
                 "it goes on in the next term",
             )
 
@@ -115,7 +117,7 @@ async def test_a_server_of_the_former_history_is_refused(primary, standby):
         await session.call_tool(nodes[1].url, "run", 20, text="after")
         await asyncio.to_thread(primary.start)
         for node in nodes:
-            with pytest.raises(ConnectionError, match="history that is over"):
+            with pytest.raises(ConnectionError, match="timeline that is over"):
                 await node.node._database.connect(primary.url(), timeout=5)
         async with tables_of(standby.url()) as tables:
             await tables.value(

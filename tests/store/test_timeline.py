@@ -1,4 +1,4 @@
-"""Another history of the database begins a term: once, and before anything is done in it."""
+"""Another timeline of the database begins a term: once, and before anything is done in it."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from pgmcp.session.fenced_writer import FencedWriter
 from pgmcp.session.outbox import Outbox
 from pgmcp.session.running_requests import Stream
 from pgmcp.settings import Settings
-from pgmcp.store import history
+from pgmcp.store import timeline
 from pgmcp.store.database import Database
-from pgmcp.store.history import JUMP
 from pgmcp.store.statements import statement
+from pgmcp.store.timeline import JUMP
 from pgmcp.types import Entry, Ownership
 from tests.harness.stores import IDS, Store, answer, opened, outcome, request, store
 
@@ -40,7 +40,7 @@ async def hand(database: str) -> AsyncIterator[asyncpg.Connection]:
 
 
 async def promote(hand: asyncpg.Connection) -> None:
-    """The numbers in the tables belong to another history now, as after a failover; every connection is cut."""
+    """The numbers in the tables belong to another timeline now, as after a failover; every connection is cut."""
     await hand.execute("update pgmcp.history set mark = $1", ELSEWHERE)
     await hand.execute(f"select pg_terminate_backend(pid) {BACKENDS}")
 
@@ -52,7 +52,7 @@ async def row(hand: asyncpg.Connection) -> asyncpg.Record:
 async def arrived(node: Store, term: int) -> None:
     """The node has noticed."""
     await node.database.persist("ready_nodes", node.node, patience=10)
-    assert node.database.history.term == term
+    assert node.database.timeline.term == term
 
 
 async def test_the_first_node_notes_the_history_and_nothing_jumps(database, hand):
@@ -62,9 +62,9 @@ async def test_the_first_node_notes_the_history_and_nothing_jumps(database, hand
         found = await row(hand)
         system = await hand.fetchval("select system_identifier::text from pg_control_system()")
         assert (found["term"], found["mark"]) == (0, f"{system}/00000001")
-        assert (session.ownership.epoch, node.database.history.term) == (1, 0)
+        assert (session.ownership.epoch, node.database.timeline.term) == (1, 0)
     async with store(database) as node:
-        assert (await row(hand))["id"] == found["id"] == node.database.history.known
+        assert (await row(hand))["id"] == found["id"] == node.database.timeline.known
 
 
 async def test_all_numbers_jump_once_however_many_nodes_come_at_once(database, hand):
@@ -74,12 +74,12 @@ async def test_all_numbers_jump_once_however_many_nodes_come_at_once(database, h
         done, running = await first.inbox.claim(session.ownership)
         await first.log.append(answer(done))
         changes: list[None] = []
-        first.database.history.on_change = lambda: changes.append(None)
+        first.database.timeline.on_change = lambda: changes.append(None)
         await promote(hand)
         async with AsyncExitStack() as stack:
             nodes = await asyncio.gather(*(stack.enter_async_context(store(database)) for _ in range(5)))
             await arrived(first, 1)
-            assert {node.database.history.term for node in nodes} == {1}
+            assert {node.database.timeline.term for node in nodes} == {1}
         assert len(changes) == 1
         assert (await row(hand))["term"] == 1
         assert await hand.fetchval("select epoch from pgmcp.sessions") == 1 + JUMP
@@ -97,8 +97,8 @@ async def test_a_term_begins_in_pieces_and_whoever_comes_goes_on(database, hand,
     async with store(database) as node:
         for _ in range(7):
             await opened(node)
-        monkeypatch.setattr(history, "PIECE", 2)
-        move, pieces = history.History._move, []
+        monkeypatch.setattr(timeline, "PIECE", 2)
+        move, pieces = timeline.Timeline._move, []
 
         async def broken(self, connection, following, **how):
             pieces.append(await move(self, connection, following, **how))
@@ -106,7 +106,7 @@ async def test_a_term_begins_in_pieces_and_whoever_comes_goes_on(database, hand,
                 connection.terminate()  # as its deadline does
             return pieces[-1]
 
-        monkeypatch.setattr(history.History, "_move", broken)
+        monkeypatch.setattr(timeline.Timeline, "_move", broken)
         await promote(hand)
         with pytest.raises(DatabaseUnavailable):
             async with store(database):
@@ -149,7 +149,7 @@ async def test_a_term_begins_within_short_deadlines_however_many_sessions_there_
     async with store(database, statement_timeout=0.75) as node:
         await promote(hand)
         await node.database.persist("ready_nodes", node.node, patience=60)
-        assert node.database.history.term == 1
+        assert node.database.timeline.term == 1
     assert await hand.fetchval("select count(*) from pgmcp.sessions where epoch = $1", 1 + JUMP) == MANY
 
 
@@ -218,10 +218,10 @@ async def test_waiting_notifications_outlive_the_jump(database, hand):
 
 
 async def test_a_statement_that_was_begun_before_is_not_sent_after(database, hand):
-    """It waits for a connection while the node finds the new history."""
+    """It waits for a connection while the node finds the new timeline."""
     async with store(database) as node:
         await promote(hand)
-        while node.database.history.term == 0:
+        while node.database.timeline.term == 0:
             assert isinstance(await outcome(node.database.ask("ready_nodes", node.node)), DatabaseUnavailable)
 
 
@@ -237,8 +237,8 @@ async def test_a_history_that_forked_is_another_one_though_it_counts_alike(datab
 async def test_a_node_that_knows_more_eras_counts_on(database, hand):
     async with store(database) as node:
         await opened(node)
-        known = node.database.history._known
-        node.database.history._known = replace(known, id=IDS.uuid(), term=4)
+        known = node.database.timeline._known
+        node.database.timeline._known = replace(known, id=IDS.uuid(), term=4)
         await hand.execute(f"select pg_terminate_backend(pid) {BACKENDS}")
         await arrived(node, 5)
         assert await hand.fetchval("select epoch from pgmcp.sessions") == 1 + 5 * JUMP
@@ -246,9 +246,9 @@ async def test_a_node_that_knows_more_eras_counts_on(database, hand):
 
 async def test_a_server_that_was_left_behind_is_refused(database):
     async with store(database) as node:
-        history = node.database.history
-        history._known = replace(history._known, present=history._known.present.replace("/00000001", "/00000002"))
-        with pytest.raises(ConnectionError, match="history that is over"):
+        timeline = node.database.timeline
+        timeline._known = replace(timeline._known, present=timeline._known.present.replace("/00000001", "/00000002"))
+        with pytest.raises(ConnectionError, match="timeline that is over"):
             await node.database.connect(database, timeout=5)
 
 

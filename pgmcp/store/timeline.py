@@ -1,22 +1,25 @@
-"""Which history of the database this node follows, and what happens when that becomes another one.
+"""Which timeline of the database this node follows, and what happens when that becomes another one.
+
+A timeline is what commits have made of the database, one upon the other; PostgreSQL counts those that promotions and
+restores begin. The table ``history`` names the one that the other tables' numbers belong to.
 
 When a standby is promoted, or a backup restored, commits may be missing that the former primary had confirmed. Numbers
-that were given out in them must never be given out again for something else. So each history begins a *term*: before
+that were given out in them must never be given out again for something else. So each timeline begins a *term*: before
 anything else is done in it, all epochs and event numbers jump. The term is announced in one row, the sessions move to
 it piece by piece, and then it begins; anybody goes on where another one stopped: no single deadline must cover it all.
 
 A server that has lost its last commits in a crash (fsync off, a lying disk), or was put back to a snapshot of its
-storage, is on the same timeline. It is told by the node's own row: one that is older than the node's last good renewal
+storage, counts no other timeline. It is told by the node's own row: one that is older than the node's last good renewal
 has lost that one, and everything after it. Each renewal is durable before it counts (``store.pins``).
 
 Invariants:
-- Every connection of a node is checked before it is used: no statement of a node runs in a history before its term was
+- Every connection of a node is checked before it is used: no statement of a node runs in a timeline before its term was
   begun. Only a pooler can put another server behind a connection that is open (docs/guarantees.md).
-- A node that has seen a history goes back to no older one: a former primary that comes back is refused.
-- Connections to a server of another history are ended at once, and no statement that was begun before a change of the
-  history runs after it.
+- A node that has seen a timeline goes back to no older one: a former primary that comes back is refused.
+- Connections to a server of another timeline are ended at once, and no statement that was begun before a change of the
+  timeline runs after it.
 
-Failure handling: a role that may not read the history's mark gets no protection, and the log says so.
+Failure handling: a role that may not read the timeline's mark gets no protection, and the log says so.
 """
 
 from __future__ import annotations
@@ -53,20 +56,20 @@ class _Found:
     renewed_at: float
     """The node's last renewal, as its row has it; infinite when somebody has removed that row."""
     next: tuple[UUID, int] | None
-    """The term that is announced for the present history, and has not begun."""
+    """The term that is announced for the present timeline, and has not begun."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Renewed:
-    """A renewal that was confirmed: in which history, of which node, and when by the database's clock."""
+    """A renewal that was confirmed: in which timeline, of which node, and when by the database's clock."""
 
-    history: UUID | None
+    timeline: UUID | None
     node: UUID
     at: float
 
 
-class History:
-    """The history that a node's connections follow.
+class Timeline:
+    """The timeline that a node's connections follow.
 
     Args:
         schema: the schema of pgmcp's tables.
@@ -85,7 +88,7 @@ class History:
 
     @property
     def known(self) -> UUID | None:
-        """The present history; None before the first connection."""
+        """The present timeline; None before the first connection."""
         return None if self._known is None else self._known.id
 
     @property
@@ -94,14 +97,14 @@ class History:
         return 0 if self._known is None else self._known.term
 
     def renewed(self, known: UUID | None, node: UUID, at: float) -> None:
-        """Note a renewal of this node's row that was confirmed in the history ``known``, and its database time."""
+        """Note a renewal of this node's row that was confirmed in the timeline ``known``, and its database time."""
         self._renewed = _Renewed(known, node, at)
 
     async def follow(self, connection: asyncpg.Connection) -> None:
-        """Check a new connection before it is used, and begin the term of its server's history if nobody has.
+        """Check a new connection before it is used, and begin the term of its server's timeline if nobody has.
 
         Raises:
-            ConnectionError: the server takes no writes, or follows a history that is over.
+            ConnectionError: the server takes no writes, or follows a timeline that is over.
             Exception: whatever asyncpg raises.
         """
         while True:
@@ -110,7 +113,7 @@ class History:
             if found is None:
                 return
             if self._over(found):
-                message = "it follows a history that is over: it was the primary before another one was promoted"
+                message = "it follows a timeline that is over: it was the primary before another one was promoted"
                 raise ConnectionError(message)
             lost = _lost(found, renewed)
             if found.mark == found.present and not self._forked(found) and not lost:
@@ -146,7 +149,7 @@ class History:
         return system == known and int(timeline, 16) < int(reached, 16)
 
     def _forked(self, found: _Found) -> bool:
-        """Whether this is a history that never heard of the one that this node knows, and counts as far as that."""
+        """Whether this is a timeline that never heard of the one that this node knows, and counts as far as that."""
         return self._known is not None and found.id != self._known.id and found.term <= self._known.term
 
     async def _begin(self, connection: asyncpg.Connection, found: _Found, *, lost: bool) -> None:
@@ -157,7 +160,7 @@ class History:
             term = max(found.term, self.term) + 1
             given = (found.id, self._ids.uuid(), term, found.present)
             if await connection.fetch(statement("announce_term", self._schema), *given):
-                why = "has lost its last commits" if lost else "follows another history since its primary changed"
+                why = "has lost its last commits" if lost else "follows another timeline since its primary changed"
                 logger.warning("the database %s: term %d begins", why, term)
             return
         following, term = found.next
@@ -188,8 +191,8 @@ class History:
 
 
 def _lost(found: _Found, renewed: _Renewed | None) -> bool:
-    """Whether a history lacks a renewal that was confirmed in it, and nobody has begun a term for that yet."""
-    if renewed is None or renewed.history != found.id:
+    """Whether a timeline lacks a renewal that was confirmed in it, and nobody has begun a term for that yet."""
+    if renewed is None or renewed.timeline != found.id:
         return False
     return found.renewed_at < renewed.at
 
