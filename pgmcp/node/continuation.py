@@ -1,6 +1,6 @@
-"""How an incarnation goes on when its database follows another history (see ``store.timeline`` and ``session.terms``).
+"""How an incarnation goes on when its database follows another timeline (see ``timeline`` of store and session).
 
-Invariant: from the moment in which a connection finds another history until the node's sessions are brought in line
+Invariant: from the moment in which a connection finds another timeline until the node's sessions are brought in line
 with it, no owner's write is sent.
 """
 

@@ -22,7 +22,7 @@ from pgmcp.clock import Clock, Ids
 from pgmcp.errors import ClusterFull, Fenced, PgmcpError, TooManySessions, told, unknown
 from pgmcp.ports import Inbox, Log, Takeovers
 from pgmcp.service import Faults, Looks, Service, Tasks
-from pgmcp.session import terms
+from pgmcp.session import timeline
 from pgmcp.session.actor import Actor
 from pgmcp.session.actor_factory import ActorFactory
 from pgmcp.session.adapter import Adapter
@@ -270,9 +270,9 @@ class Host(Service):
         return owned
 
     async def go_on(self, jump: int, lasts: Callable[[], bool]) -> None:
-        """Bring what lives here in line with a database that follows another timeline: see ``terms.go_on``."""
+        """Bring what lives here in line with a database that follows another timeline: see ``timeline.go_on``."""
         actors = [each.actor for session, each in self._residents.items() if session not in self._restoring]
-        leaving, owned = await terms.go_on(actors, self._inbox, self._log, jump, lasts)
+        leaving, owned = await timeline.go_on(actors, self._inbox, self._log, jump, lasts)
         self.unsettled = False
         for session in leaving:
             self.drop(session)

@@ -26,7 +26,7 @@ async def go_on(
 
     Args:
         jump: how far epochs and numbers jumped.
-        lasts: whether it is still this history.
+        lasts: whether it is still this timeline.
 
     Returns:
         the sessions of the other actors, and every session that is this node's.
