@@ -22,9 +22,9 @@ from pgmcp.cluster.publications import Herald
 from pgmcp.cluster.takeover import Takeover
 from pgmcp.cluster.wakeups import Wakeups, parse
 from pgmcp.errors import DatabaseUnavailable, PgmcpError
-from pgmcp.node.continuation import Continuation
 from pgmcp.node.hearsay import Hearsay
 from pgmcp.node.rereading import HURRY, Rereading
+from pgmcp.node.timeline import TimelineChange
 from pgmcp.ports import Publications
 from pgmcp.service import Faults, Rounds, Service, failure
 from pgmcp.session import change_notices
@@ -104,8 +104,8 @@ class Incarnation(Service):
             database=database,
         )
         self.lease = Lease(self.line, settings, clock, self._on_fenced)
-        self._continuation = Continuation(database.timeline, self.lease, box, clock)
-        acting = self._continuation.acting
+        self._timeline_change = TimelineChange(database.timeline, self.lease, box, clock)
+        acting = self._timeline_change.acting
         self.tails = Tails()
         self._upkeep = Upkeep(database, ids)
         self.wakeups = Wakeups(self.node_id, TableNotifier(database), clock, self._hear)
@@ -128,7 +128,7 @@ class Incarnation(Service):
             ended=self.wakeups.ended,
             faults=faults,
         )
-        self._continuation.watch(self.host, self.herald)
+        self._timeline_change.watch(self.host, self.herald)
         self.takeover = Takeover(
             self.node_id,
             takeovers,
@@ -167,7 +167,7 @@ class Incarnation(Service):
         self._membership: dict[str, Service] = {
             "the line": self.line,
             "the lease": self.lease,
-            "the continuation": self._continuation,
+            "the change of timeline": self._timeline_change,
             "the wake-ups": self.wakeups,
         }
         self._work: dict[str, Service] = {

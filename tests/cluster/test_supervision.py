@@ -61,7 +61,7 @@ def nothing(_: Incarnation) -> None:
 DUTIES: dict[str, tuple[Callable[[Incarnation], Any], str, Callable[[Incarnation], None]]] = {
     "the line": (lambda one: one.line, "_alive", lost_line),
     "the lease": (lambda one: one.line, "renew", nothing),
-    "the continuation": (lambda one: one.host, "go_on", turns),
+    "the change of timeline": (lambda one: one.host, "go_on", turns),
     "the wake-ups": (lambda one: one.wakeups._notifier, "notify", wakes),
     "the host": (lambda one: one.inbox, "unclaimed", lambda one: one.host.look()),
     "the look for messages": (lambda one: one.inbox, "unclaimed", nothing),

@@ -53,11 +53,9 @@ async def test_the_last_commits_are_lost(primary, standby):
         truth.gates["quiet early"].set()  # its answer is on its way when the term begins
         await asyncio.to_thread(standby.promote)
         for node in nodes:
-            timeline, continuation = node.node._database.timeline, node.incarnation._continuation
+            timeline, change = node.node._database.timeline, node.incarnation._timeline_change
             await eventually(
-                lambda timeline=timeline, continuation=continuation: (
-                    timeline.term == 1 and continuation._settled.is_set()
-                ),
+                lambda timeline=timeline, change=change: timeline.term == 1 and change._settled.is_set(),
                 "it goes on in the next term",
             )
 

@@ -27,18 +27,18 @@ LOOK = 1.0
 """Seconds after which a writer that waits looks again."""
 
 
-class Continuation(Service):
+class TimelineChange(Service):
     """What holds an incarnation's writers while the term changes.
 
     Args:
-        history: what the node's connections follow.
+        timeline: what the node's connections follow.
         lease: nobody writes without it anyway.
         box: the key ring, which may have lost keys.
     """
 
-    def __init__(self, history: Timeline, lease: Lease, box: KeyRing, clock: Clock) -> None:
-        self._history, self._lease, self._box, self._clock = history, lease, box, clock
-        self._term = history.term
+    def __init__(self, timeline: Timeline, lease: Lease, box: KeyRing, clock: Clock) -> None:
+        self._timeline, self._lease, self._box, self._clock = timeline, lease, box, clock
+        self._term = timeline.term
         self._changed, self._settled = asyncio.Event(), asyncio.Event()
         self._host: Host | None = None
         self._herald: Herald | None = None
@@ -56,9 +56,9 @@ class Continuation(Service):
             await self._lease.acting()
 
     def watch(self, host: Host, herald: Herald) -> None:
-        """Begin to watch the history for the sessions of ``host``, and for the horizon of ``herald``."""
+        """Begin to watch the timeline for the sessions of ``host``, and for the horizon of ``herald``."""
         self._host, self._herald = host, herald
-        self._history.on_change = self._on_change
+        self._timeline.on_change = self._on_change
 
     def _on_change(self) -> None:
         self._settled.clear()
@@ -75,7 +75,7 @@ class Continuation(Service):
             self._changed.clear()
             while not self._settled.is_set():
                 try:
-                    await self._go_on(self._history.term)
+                    await self._go_on(self._timeline.term)
                 except Fenced:
                     return
                 except PgmcpError as error:
@@ -86,7 +86,7 @@ class Continuation(Service):
         await self._lease.acting()
         await self._box.load()
         if self._host is not None:
-            await self._host.go_on((term - self._term) * JUMP, lambda: self._history.term == term)
+            await self._host.go_on((term - self._term) * JUMP, lambda: self._timeline.term == term)
         self._term = term
         self._settled.set()
         logger.info("sessions go on with the new primary, in term %d", term)
