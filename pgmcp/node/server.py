@@ -11,7 +11,7 @@ import socket
 import uvicorn
 
 from pgmcp.errors import SettingsError
-from pgmcp.node import door
+from pgmcp.node import listener
 from pgmcp.node.node import Node
 from pgmcp.node.protocol import limited, raise_file_limit
 from pgmcp.ops.logs import configure
@@ -72,7 +72,7 @@ def serve(settings: Settings, target: str, *, shared_port: bool = False) -> int:
         timeout_graceful_shutdown=5,
     )
     server = uvicorn.Server(config)
-    node.shut = lambda: door.close(server.servers)
+    node.shut = lambda: listener.close(server.servers)
     logging.getLogger("uvicorn.error").addFilter(lambda _: node.failure is None)  # it is said below, in one line
     gc.collect()
     gc.freeze()  # what was imported stays: a full collection that walks through it stops the node for 0.1 s

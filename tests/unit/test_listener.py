@@ -12,7 +12,7 @@ from collections.abc import Callable
 import pytest
 import uvloop
 
-from pgmcp.node import door
+from pgmcp.node import listener
 
 CLIENTS = 8
 
@@ -41,7 +41,7 @@ def call(port: int) -> str:
 
 
 def knock(port: int, outcomes: Counter[str]) -> None:
-    """Come in again and again until the door is closed."""
+    """Come in again and again until the listener is closed."""
     outcome = "answered"
     while outcome == "answered":
         outcome = call(port)
@@ -66,7 +66,7 @@ async def closed_under_load() -> Counter[str]:
     async with asyncio.timeout(10):
         while outcomes["answered"] < 10 * CLIENTS:  # noqa: ASYNC110 - it changes in threads
             await asyncio.sleep(0.01)
-    await door.close([server])
+    await listener.close([server])
     await asyncio.gather(*(asyncio.to_thread(thread.join, 10) for thread in threads))
     busy.cancel()
     return outcomes
@@ -86,8 +86,8 @@ async def test_where_the_kernel_has_no_such_filter_the_port_closes_all_the_same(
     def unknown(_: socket.socket) -> None:
         raise OSError(92, "Protocol not available")
 
-    monkeypatch.setattr(door, "deafen", unknown)
+    monkeypatch.setattr(listener, "deafen", unknown)
     server = await asyncio.get_running_loop().create_server(Echo, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
-    await door.close([server])
+    await listener.close([server])
     assert await asyncio.to_thread(call, port) == "refused"
