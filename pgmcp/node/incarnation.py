@@ -22,7 +22,7 @@ from pgmcp.cluster.publications import Herald
 from pgmcp.cluster.takeover import Takeover
 from pgmcp.cluster.wakeups import Wakeups, parse
 from pgmcp.errors import DatabaseUnavailable, PgmcpError
-from pgmcp.node.hearsay import Hearsay
+from pgmcp.node.reported_changes import ReportedChanges
 from pgmcp.node.rereading import HURRY, Rereading
 from pgmcp.node.timeline import TimelineChange
 from pgmcp.ports import Publications
@@ -161,7 +161,7 @@ class Incarnation(Service):
         self._drain = Drain(
             self.host, takeovers, clock, waiting=lambda: self.tails.patient + busy(), told=self.wakeups.handed
         )
-        self._hearsay = Hearsay(self.node_id, self.host, self.tails, self.inbox, clock)
+        self._reported_changes = ReportedChanges(self.node_id, self.host, self.tails, self.inbox, clock)
         self._rereading = Rereading(self.host, self.tails, self.herald, self.takeover, clock, ids)
         uncarried = Uncarried(self.log, self.tails, clock, settings.statement_timeout)
         self._membership: dict[str, Service] = {
@@ -174,7 +174,7 @@ class Incarnation(Service):
             "the host": self.host,
             "the takeover": self.takeover,
             "the herald": self.herald,
-            "the hearsay": self._hearsay,
+            "the reported changes": self._reported_changes,
             "the rereading": self._rereading,
             "the look for messages": self._rounds(settings.poll, self.host.poll),
             "the look while deaf": self._rounds(settings.poll, self._look_while_deaf),
@@ -299,7 +299,7 @@ class Incarnation(Service):
             self.host.wake(session)
         self.tails.wake(wake.streams)
         if wake.ended:
-            self._hearsay.end(wake.ended)
+            self._reported_changes.end(wake.ended)
 
     def _heard(self, payload: str) -> None:
         """Look at what somebody says to this node."""
@@ -308,7 +308,7 @@ class Incarnation(Service):
             self.host.wake(session)
         self.tails.wake(wake.streams)
         if wake.handed:
-            self._hearsay.hear(handed=wake.handed)
+            self._reported_changes.hear(handed=wake.handed)
 
     def _heard_by_all(self, payload: str) -> None:
         """Look at what somebody says to all nodes."""
@@ -318,7 +318,7 @@ class Incarnation(Service):
         if wake.orphans:
             self.takeover.orphaned()
         if wake.ended:
-            self._hearsay.hear(ended=wake.ended)
+            self._reported_changes.hear(ended=wake.ended)
 
     def _read(self, payload: str) -> Wake:
         wake = parse(payload)

@@ -1,4 +1,4 @@
-"""Hearsay: what wake-ups say of sessions is believed when the tables say so too.
+"""Reported changes: what wake-ups say of sessions is believed when the tables say so too.
 
 PostgreSQL has no rights on channels: whoever may connect to the database can tell a node that a session is over, or its
 own now.
@@ -31,7 +31,7 @@ LATER = 0.5
 """Seconds after which what could not be looked up is looked up again."""
 
 
-class Hearsay(Service):
+class ReportedChanges(Service):
     """What one incarnation was told of sessions, until it has looked.
 
     Args:
