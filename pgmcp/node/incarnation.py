@@ -22,8 +22,8 @@ from pgmcp.cluster.publications import Herald
 from pgmcp.cluster.takeover import Takeover
 from pgmcp.cluster.wakeups import Wakeups, parse
 from pgmcp.errors import DatabaseUnavailable, PgmcpError
+from pgmcp.node.catch_up import HURRY, CatchUp
 from pgmcp.node.reported_changes import ReportedChanges
-from pgmcp.node.rereading import HURRY, Rereading
 from pgmcp.node.timeline import TimelineChange
 from pgmcp.ports import Publications
 from pgmcp.service import Faults, Rounds, Service, failure
@@ -162,7 +162,7 @@ class Incarnation(Service):
             self.host, takeovers, clock, waiting=lambda: self.tails.patient + busy(), told=self.wakeups.handed
         )
         self._reported_changes = ReportedChanges(self.node_id, self.host, self.tails, self.inbox, clock)
-        self._rereading = Rereading(self.host, self.tails, self.herald, self.takeover, clock, ids)
+        self._catch_up = CatchUp(self.host, self.tails, self.herald, self.takeover, clock, ids)
         uncarried = Uncarried(self.log, self.tails, clock, settings.statement_timeout)
         self._membership: dict[str, Service] = {
             "the line": self.line,
@@ -175,7 +175,7 @@ class Incarnation(Service):
             "the takeover": self.takeover,
             "the herald": self.herald,
             "the reported changes": self._reported_changes,
-            "the rereading": self._rereading,
+            "the catch-up": self._catch_up,
             "the look for messages": self._rounds(settings.poll, self.host.poll),
             "the look while deaf": self._rounds(settings.poll, self._look_while_deaf),
             "the hurry while deaf": self._rounds(HURRY, self._hurry_while_deaf),
@@ -281,7 +281,7 @@ class Incarnation(Service):
         if crashed:
             self.inbox.look_anew()
             self.herald.look(gap=True)  # its horizon names transactions by ids that may have been given out anew
-        self._rereading.begin()
+        self._catch_up.begin()
 
     async def _tell(self, publications: Sequence[Publication]) -> None:
         await change_notices.tell(self.host.change_notices, publications)
@@ -324,16 +324,16 @@ class Incarnation(Service):
         wake = parse(payload)
         self.junk += wake.junk
         if wake.everything:
-            self._rereading.begin()
+            self._catch_up.begin()
         return wake
 
     async def _look_while_deaf(self) -> None:
         if self.line.deaf:
-            self._rereading.begin()
+            self._catch_up.begin()
 
     async def _hurry_while_deaf(self) -> None:
         if self.line.deaf:
-            await self._rereading.hurry()
+            await self._catch_up.hurry()
 
     async def _look_at_schema(self) -> None:
         if not self.outgrown and await outgrown(self._database):

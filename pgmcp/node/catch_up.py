@@ -1,4 +1,4 @@
-"""Reading again what wake-ups may have been lost of: after the line was lost, while it is down, and when told so.
+"""Catching up on wake-ups that may have been lost: after the line was lost, while it is down, and when told so.
 
 Invariants:
 - It costs statements by what has moved, not by what lives here: one for the inboxes of all sessions, one for the
@@ -40,7 +40,7 @@ SPREAD = 1.0
 """Seconds over which the reads of many streams are spread, at most."""
 
 
-class Rereading(Service):
+class CatchUp(Service):
     """One incarnation's way to make up for lost wake-ups."""
 
     def __init__(self, host: Host, tails: Tails, herald: Herald, takeover: Takeover, clock: Clock, ids: Ids) -> None:

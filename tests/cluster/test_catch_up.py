@@ -14,8 +14,8 @@ from mcp.server.subscriptions import ToolsListChanged
 
 from pgmcp import Cluster
 from pgmcp.clock import Ids
-from pgmcp.node import rereading
-from pgmcp.node.rereading import Rereading
+from pgmcp.node import catch_up
+from pgmcp.node.catch_up import CatchUp
 from pgmcp.types import StreamId
 from pgmcp.web.tails import Tails
 from tests.harness.clients import RawExchange, RawSession
@@ -90,8 +90,8 @@ async def test_a_lost_line_costs_by_what_has_moved(database: str, monkeypatch: p
 
 
 async def read_again(node: RunningNode) -> None:
-    node.incarnation._rereading.begin()
-    await eventually(lambda: not node.incarnation._rereading.wanted, "it reads again")
+    node.incarnation._catch_up.begin()
+    await eventually(lambda: not node.incarnation._catch_up.wanted, "it reads again")
 
 
 async def test_a_deaf_node_costs_by_what_has_moved(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,9 +114,9 @@ async def test_a_deaf_node_costs_by_what_has_moved(database: str, monkeypatch: p
 
 
 async def test_many_streams_are_read_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rereading, "SOME", 10)
+    monkeypatch.setattr(catch_up, "SOME", 10)
     clock, tails, looks = FakeClock(), Tails(), Mock()
-    reading = Rereading(looks.host, tails, looks.herald, looks.takeover, clock, Ids())
+    reading = CatchUp(looks.host, tails, looks.herald, looks.takeover, clock, Ids())
     looks.host.drop_strangers = AsyncMock()
     with contextlib.ExitStack() as stack:
         ears = [stack.enter_context(tails.subscribe(StreamId(Ids().uuid()))) for _ in range(35)]
@@ -124,7 +124,7 @@ async def test_many_streams_are_read_in_groups(monkeypatch: pytest.MonkeyPatch) 
         reading.begin()
         await settle()
         assert sum(ear.moved.is_set() for ear in ears) == 10
-        await clock.advance(rereading.SPREAD)
+        await clock.advance(catch_up.SPREAD)
         assert all(ear.moved.is_set() for ear in ears)
         running.cancel()
         await asyncio.wait({running})
