@@ -22,8 +22,8 @@ from pgmcp.cluster.drain import PAUSE
 from pgmcp.cluster.lease import LeaseState
 from pgmcp.errors import NodeNotReady, PgmcpError, SettingsError
 from pgmcp.node.incarnation import Incarnation
-from pgmcp.node.keeper import REJOIN, Keeper
 from pgmcp.node.signals import Signals
+from pgmcp.node.supervisor import REJOIN, Supervisor
 from pgmcp.node.watchdog import Watchdog, watched
 from pgmcp.ops.access import AccessLog
 from pgmcp.ops.health import health_routes
@@ -90,7 +90,7 @@ class Node:
         self._revision, self._started, self._draining = "", False, False
         self.faults = Faults()
         self.watchdog: Watchdog | None = None
-        self._keeper = Keeper(self._new_incarnation, self._clock, self.faults, lambda: self._draining)
+        self._supervisor = Supervisor(self._new_incarnation, self._clock, self.faults, lambda: self._draining)
         self.failure: PgmcpError | None = None
         self.shut: Callable[[], Awaitable[None]] = _nothing
         """Closes the port on which the node is served, when it has drained; set by whoever runs the HTTP server."""
@@ -141,10 +141,10 @@ class Node:
             NodeNotReady: the node is joining or leaving.
         """
         self._check_started()
-        if self._keeper.present is None:
+        if self._supervisor.present is None:
             message = "This node is not part of the cluster now; try again or ask another one."
             raise NodeNotReady(message)
-        return self._keeper.present
+        return self._supervisor.present
 
     async def _stateless(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer an exchange without a session, in whatever state the node is in the cluster."""
@@ -192,10 +192,10 @@ class Node:
             await ring.load()
         shared = Shared(self._states, self.settings.single_use_states, json_only=self.settings.response == "json")
         await stack.enter_async_context(self._target.adapter.lifespan(shared))
-        await self._keeper.start()
-        stack.push_async_callback(self._keeper.stop)
+        await self._supervisor.start()
+        stack.push_async_callback(self._supervisor.stop)
         services: dict[str, Service] = {
-            "the keeper": self._keeper,
+            "the supervisor": self._supervisor,
             "the look for orders": Rounds(self.settings.poll, self._obey, self._clock, self._ids),
             "the look for keys": Rounds(REFRESH, self._refresh, self._clock, self._ids),
         }
@@ -230,8 +230,8 @@ class Node:
     async def _publish(self, publication: Publication) -> None:
         """Store a publication and wake every node; what is stored and wakes nobody is found by their next poll."""
         await self._publications.publish(publication)
-        if self._keeper.present is not None:
-            self._keeper.present.wakeups.published()
+        if self._supervisor.present is not None:
+            self._supervisor.present.wakeups.published()
 
     async def _refresh(self) -> None:
         """Read the key rings anew."""
@@ -248,12 +248,12 @@ class Node:
         """
         self._draining = True
         logger.info("node %s drains", self.settings.node_name)
-        if self._keeper.present is not None:
-            await self._keeper.present.announce()
+        if self._supervisor.present is not None:
+            await self._supervisor.present.announce()
         await self._clock.sleep(self.settings.drain_notice)
         self._target.adapter.end_streams()
-        if self._keeper.present is not None:
-            await self._keeper.present.drain(self.shut)
+        if self._supervisor.present is not None:
+            await self._supervisor.present.drain(self.shut)
         else:
             await self._finish()
         self._target.adapter.end_streams()  # those that began since
@@ -269,34 +269,34 @@ class Node:
         """End every exchange at once with its final chunk, so that the HTTP server can stop."""
         self._target.adapter.end_streams()
         self._modern.cut()
-        if self._keeper.present is not None:
-            self._keeper.present.edge.leave(at_once=True)
+        if self._supervisor.present is not None:
+            self._supervisor.present.edge.leave(at_once=True)
 
     async def _obey(self) -> None:
         """Obey an operator who wrote into the node's row that it should leave."""
-        present = self._keeper.present
+        present = self._supervisor.present
         if present is not None and not self._draining and await present.asked_to_drain():
             signal.raise_signal(signal.SIGTERM)
 
     def stalled(self) -> float:
         """See ``Pulse.stalled``."""
-        if self._keeper.present is None:
+        if self._supervisor.present is None:
             return 0.0
-        return self._clock.boottime() - self._keeper.present.lease.ticked_at - self.settings.renew
+        return self._clock.boottime() - self._supervisor.present.lease.ticked_at - self.settings.renew
 
     def failing(self) -> bool:
         """See ``Pulse.failing``."""
-        return self._keeper.failing
+        return self._supervisor.failing
 
     def unready(self) -> str | None:
         """See ``Pulse.unready``."""
         if self._draining:
             return "draining"
-        if self._keeper.present is None:
-            return self._keeper.absent
-        if self._keeper.present.outgrown:
+        if self._supervisor.present is None:
+            return self._supervisor.absent
+        if self._supervisor.present.outgrown:
             return "schema"
-        lease = self._keeper.present.lease
+        lease = self._supervisor.present.lease
         if lease.state is LeaseState.SUSPENDED and lease.suspended_for < self.settings.hold:
             return None
         return None if lease.trusted else str(lease.state)

@@ -223,10 +223,10 @@ async def test_it_is_served_while_the_database_is_away_and_after_the_node_was_fe
         for _ in range(3):
             assert await client.result(node.url, "test_simple_text")
         node.incarnation.over.set()
-        await eventually(lambda: node.node._keeper.present is None, "the node is not part of the cluster", 20)
+        await eventually(lambda: node.node._supervisor.present is None, "the node is not part of the cluster", 20)
         assert await client.result(node.url, "test_simple_text")
         proxy.refusing = False
-        await eventually(lambda: node.node._keeper.present is not None, "the node joins again")
+        await eventually(lambda: node.node._supervisor.present is not None, "the node joins again")
         assert await client.result(node.url, "test_simple_text")
 
 
@@ -322,8 +322,8 @@ async def test_a_node_that_is_not_in_the_cluster_finishes_its_calls_when_it_leav
     async with cluster(database, everything, 1, drain_notice=0) as [node], Modern() as client:
         call = await client.tool(node.url, "slow", seconds=0.5, steps=5)
         await call.message("notifications/progress")
-        here, node.node._keeper.present = node.node._keeper.present, None
+        here, node.node._supervisor.present = node.node._supervisor.present, None
         await asyncio.wait_for(node.node.drain(), 10)
         assert node.node._modern.busy == 0
         assert (await call.response(json.loads(call.request_body)["id"]))["result"]
-        node.node._keeper.present = here
+        node.node._supervisor.present = here

@@ -11,8 +11,8 @@ import pytest
 
 from pgmcp.errors import DatabaseUnavailable
 from pgmcp.node import incarnation as incarnation_module
-from pgmcp.node import keeper
 from pgmcp.node import node as node_module
+from pgmcp.node import supervisor
 from pgmcp.node.incarnation import Incarnation
 from pgmcp.session.running_requests import ActorEnd
 from tests.harness.clients import RawSession
@@ -105,7 +105,7 @@ async def test_a_duty_that_fails_begins_anew(
         assert faults.counts == {where: 1}
         assert f"{where} failed" in caplog.text
         assert "Bug" in caplog.text, "with its trace"
-        await eventually(lambda: node.node._keeper.present not in {None, before}, "the node joins again")
+        await eventually(lambda: node.node._supervisor.present not in {None, before}, "the node joins again")
         assert (before.host.sessions, len(before.tails), before.line.up) == (0, 0, False)
         assert (await session.call_tool(node.url, "count"))["structuredContent"] == {"result": 1}, "the session goes on"
         assert await ready(node)
@@ -125,7 +125,7 @@ async def test_its_sessions_go_to_other_nodes_at_once(database: str, monkeypatch
         call = await session.request(nodes[1].url, "tools/call", slow, request_id=7)
         await call.message("notifications/progress")
         broken = nodes[0].incarnation
-        monkeypatch.setattr(keeper.Keeper, "start", _never)
+        monkeypatch.setattr(supervisor.Supervisor, "start", _never)
         breaks(monkeypatch, broken.inbox, "owned")
         answer = await call.response(7, timeout=5)
         assert "nobody knows" in answer["error"]["message"], "and not what a dying actor says by itself"
@@ -147,7 +147,7 @@ async def test_an_end_that_nobody_asked_for_is_a_fault(database: str, caplog: py
 
         before.inbox.owned = cancelled
         await eventually(lambda: node.node.faults.counts == {"the survey": 1}, "it is counted")
-        await eventually(lambda: node.node._keeper.present not in {None, before}, "the node joins again")
+        await eventually(lambda: node.node._supervisor.present not in {None, before}, "the node joins again")
         assert "CancelledError" in caplog.text
 
 
@@ -180,20 +180,20 @@ async def test_a_duty_of_the_node_goes_on(
 
 
 async def test_several_failures_in_a_row_ask_for_a_new_process(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(keeper, "REJOIN", 0.05)
-    monkeypatch.setattr(keeper, "STEADY", 2.0)
+    monkeypatch.setattr(supervisor, "REJOIN", 0.05)
+    monkeypatch.setattr(supervisor, "STEADY", 2.0)
     async with cluster(database, everything, 1, **SOON) as (node,):
-        breaks(monkeypatch, incarnation_module, "outgrown", keeper.SEVERAL)
+        breaks(monkeypatch, incarnation_module, "outgrown", supervisor.SEVERAL)
         await eventually(node.node.failing, "it says so", 20)
         assert await alive(node) == 503
-        assert node.node.faults.counts == {"the look at the schema": keeper.SEVERAL}
+        assert node.node.faults.counts == {"the look at the schema": supervisor.SEVERAL}
         await eventually(lambda: not node.node.failing(), "an incarnation that lives on is a good sign")
         assert await alive(node) == 200
 
 
 @pytest.mark.parametrize("trouble", ["dead", "away", "draining"])
 async def test_what_is_no_fault_is_not_counted(database: str, trouble: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(keeper, "REJOIN", 0.05)
+    monkeypatch.setattr(supervisor, "REJOIN", 0.05)
     async with cluster(database, everything, 1, **SOON) as (node,), tables_of(database) as tables:
         if trouble == "draining":
             await node.leave()
@@ -212,7 +212,7 @@ async def test_what_is_no_fault_is_not_counted(database: str, trouble: str, monk
             if trouble == "away":
                 await eventually(lambda: tries > 5, "it tries")
                 monkeypatch.undo()
-            await eventually(lambda: node.node._keeper.present not in {None, before}, "the node joins again")
+            await eventually(lambda: node.node._supervisor.present not in {None, before}, "the node joins again")
         assert not node.node.faults.counts
         assert not node.node.failing()
 

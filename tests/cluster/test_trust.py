@@ -76,7 +76,7 @@ async def test_a_node_that_was_declared_dead_stops_and_joins_again(database, los
             assert not [message for message in stream.messages if "error" in message]
 
         async def joined() -> bool:
-            return nodes[0].node._keeper.present not in {None, old} and nodes[0].incarnation.lease.trusted
+            return nodes[0].node._supervisor.present not in {None, old} and nodes[0].incarnation.lease.trusted
 
         await eventually(joined, "the node joins again")
         assert nodes[0].incarnation.node_id != old.node_id

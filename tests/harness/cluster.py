@@ -47,7 +47,7 @@ class RunningNode:
     async def leave(self) -> None:
         """Leave the cluster for good; what is served without a session goes on."""
         self.node._draining = True
-        await self.node._keeper.stop()
+        await self.node._supervisor.stop()
 
 
 @contextlib.asynccontextmanager

@@ -2,8 +2,8 @@
 
 Failure handling: what the cluster has declared dead, or what failed in a way that nobody expected, is followed by a new
 incarnation, for as long as the node runs. When several in a row have failed soon after they joined that does not help:
-the keeper goes on trying, and ``failing`` says that the process should be replaced. Neither a database that is away nor
-a leaving node is a failure.
+the supervisor goes on trying, and ``failing`` says that the process should be replaced. Neither a database that is away
+nor a leaving node is a failure.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SEVERAL = 3
 """Failures in a row after which beginning anew does not help."""
 
 
-class Keeper(Service):
+class Supervisor(Service):
     """What keeps a node in the cluster.
 
     Args:
