@@ -1,4 +1,4 @@
-"""The herald: reads what was published anywhere, and tells it to this node's listeners.
+"""The publication reader: reads what was published anywhere, and tells it to this node's listeners.
 
 Invariants:
 - Each publication is told once, in the order in which they were stored; the next look begins when the last one's
@@ -31,7 +31,7 @@ PAUSE = 0.02
 """Seconds between two looks, at least."""
 
 
-class Herald(Service):
+class PublicationReader(Service):
     """One incarnation's reader of publications.
 
     Args:

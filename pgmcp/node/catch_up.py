@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 
 from pgmcp.clock import Clock, Ids
-from pgmcp.cluster.publications import Herald
+from pgmcp.cluster.publications import PublicationReader
 from pgmcp.cluster.takeover import Takeover
 from pgmcp.errors import PgmcpError
 from pgmcp.service import Looks, Service
@@ -43,8 +43,16 @@ SPREAD = 1.0
 class CatchUp(Service):
     """One incarnation's way to make up for lost wake-ups."""
 
-    def __init__(self, host: Host, tails: Tails, herald: Herald, takeover: Takeover, clock: Clock, ids: Ids) -> None:
-        self._host, self._tails, self._herald, self._takeover = host, tails, herald, takeover
+    def __init__(
+        self,
+        host: Host,
+        tails: Tails,
+        publication_reader: PublicationReader,
+        takeover: Takeover,
+        clock: Clock,
+        ids: Ids,
+    ) -> None:
+        self._host, self._tails, self._publication_reader, self._takeover = host, tails, publication_reader, takeover
         self._clock, self._ids = clock, ids
         self._looks = Looks(self._read, clock)
         self._not_before = float("-inf")
@@ -80,7 +88,7 @@ class CatchUp(Service):
             raise
 
     async def _read(self) -> None:
-        self._herald.look()
+        self._publication_reader.look()
         self._takeover.orphaned()
         self._host.look()
         try:

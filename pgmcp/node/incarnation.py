@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 from pgmcp.clock import Clock, Ids
 from pgmcp.cluster.drain import Drain
 from pgmcp.cluster.lease import Lease, LeaseState
-from pgmcp.cluster.publications import Herald
+from pgmcp.cluster.publications import PublicationReader
 from pgmcp.cluster.takeover import Takeover
 from pgmcp.cluster.wakeups import Wakeups, parse
 from pgmcp.errors import DatabaseUnavailable, PgmcpError
@@ -113,7 +113,9 @@ class Incarnation(Service):
         self.log = TableLog(database, self.node_id, clock, acting, payloads)
         takeovers = TableTakeovers(database, self.node_id, acting, payloads)
         self._bus = bus
-        self.herald = Herald(publications, clock, tell=self._tell, missed=self._missed, faults=faults)
+        self.publication_reader = PublicationReader(
+            publications, clock, tell=self._tell, missed=self._missed, faults=faults
+        )
         self.host = Host(
             adapter,
             inbox=self.inbox,
@@ -128,7 +130,7 @@ class Incarnation(Service):
             ended=self.wakeups.ended,
             faults=faults,
         )
-        self._timeline_change.watch(self.host, self.herald)
+        self._timeline_change.watch(self.host, self.publication_reader)
         self.takeover = Takeover(
             self.node_id,
             takeovers,
@@ -162,7 +164,7 @@ class Incarnation(Service):
             self.host, takeovers, clock, waiting=lambda: self.tails.patient + busy(), told=self.wakeups.handed
         )
         self._reported_changes = ReportedChanges(self.node_id, self.host, self.tails, self.inbox, clock)
-        self._catch_up = CatchUp(self.host, self.tails, self.herald, self.takeover, clock, ids)
+        self._catch_up = CatchUp(self.host, self.tails, self.publication_reader, self.takeover, clock, ids)
         uncarried = Uncarried(self.log, self.tails, clock, settings.statement_timeout)
         self._membership: dict[str, Service] = {
             "the line": self.line,
@@ -173,13 +175,13 @@ class Incarnation(Service):
         self._work: dict[str, Service] = {
             "the host": self.host,
             "the takeover": self.takeover,
-            "the herald": self.herald,
+            "the publication reader": self.publication_reader,
             "the reported changes": self._reported_changes,
             "the catch-up": self._catch_up,
             "the look for messages": self._rounds(settings.poll, self.host.poll),
             "the look while deaf": self._rounds(settings.poll, self._look_while_deaf),
             "the hurry while deaf": self._rounds(HURRY, self._hurry_while_deaf),
-            "the look for publications": self._rounds(settings.poll, self.herald.poll),
+            "the look for publications": self._rounds(settings.poll, self.publication_reader.poll),
             "the survey": self._rounds(settings.idle_poll, self.host.survey),
             "the look at streams": self._rounds(settings.idle_poll, uncarried.let_go),
             "the retention": self._rounds(EVERY, self._sweep),
@@ -280,7 +282,9 @@ class Incarnation(Service):
     def _on_line_open(self, *, crashed: bool) -> None:
         if crashed:
             self.inbox.look_anew()
-            self.herald.look(gap=True)  # its horizon names transactions by ids that may have been given out anew
+            self.publication_reader.look(
+                gap=True
+            )  # its horizon names transactions by ids that may have been given out anew
         self._catch_up.begin()
 
     async def _tell(self, publications: Sequence[Publication]) -> None:
@@ -294,7 +298,7 @@ class Incarnation(Service):
     def _hear(self, wake: Wake) -> None:
         """Hear what this node tells itself: that was committed."""
         if wake.published:
-            self.herald.look()
+            self.publication_reader.look()
         for session in wake.inboxes:
             self.host.wake(session)
         self.tails.wake(wake.streams)
@@ -314,7 +318,7 @@ class Incarnation(Service):
         """Look at what somebody says to all nodes."""
         wake = self._read(payload)
         if wake.published:
-            self.herald.look()
+            self.publication_reader.look()
         if wake.orphans:
             self.takeover.orphaned()
         if wake.ended:

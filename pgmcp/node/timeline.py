@@ -11,7 +11,7 @@ import logging
 
 from pgmcp.clock import Clock
 from pgmcp.cluster.lease import Lease
-from pgmcp.cluster.publications import Herald
+from pgmcp.cluster.publications import PublicationReader
 from pgmcp.errors import Fenced, PgmcpError
 from pgmcp.service import Service
 from pgmcp.session.host import Host
@@ -41,7 +41,7 @@ class TimelineChange(Service):
         self._term = timeline.term
         self._changed, self._settled = asyncio.Event(), asyncio.Event()
         self._host: Host | None = None
-        self._herald: Herald | None = None
+        self._publication_reader: PublicationReader | None = None
         self._settled.set()
 
     async def acting(self) -> None:
@@ -55,9 +55,9 @@ class TimelineChange(Service):
             await self._clock.wait(self._settled, LOOK)
             await self._lease.acting()
 
-    def watch(self, host: Host, herald: Herald) -> None:
-        """Begin to watch the timeline for the sessions of ``host``, and for the horizon of ``herald``."""
-        self._host, self._herald = host, herald
+    def watch(self, host: Host, publication_reader: PublicationReader) -> None:
+        """Begin to watch the timeline for the sessions of ``host``, and for the horizon of ``publication_reader``."""
+        self._host, self._publication_reader = host, publication_reader
         self._timeline.on_change = self._on_change
 
     def _on_change(self) -> None:
@@ -65,8 +65,8 @@ class TimelineChange(Service):
         self._changed.set()
         if self._host is not None:
             self._host.unsettled = True
-        if self._herald is not None:
-            self._herald.look(gap=True)
+        if self._publication_reader is not None:
+            self._publication_reader.look(gap=True)
 
     async def run(self) -> None:
         """Bring the sessions in line with each new term, for ever; ends when the node is fenced."""

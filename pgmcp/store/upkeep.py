@@ -33,7 +33,7 @@ CLIENT_GONE = 60.0
 """Seconds for which a session waits for its client: to come back (HTTP+SSE), or to end the handshake."""
 
 PUBLICATIONS = 300.0
-"""Seconds for which publications are kept: twice as long as a herald may be absent without a gap."""
+"""Seconds for which publications are kept: twice as long as a publication reader may be absent without a gap."""
 
 BATCH = 500
 """Rows that a statement takes at most."""

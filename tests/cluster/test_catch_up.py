@@ -116,7 +116,7 @@ async def test_a_deaf_node_costs_by_what_has_moved(database: str, monkeypatch: p
 async def test_many_streams_are_read_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(catch_up, "SOME", 10)
     clock, tails, looks = FakeClock(), Tails(), Mock()
-    reading = CatchUp(looks.host, tails, looks.herald, looks.takeover, clock, Ids())
+    reading = CatchUp(looks.host, tails, looks.publication_reader, looks.takeover, clock, Ids())
     looks.host.drop_strangers = AsyncMock()
     with contextlib.ExitStack() as stack:
         ears = [stack.enter_context(tails.subscribe(StreamId(Ids().uuid()))) for _ in range(35)]

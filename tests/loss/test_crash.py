@@ -181,7 +181,7 @@ async def test_what_a_dead_owner_may_have_claimed_is_not_run_again(primary, clus
 
 
 async def test_a_line_tells_a_crash_from_an_orderly_restart(primary):
-    """A crash gives the ids of transactions out anew: what names them, a herald's horizon, is worth nothing then."""
+    """A crash gives the ids of transactions out anew: what names them, a reader's horizon, is worth nothing then."""
     said: list[bool] = []
     settings = Settings(database_url=primary.url())
     database = Database(settings, Clock())

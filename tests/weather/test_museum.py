@@ -36,7 +36,7 @@ ELSEWHERE = {
         "tests/store/test_publication_rows.py::test_what_commits_late_is_read_and_what_is_rolled_back_is_not"
     ),
     "05 socket.io: a publication that is gone before it was read": (
-        "tests/unit/test_herald.py::test_an_absence_is_a_gap"
+        "tests/unit/test_publication_reader.py::test_an_absence_is_a_gap"
     ),
     "06 socket.io: a publication that is stored, not announced": (
         "tests/cluster/test_publications.py::test_what_woke_nobody_is_found_by_the_poll"

@@ -1,4 +1,4 @@
-"""The herald: each publication once, and one invalidation after a gap."""
+"""The publication reader: each publication once, and one invalidation after a gap."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Collection, Sequence
 
 import pytest
 
-from pgmcp.cluster.publications import ABSENT, PAUSE, Herald
+from pgmcp.cluster.publications import ABSENT, PAUSE, PublicationReader
 from pgmcp.errors import DatabaseUnavailable
 from pgmcp.service import Faults
 from pgmcp.types import LISTS, Change, Horizon, Publication, PublicationBatch
@@ -49,7 +49,9 @@ class Scene:
         self.told: list[Publication] = []
         self.gaps: list[set[Change]] = []
         self.broken, self.faults = False, Faults()
-        self.herald = Herald(self.table, self.clock, tell=self.tell, missed=self.missed, faults=self.faults)
+        self.publication_reader = PublicationReader(
+            self.table, self.clock, tell=self.tell, missed=self.missed, faults=self.faults
+        )
 
     async def tell(self, publications: Sequence[Publication]) -> None:
         if self.broken:
@@ -62,16 +64,16 @@ class Scene:
     async def publish(self, *publications: Publication) -> None:
         for publication in publications:
             await self.table.publish(publication)
-        self.herald.look()
+        self.publication_reader.look()
         await self.clock.advance(PAUSE)
 
 
 @pytest.fixture
 async def scene() -> AsyncIterator[Scene]:
     made = Scene()
-    await made.herald.start()
+    await made.publication_reader.start()
     made.gaps.clear()
-    running = asyncio.create_task(made.herald.run())
+    running = asyncio.create_task(made.publication_reader.run())
     yield made
     running.cancel()
 
@@ -80,7 +82,7 @@ async def test_nothing_is_told_before_it_has_begun() -> None:
     scene = Scene()
     await scene.publish(TOOLS, updated("a"))
     assert scene.table.reads == []
-    await scene.herald.start()
+    await scene.publication_reader.start()
     assert (scene.told, scene.gaps) == ([], [{Change.TOOLS}])
 
 
@@ -95,7 +97,7 @@ async def test_a_wake_up_during_a_look_makes_another(scene: Scene) -> None:
     def late() -> None:
         scene.table.before_reply = lambda: None
         scene.table.said.append(PROMPTS)
-        scene.herald.look()
+        scene.publication_reader.look()
 
     scene.table.before_reply = late
     await scene.publish(TOOLS)
@@ -105,8 +107,8 @@ async def test_a_wake_up_during_a_look_makes_another(scene: Scene) -> None:
 
 async def test_a_lost_line_is_one_gap(scene: Scene) -> None:
     await scene.table.publish(TOOLS)
-    scene.herald.look(gap=True)
-    scene.herald.look()
+    scene.publication_reader.look(gap=True)
+    scene.publication_reader.look()
     await scene.clock.advance(PAUSE)
     assert (scene.told, scene.gaps) == ([], [{Change.TOOLS}])
     await scene.publish(PROMPTS)
@@ -118,7 +120,7 @@ async def test_an_outage_delays(scene: Scene) -> None:
     await scene.publish(TOOLS)
     assert scene.told == []
     scene.table.away = False
-    await scene.herald.poll()
+    await scene.publication_reader.poll()
     await scene.clock.advance(PAUSE)
     assert (scene.told, scene.gaps) == ([TOOLS], [])
 
@@ -127,10 +129,10 @@ async def test_an_outage_delays(scene: Scene) -> None:
 async def test_a_gap_outlives_an_outage(scene: Scene, order: str) -> None:
     scene.table.away = True
     for gap in (True, False) if order == "gap first" else (False, True):
-        scene.herald.look(gap=gap)
+        scene.publication_reader.look(gap=gap)
         await scene.clock.advance(PAUSE)
     scene.table.away = False
-    await scene.herald.poll()
+    await scene.publication_reader.poll()
     await scene.clock.advance(PAUSE)
     assert len(scene.gaps) == 1
 
