@@ -22,7 +22,7 @@ from pgmcp.clock import Clock, Ids
 from pgmcp.errors import Fenced, OutOfStep, PgmcpError, SessionBusy, SessionUnknown
 from pgmcp.store.database import Database, extra
 from pgmcp.store.floors import Floor, Floors
-from pgmcp.store.group import Group
+from pgmcp.store.group_commit import GroupCommit
 from pgmcp.store.opening import Opening
 from pgmcp.store.payloads import CLEAR, Payloads, Stored, place_of_body, place_of_entry
 from pgmcp.store.repeats import Fate, fate
@@ -90,10 +90,10 @@ class TableInbox:
         self._taken: Floors[Ownership] = Floors()
         self._seen: Floors[int] = Floors()
         self._waiting = frozenset[UUID]()
-        self._accepts: Group[Sequence[Stored], list[asyncpg.Record]] = Group(
+        self._accepts: GroupCommit[Sequence[Stored], list[asyncpg.Record]] = GroupCommit(
             self._send_accepts, clock, lambda post: post[0].message.session_id
         )
-        self._claims: Group[_Claim, list[Claimed]] = Group(
+        self._claims: GroupCommit[_Claim, list[Claimed]] = GroupCommit(
             self._send_claims, clock, lambda claim: claim.ownership.session, gate
         )
 
@@ -200,7 +200,7 @@ class TableInbox:
             self._unheard[ownership] = unheard
         try:
             claimed = await self._claims.put(claim, patience=self._hold)
-            if repeated:  # once more: see Group on first tries that commit beside their repeat
+            if repeated:  # once more: see GroupCommit on first tries that commit beside their repeat
                 claimed = await self._claims.put(claim, patience=self._hold)
         except Fenced:
             self._unheard.pop(ownership, None)

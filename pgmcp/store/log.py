@@ -21,7 +21,7 @@ import asyncpg
 from pgmcp.clock import Clock
 from pgmcp.errors import Fenced, OutOfStep, PgmcpError, SessionBusy, SessionUnknown, StreamTaken
 from pgmcp.store.database import Database
-from pgmcp.store.group import Group
+from pgmcp.store.group_commit import GroupCommit
 from pgmcp.store.payloads import CLEAR, Payloads, place_of_event, stored_from
 from pgmcp.store.rows import facts_of
 from pgmcp.types import (
@@ -76,12 +76,12 @@ class TableLog:
         self._database, self._node, self._gate, self._payloads = database, node, gate, payloads
         self._settings = database.settings
         self._hold, self._resume_hold = database.settings.hold, database.settings.resume_hold
-        self._appends: Group[Entry, NodeId | None] = Group(
+        self._appends: GroupCommit[Entry, NodeId | None] = GroupCommit(
             self._send_appends, clock, lambda entry: entry.ownership.session, gate
         )
         self._last: dict[tuple[StreamId, int], Event] = {}
-        self._reads: Group[Cursor, Page] = Group(self._send_reads, clock, lambda cursor: cursor.stream)
-        self._releases: Group[tuple[Cursor, bool], bool] = Group(
+        self._reads: GroupCommit[Cursor, Page] = GroupCommit(self._send_reads, clock, lambda cursor: cursor.stream)
+        self._releases: GroupCommit[tuple[Cursor, bool], bool] = GroupCommit(
             self._send_releases, clock, lambda note: note[0].stream
         )
 

@@ -25,7 +25,7 @@ from pgmcp.settings import Settings
 from pgmcp.store.database import Database
 from pgmcp.store.direct import connect, explained
 from pgmcp.store.encoding import encoding_of
-from pgmcp.store.group import Group
+from pgmcp.store.group_commit import GroupCommit
 from pgmcp.store.line import channel
 from pgmcp.store.statements import statement
 from pgmcp.types import PUBLISHED, Change, Horizon, Publication, PublicationBatch
@@ -52,7 +52,7 @@ class TablePublications:
     def __init__(self, database: Database, clock: Clock, ids: Ids) -> None:
         self._database, self._ids = database, ids
         self._hold = database.settings.hold
-        self._group: Group[_Draft, None] = Group(self._send, clock, lambda draft: draft.id)
+        self._group: GroupCommit[_Draft, None] = GroupCommit(self._send, clock, lambda draft: draft.id)
         self._waiting: dict[Publication, tuple[_Draft, asyncio.Task[None]]] = {}
 
     async def publish(self, publication: Publication) -> None:

@@ -63,7 +63,7 @@ async def _open() -> None:
     return None
 
 
-class Group(Generic[Row, Result]):
+class GroupCommit(Generic[Row, Result]):
     """A queue of rows for one statement.
 
     Args:

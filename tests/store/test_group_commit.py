@@ -12,8 +12,8 @@ import pytest
 
 from pgmcp.clock import Clock
 from pgmcp.errors import DatabaseUnavailable, Fenced, PgmcpError, SessionUnknown
-from pgmcp.store import group as module
-from pgmcp.store.group import BYTES, LARGE, ROWS, Group
+from pgmcp.store import group_commit as module
+from pgmcp.store.group_commit import BYTES, LARGE, ROWS, GroupCommit
 from tests.harness.clock import FakeClock, settle
 from tests.harness.stores import (
     Watcher,
@@ -64,12 +64,12 @@ def send() -> Sender:
 
 
 @pytest.fixture
-def group(send: Sender, clock: FakeClock) -> Group[Any, Any]:
-    return Group(send, clock, key=str)
+def group(send: Sender, clock: FakeClock) -> GroupCommit[Any, Any]:
+    return GroupCommit(send, clock, key=str)
 
 
 def put_all(
-    group: Group[Any, Any], rows: Sequence[Any], patience: float | None = 10.0, size: int = 0
+    group: GroupCommit[Any, Any], rows: Sequence[Any], patience: float | None = 10.0, size: int = 0
 ) -> list[asyncio.Task[Any]]:
     return [asyncio.create_task(outcome(group.put(row, patience=patience, size=size))) for row in rows]
 
@@ -79,7 +79,7 @@ def ended(tasks: Sequence[asyncio.Task[Any]]) -> list[Any]:
     return [task.result() if task.done() else "waits" for task in tasks]
 
 
-async def test_what_arrives_meanwhile_goes_with_the_next_in_order(group: Group[Any, Any], send: Sender) -> None:
+async def test_what_arrives_meanwhile_goes_with_the_next_in_order(group: GroupCommit[Any, Any], send: Sender) -> None:
     send.free.clear()
     tasks = put_all(group, range(5))
     await settle()
@@ -92,7 +92,7 @@ async def test_what_arrives_meanwhile_goes_with_the_next_in_order(group: Group[A
     assert ended(tasks) == [f"did {row}" for row in range(8)]
 
 
-async def test_a_statement_has_bounds_in_rows_and_bytes(group: Group[Any, Any], send: Sender) -> None:
+async def test_a_statement_has_bounds_in_rows_and_bytes(group: GroupCommit[Any, Any], send: Sender) -> None:
     put_all(group, range(ROWS + 1))
     await settle()
     assert [len(batch) for batch in send.batches] == [ROWS, 1]
@@ -113,7 +113,7 @@ async def test_a_large_row_holds_up_no_stranger_and_keeps_its_place(clock: FakeC
             await large.wait()
         return list(rows)
 
-    group: Group[str, str] = Group(send, clock, key=lambda row: row[0])
+    group: GroupCommit[str, str] = GroupCommit(send, clock, key=lambda row: row[0])
     tasks = [
         asyncio.create_task(group.put(row, patience=10, size=LARGE + 1 if "large" in row else 1))
         for row in ("a1", "b1", "a2 large", "a3", "b2")
@@ -127,10 +127,12 @@ async def test_a_large_row_holds_up_no_stranger_and_keeps_its_place(clock: FakeC
     assert ended(tasks) == ["a1", "b1", "a2 large", "a3", "b2"]
 
 
-async def test_the_queue_is_bounded(group: Group[Any, Any], send: Sender, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_queue_is_bounded(
+    group: GroupCommit[Any, Any], send: Sender, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "BOUND", 3)
     send.free.clear()
-    small: Group[Any, Any] = Group(send, FakeClock(), key=str)
+    small: GroupCommit[Any, Any] = GroupCommit(send, FakeClock(), key=str)
     tasks = put_all(small, range(9))
     await settle()
     assert len(small._waiting) <= 3
@@ -143,7 +145,7 @@ async def test_the_queue_is_bounded(group: Group[Any, Any], send: Sender, monkey
 async def test_rows_of_cancelled_callers_count_for_the_bound(send: Sender, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "BOUND", 3)
     send.free.clear()
-    small: Group[Any, Any] = Group(send, FakeClock(), key=str)
+    small: GroupCommit[Any, Any] = GroupCommit(send, FakeClock(), key=str)
     for row in range(9):
         (task,) = put_all(small, [row])
         await settle()
@@ -153,7 +155,7 @@ async def test_rows_of_cancelled_callers_count_for_the_bound(send: Sender, monke
     send.free.set()
 
 
-async def test_cancelled_callers_leave_no_gap(group: Group[Any, Any], send: Sender) -> None:
+async def test_cancelled_callers_leave_no_gap(group: GroupCommit[Any, Any], send: Sender) -> None:
     send.free.clear()
     tasks = put_all(group, range(4))
     await settle()
@@ -179,7 +181,7 @@ async def test_cancelled_callers_leave_no_gap(group: Group[Any, Any], send: Send
     ids=lambda error: type(error).__name__,
 )
 async def test_trouble_repeats_the_whole_statement(
-    group: Group[Any, Any], send: Sender, clock: FakeClock, trouble: BaseException
+    group: GroupCommit[Any, Any], send: Sender, clock: FakeClock, trouble: BaseException
 ) -> None:
     send.failures = [trouble]
     tasks = put_all(group, range(3))
@@ -195,7 +197,7 @@ async def test_trouble_repeats_the_whole_statement(
     ids=["nul", "check"],
 )
 async def test_a_guilty_row_fails_alone(
-    group: Group[Any, Any], send: Sender, clock: FakeClock, refusal: BaseException
+    group: GroupCommit[Any, Any], send: Sender, clock: FakeClock, refusal: BaseException
 ) -> None:
     send.guilty = {1: refusal}
     tasks = put_all(group, range(3))
@@ -205,7 +207,7 @@ async def test_a_guilty_row_fails_alone(
     assert isinstance(ended(tasks)[1], PgmcpError)
 
 
-async def test_patience_ends(group: Group[Any, Any], send: Sender, clock: FakeClock) -> None:
+async def test_patience_ends(group: GroupCommit[Any, Any], send: Sender, clock: FakeClock) -> None:
     send.failures = [ConnectionResetError()] * 100
     tasks = put_all(group, ["short"], patience=1) + put_all(group, ["long"], patience=5)
     await clock.advance(1.6)
@@ -215,7 +217,7 @@ async def test_patience_ends(group: Group[Any, Any], send: Sender, clock: FakeCl
     assert isinstance(ended(tasks)[1], DatabaseUnavailable)
 
 
-async def test_after_an_outage_work_goes_on(group: Group[Any, Any], send: Sender, clock: FakeClock) -> None:
+async def test_after_an_outage_work_goes_on(group: GroupCommit[Any, Any], send: Sender, clock: FakeClock) -> None:
     send.failures = [ConnectionResetError()] * 5
     tasks = put_all(group, range(2))
     await clock.advance(3)
@@ -229,20 +231,22 @@ async def test_the_gate_decides_for_every_row(send: Sender, clock: FakeClock) ->
         message = "over"
         raise Fenced(message)
 
-    tasks = put_all(Group(send, clock, key=str, gate=gate), range(3))
+    tasks = put_all(GroupCommit(send, clock, key=str, gate=gate), range(3))
     await settle()
     assert [type(result) for result in ended(tasks)] == [Fenced] * 3
     assert send.batches == []
 
 
 async def test_patience_ends_while_the_gate_waits(send: Sender) -> None:
-    group: Group[Any, Any] = Group(send, Clock(), key=str, gate=asyncio.Event().wait)  # type: ignore[arg-type]
+    group: GroupCommit[Any, Any] = GroupCommit(send, Clock(), key=str, gate=asyncio.Event().wait)  # type: ignore[arg-type]
     (task,) = put_all(group, ["row"], patience=0.05)
     assert isinstance(await task, DatabaseUnavailable)
     assert send.batches == []
 
 
-async def crash(group: Group[Any, Any], send: Sender, clock: FakeClock, *, first: BaseException | None) -> list[Any]:
+async def crash(
+    group: GroupCommit[Any, Any], send: Sender, clock: FakeClock, *, first: BaseException | None
+) -> list[Any]:
     """Let the statement fail with a bug of ours while others wait; what everybody got."""
     lost: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _loop, context: lost.append(context))
@@ -260,24 +264,26 @@ async def crash(group: Group[Any, Any], send: Sender, clock: FakeClock, *, first
     return results
 
 
-async def test_a_crash_settles_its_statement(group: Group[Any, Any], send: Sender, clock: FakeClock) -> None:
+async def test_a_crash_settles_its_statement(group: GroupCommit[Any, Any], send: Sender, clock: FakeClock) -> None:
     results = await crash(group, send, clock, first=None)
     assert [type(result) for result in results[:3]] == [PgmcpError] * 3
 
 
-async def test_after_a_crash_the_queue_goes_on(group: Group[Any, Any], send: Sender, clock: FakeClock) -> None:
+async def test_after_a_crash_the_queue_goes_on(group: GroupCommit[Any, Any], send: Sender, clock: FakeClock) -> None:
     results = await crash(group, send, clock, first=None)
     assert results[3:] == ["did 3", "did 4"]
 
 
-async def test_a_crash_row_by_row_settles_everybody(group: Group[Any, Any], send: Sender, clock: FakeClock) -> None:
+async def test_a_crash_row_by_row_settles_everybody(
+    group: GroupCommit[Any, Any], send: Sender, clock: FakeClock
+) -> None:
     results = await crash(group, send, clock, first=asyncpg.CheckViolationError("row"))
     assert "waits" not in results
 
 
 @pytest.mark.parametrize("where", ["_take", "_attempt", "_patient"])
 async def test_an_error_of_its_own_ends_no_group(
-    group: Group[Any, Any], send: Sender, clock: FakeClock, where: str, caplog: pytest.LogCaptureFixture
+    group: GroupCommit[Any, Any], send: Sender, clock: FakeClock, where: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Nobody waits for ever, and what comes after it is written."""
     real, broken = getattr(group, where), []
@@ -301,7 +307,7 @@ async def test_an_error_of_its_own_ends_no_group(
     assert "KeyError" in caplog.text
 
 
-async def test_a_locked_row_holds_up_no_stranger(group: Group[Any, Any], send: Sender, clock: FakeClock) -> None:
+async def test_a_locked_row_holds_up_no_stranger(group: GroupCommit[Any, Any], send: Sender, clock: FakeClock) -> None:
     send.guilty = {0: asyncpg.LockNotAvailableError("lock timeout")}
     tasks = put_all(group, range(3))
     await clock.advance(1)
@@ -310,7 +316,7 @@ async def test_a_locked_row_holds_up_no_stranger(group: Group[Any, Any], send: S
         task.cancel()
 
 
-async def test_contention_ends_with_the_patience(group: Group[Any, Any], send: Sender, clock: FakeClock) -> None:
+async def test_contention_ends_with_the_patience(group: GroupCommit[Any, Any], send: Sender, clock: FakeClock) -> None:
     send.guilty = {0: asyncpg.LockNotAvailableError("lock timeout")}
     tasks = put_all(group, range(3), patience=4)
     await clock.advance(30)
@@ -332,7 +338,7 @@ async def test_rows_of_a_key_keep_their_order_when_one_meets_a_lock(clock: FakeC
         sent.extend(rows)
         return list(rows)
 
-    group: Group[str, str] = Group(send, clock, key=lambda row: row[0])
+    group: GroupCommit[str, str] = GroupCommit(send, clock, key=lambda row: row[0])
     rows = {"with it": ("a1", "b1", "a2"), "behind it": ("c1", "a1", "b1", "a2"), "after it was parked": ("a1", "b1")}
     tasks = [asyncio.create_task(group.put(row, patience=None)) for row in rows[late]]
     await settle()
@@ -346,7 +352,9 @@ async def test_rows_of_a_key_keep_their_order_when_one_meets_a_lock(clock: FakeC
     assert [row for row in sent if row[0] == "a"] == sorted(row for row in sent if row[0] == "a")
 
 
-async def test_a_row_without_patience_is_never_dropped(group: Group[Any, Any], send: Sender, clock: FakeClock) -> None:
+async def test_a_row_without_patience_is_never_dropped(
+    group: GroupCommit[Any, Any], send: Sender, clock: FakeClock
+) -> None:
     """Not after any time, nor when its caller has gone: the next row of its key would come before it."""
     send.failures = [ConnectionResetError()] * 200
     tasks = put_all(group, range(2), patience=None)
