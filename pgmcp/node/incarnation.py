@@ -38,9 +38,9 @@ from pgmcp.store.line import Line, TableNotifier
 from pgmcp.store.log import TableLog
 from pgmcp.store.nodes import join, no_older, outgrown, own_state
 from pgmcp.store.payloads import Payloads
+from pgmcp.store.retention import EVERY, Retention
 from pgmcp.store.secrets import KeyRing
 from pgmcp.store.takeover import TableTakeovers
-from pgmcp.store.upkeep import EVERY, Upkeep
 from pgmcp.types import VERSION, Change, NodeRecord, NodeState, Publication, Wake, node_id
 from pgmcp.web.admission import Admission
 from pgmcp.web.edge import Edge
@@ -107,7 +107,7 @@ class Incarnation(Service):
         self._timeline_change = TimelineChange(database.timeline, self.lease, box, clock)
         acting = self._timeline_change.acting
         self.tails = Tails()
-        self._upkeep = Upkeep(database, ids)
+        self._retention = Retention(database, ids)
         self.wakeups = Wakeups(self.node_id, TableNotifier(database), clock, self._hear)
         self.inbox = TableInbox(database, self.node_id, clock, ids, acting, payloads)
         self.log = TableLog(database, self.node_id, clock, acting, payloads)
@@ -345,6 +345,6 @@ class Incarnation(Service):
             logger.error("the database has come to need a newer build than this one: replace this node")
 
     async def _sweep(self) -> None:
-        for session in await self._upkeep.expire():
+        for session in await self._retention.expire():
             self.wakeups.ended(session)
-        await self._upkeep.prune()
+        await self._retention.prune()

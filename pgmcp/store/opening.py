@@ -16,7 +16,7 @@ import asyncpg
 
 from pgmcp.errors import ClusterFull, PgmcpError, TooManySessions
 from pgmcp.store.database import Database
-from pgmcp.store.upkeep import CLIENT_GONE
+from pgmcp.store.retention import CLIENT_GONE
 from pgmcp.types import NewSession, NodeId, Ownership, Principal, SessionKey
 
 COUNTED = 1.0

@@ -68,7 +68,7 @@ DUTIES: dict[str, tuple[Callable[[Incarnation], Any], str, Callable[[Incarnation
     "the takeover": (lambda one: one.takeover._table, "take_orphans", nothing),
     "the survey": (lambda one: one.inbox, "owned", nothing),
     "the look at streams": (lambda one: one.log, "carried", nothing),
-    "the retention": (lambda one: one._upkeep, "expire", nothing),
+    "the retention": (lambda one: one._retention, "expire", nothing),
     "the catch-up": (lambda one: one.host, "drop_strangers", lambda one: one._catch_up.begin()),
     "the look at the schema": (lambda _: incarnation_module, "outgrown", nothing),
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pgmcp.store.upkeep import Upkeep
+from pgmcp.store.retention import Retention
 from tests.harness.clients import RawExchange, RawSession
 from tests.harness.cluster import RunningNode, Tables, cluster, eventually, tables_of
 
@@ -17,8 +17,8 @@ LATER = 62.0
 """Seconds by which use may be later than it is noted, and a bit."""
 
 
-def upkeep(node: RunningNode) -> Upkeep:
-    return node.incarnation._upkeep
+def retention(node: RunningNode) -> Retention:
+    return node.incarnation._retention
 
 
 async def age(tables: Tables, seconds: float, *columns: str) -> None:
@@ -62,9 +62,9 @@ async def test_an_idle_session_ends_and_a_used_one_does_not(database, talker, ed
         await eventually(lambda: talker.running == 1, "the call runs")
         await call.close()  # its work goes on
         await eventually(lambda: is_(tables, SINKS, 1), "the streams are released")
-        assert await upkeep(nodes[edge]).expire() == []
+        assert await retention(nodes[edge]).expire() == []
         await age(tables, HOUR - 10, "sessions.last_active_at")
-        assert await upkeep(nodes[edge]).expire() == []
+        assert await retention(nodes[edge]).expire() == []
         await used.call(nodes[edge].url, "ping")
         await age(tables, 10 + LATER, "sessions.last_active_at")
         await eventually(lambda: is_(tables, SINKS, 1), "the streams are released")
@@ -115,11 +115,11 @@ async def test_an_http_sse_session_waits_a_minute_for_its_client(database, talke
         stream = await client.get(nodes[0].url)
         assert (await stream.next()).event == "endpoint"
         await age(tables, 180, "sessions.last_active_at")
-        assert await upkeep(nodes[edge]).expire() == []  # its stream is carried
+        assert await retention(nodes[edge]).expire() == []  # its stream is carried
         await stream.close()
         await eventually(lambda: is_(tables, SINKS, 0), "the stream is released")
         await age(tables, 59, "sessions.last_active_at")
-        assert await upkeep(nodes[edge]).expire() == []  # it was used until now
+        assert await retention(nodes[edge]).expire() == []  # it was used until now
         await age(tables, LATER, "sessions.last_active_at")
         await nodes[edge].incarnation._sweep()
         assert await tables.value("select count(*) from pgmcp.sessions") == 0
@@ -143,10 +143,10 @@ async def test_what_is_finished_goes_and_what_lives_stays(database, talker, edge
         everything = ("streams.closed_at", "streams.released_at", "streams.marked_at", "requests.finished_at")
         await age(tables, 30, *everything)
         before = await tables.counts()
-        await upkeep(nodes[edge]).prune()
+        await retention(nodes[edge]).prune()
         assert await tables.counts() == before  # too young
         await age(tables, 31, *everything)
-        await upkeep(nodes[edge]).prune()
+        await retention(nodes[edge]).prune()
         # what runs, and what nobody has fetched from the standalone stream
         assert await tables.value("select count(*) from pgmcp.streams") == 3
         assert await tables.value("select count(*) from pgmcp.requests") == 2
@@ -167,9 +167,9 @@ async def test_what_is_finished_goes_and_what_lives_stays(database, talker, edge
         await listening.close()
         await eventually(lambda: is_(tables, SINKS, 0), "the streams are released")
         for _ in range(2):  # what was delivered gets a mark, and goes when that is old
-            await upkeep(nodes[1 - edge]).prune()
+            await retention(nodes[1 - edge]).prune()
             await age(tables, 61, *everything)
-        await upkeep(nodes[1 - edge]).prune()
+        await retention(nodes[1 - edge]).prune()
         assert await tables.value("select count(*) from pgmcp.streams") == 1
         assert await tables.value("select count(*) from pgmcp.requests") == 0
         assert await tables.value("select count(*) from pgmcp.events") == 0
@@ -230,9 +230,9 @@ async def test_an_http_sse_client_whose_events_were_pruned_starts_anew(database,
         # what gives way to a newer one before it was delivered leaves no gap
         await source.post(base, "tools/call", "c", name="update", arguments={"uris": ["a://1", "a://2", "a://1"]})
         await eventually(lambda: is_(tables, "select count(*) from pgmcp.events where seq > 3", 3), "answered")
-        await upkeep(nodes[1 - edge]).prune()
+        await retention(nodes[1 - edge]).prune()
         await age(tables, 61, "streams.marked_at")
-        await upkeep(nodes[1 - edge]).prune()
+        await retention(nodes[1 - edge]).prune()
         assert await tables.value("select floor_seq from pgmcp.streams") == 3
         await source.get(base, last)
         assert source.where == old
@@ -244,7 +244,7 @@ async def test_an_http_sse_client_whose_events_were_pruned_starts_anew(database,
         with pytest.raises(TimeoutError):
             await source.stream.next(0.3)
         await age(tables, 60 + LATER, "sessions.last_active_at")
-        assert len(await upkeep(nodes[edge]).expire()) == 1
+        assert len(await retention(nodes[edge]).expire()) == 1
         async with RawSession(path=old) as poster:
             assert (await poster.request(base, "ping")).status == 404
 
@@ -266,13 +266,13 @@ async def test_what_is_pruned_before_it_is_read_is_no_gap_either(database, talke
         first = listening.seen[1].id
         await listening.close()
         await eventually(lambda: is_(tables, SINKS, 0), "the stream is released")
-        await upkeep(nodes[1 - edge]).prune()
+        await retention(nodes[1 - edge]).prune()
         await age(tables, 61, "streams.marked_at")
         log = nodes[edge].incarnation.log
         read = log.read
 
         async def late(cursor):
-            await upkeep(nodes[1 - edge]).prune()
+            await retention(nodes[1 - edge]).prune()
             return await read(cursor)
 
         log.read = late
@@ -304,7 +304,7 @@ async def test_a_stream_that_is_being_carried_is_not_pruned(database, talker, ed
             await eventually(lambda: is_(tables, unfinished, 0), "the call has ended")
             assert await tables.value(closed) >= 1
             await age(tables, 61, "streams.closed_at", "requests.finished_at", "events.stored_at")
-            await upkeep(nodes[1 - edge]).prune()
+            await retention(nodes[1 - edge]).prune()
             rest = b"".join([piece async for piece in pieces])
         assert rest.endswith(b"\r\n\r\n")
         assert b"flooded" in rest[-1000:]
@@ -325,7 +325,7 @@ async def test_a_big_heap_goes_in_small_batches(database, talker, edge):
             "select gen_random_uuid(), (select id from pgmcp.sessions), '', '', false, now() - interval '1 hour', 1 "
             "from generate_series(1, 2000)"
         )
-        await upkeep(nodes[edge]).prune()
+        await retention(nodes[edge]).prune()
         assert (
             await tables.value("select count(*) from pgmcp.streams where closed_at < now() - interval '1 minute'") == 0
         )

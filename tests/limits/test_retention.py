@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pgmcp.store.upkeep import Upkeep
+from pgmcp.store.retention import Retention
 from tests.harness.clients import RawSession
 from tests.harness.cluster import RunningNode, Tables, cluster, eventually, tables_of
 
@@ -31,8 +31,8 @@ async def pass_by(tables: Tables, seconds: float) -> None:
 
 async def swept(nodes: list[RunningNode]) -> None:
     for node in nodes:
-        upkeep: Upkeep = node.incarnation._upkeep
-        await Upkeep(upkeep._database, upkeep._ids).prune()  # it knows of no earlier sweep
+        retention: Retention = node.incarnation._retention
+        await Retention(retention._database, retention._ids).prune()  # it knows of no earlier sweep
 
 
 async def let_go(tables: Tables) -> None:

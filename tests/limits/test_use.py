@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from pgmcp.errors import DatabaseUnavailable
-from pgmcp.store.upkeep import Upkeep
+from pgmcp.store.retention import Retention
 from pgmcp.types import ANONYMOUS
 from tests.harness.clients import RawSession
 from tests.harness.cluster import RunningNode, Tables, cluster, eventually, tables_of
@@ -23,8 +23,8 @@ select not exists (select from pgmcp.streams where sink is not null)
 """
 
 
-def upkeep(node: RunningNode) -> Upkeep:
-    return node.incarnation._upkeep
+def retention(node: RunningNode) -> Retention:
+    return node.incarnation._retention
 
 
 async def age(tables: Tables, seconds: float) -> None:
@@ -37,11 +37,11 @@ async def has_the_whole_time(tables: Tables, nodes: list[RunningNode], seconds: 
     """Check that a session which nothing is left of any more may still be idle for so long, and then ends."""
     await eventually(lambda: tables.value(NOTHING), "nothing is carried or runs")
     for node in nodes:
-        assert await upkeep(node).expire() == []
+        assert await retention(node).expire() == []
     await age(tables, seconds - 1)
-    assert await upkeep(nodes[0]).expire() == []
+    assert await retention(nodes[0]).expire() == []
     await age(tables, LATER)
-    assert len(await upkeep(nodes[-1]).expire()) == 1
+    assert len(await retention(nodes[-1]).expire()) == 1
 
 
 @both
@@ -56,7 +56,7 @@ async def test_a_stream_is_use_until_it_is_let_go(database, talker, edge, how):
         await session.open(nodes[0].url)
         stream = await session.get(nodes[edge].url)
         await age(tables, 2 * HOUR)
-        assert await upkeep(nodes[edge]).expire() == []
+        assert await retention(nodes[edge]).expire() == []
         match how:
             case "client":
                 await stream.close()
@@ -88,7 +88,7 @@ async def test_a_call_is_use_until_it_ends(database, talker, edge):
         released = "select not exists (select from pgmcp.streams where sink is not null)"
         await eventually(lambda: tables.value(released), "its stream is let go")
         await age(tables, 2 * HOUR)
-        assert await upkeep(nodes[edge]).expire() == []
+        assert await retention(nodes[edge]).expire() == []
         talker.release.set()
         await has_the_whole_time(tables, nodes)
 
@@ -127,8 +127,8 @@ async def test_a_stream_whose_edge_has_crashed_was_use_until_that_is_noticed(dat
             "where kind = 'standalone'"
         )
         await age(tables, 2 * HOUR)
-        assert await upkeep(nodes[1]).expire() == []
-        await upkeep(nodes[1]).prune()
+        assert await retention(nodes[1]).expire() == []
+        await retention(nodes[1]).prune()
         await has_the_whole_time(tables, nodes, seconds)
         await stream.close()
 
@@ -185,7 +185,7 @@ async def test_wake_ups_that_bring_nothing_are_no_use(database, talker):
             await eventually(lambda: not resident.taking, "it has looked")
         await incarnation.host.poll()
         await incarnation.host.survey()
-        assert len(await upkeep(nodes[1]).expire()) == 1
+        assert len(await retention(nodes[1]).expire()) == 1
 
 
 async def test_use_is_noted_once_a_minute(database, talker):
@@ -232,7 +232,7 @@ async def test_a_handshake_that_is_never_ended_is_not_waited_for(database, talke
         await answer.rest()
         await eventually(lambda: tables.value(NOTHING), "nothing is carried or runs")
         await age(tables, 59)
-        assert await upkeep(nodes[1]).expire() == []
+        assert await retention(nodes[1]).expire() == []
         await age(tables, LATER)
         await nodes[1].incarnation._sweep()
         assert (await half.notify(nodes[0].url, "notifications/initialized")).status == 404

@@ -22,7 +22,7 @@ from mcp.server.mcpserver import Context, MCPServer
 from pydantic import FileUrl
 
 from pgmcp.settings import Settings
-from pgmcp.store import upkeep
+from pgmcp.store import retention
 from tests.harness.clients import RawExchange, RawSession
 from tests.harness.cluster import RunningNode, cluster, eventually, everything
 from tests.harness.haproxy import Haproxy
@@ -475,7 +475,7 @@ async def test_foreign_sessions_are_as_unknown_ones(database: str) -> None:
 
 async def test_sessions_of_vanished_clients_expire(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     async with cluster(database, everything) as pair, Sse() as stays, Sse() as works, Sse() as goes:
-        expire = pair[1].incarnation._upkeep.expire
+        expire = pair[1].incarnation._retention.expire
         kept, working, gone = [await client.open(pair[0].url) for client in (stays, works, goes)]
         calls = {"name": "slow", "arguments": {"seconds": 1.5, "steps": 1}}
         await works.send(pair[1].url, "tools/call", 50, **calls)
@@ -483,7 +483,7 @@ async def test_sessions_of_vanished_clients_expire(database: str, monkeypatch: p
         await working.close()
         await gone.close()
         assert await expire() == [], "a client may come back within a minute"
-        monkeypatch.setattr(upkeep, "CLIENT_GONE", 0.3)
+        monkeypatch.setattr(retention, "CLIENT_GONE", 0.3)
         monkeypatch.setattr(Settings, "use_precision", 0.1)
 
         async def one_is_over() -> bool:

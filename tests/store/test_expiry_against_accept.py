@@ -15,8 +15,8 @@ import asyncpg
 import pytest
 
 from pgmcp.errors import TooManySessions
+from pgmcp.store.retention import Retention
 from pgmcp.store.statements import statement
-from pgmcp.store.upkeep import Upkeep
 from pgmcp.types import ANONYMOUS, Attachment, Cursor, NewSession, NodeId, Principal, SessionKey, StreamId
 from tests.harness.stores import IDS, Session, Store, Watcher, opened, outcome, request, store
 
@@ -63,7 +63,7 @@ async def chosen(node: Store, hands: list[asyncpg.Connection]) -> AsyncIterator[
     async def ask(name: str, *args: object) -> list[asyncpg.Record]:
         return list(await sweeper.fetch(statement(name, "pgmcp"), *args))
 
-    sweeps = Upkeep(node.database, IDS)
+    sweeps = Retention(node.database, IDS)
     sweeps._database = type("Slow", (), {"ask": staticmethod(ask)})()  # type: ignore[assignment]
     async with holder.transaction():
         await holder.execute("select pg_advisory_xact_lock(4711)")
@@ -130,7 +130,7 @@ async def test_letting_go_waits_for_a_sweep_that_has_the_row(
     assert await outcome(letting_go) is True
     assert await holder.fetchval("select not pgmcp.in_use($1)", session.key)
     assert not await holder.fetchval(IDLE)
-    assert await Upkeep(node.database, IDS).expire() == []
+    assert await Retention(node.database, IDS).expire() == []
 
 
 async def test_a_dead_sink_stays_where_somebody_works_with_the_session(
@@ -146,9 +146,9 @@ async def test_a_dead_sink_stays_where_somebody_works_with_the_session(
     await holder.execute("update pgmcp.streams set sink = $1", dead)
     async with holder.transaction():
         await holder.execute("select from pgmcp.sessions for update")
-        await Upkeep(node.database, IDS).prune()
+        await Retention(node.database, IDS).prune()
         assert await holder.fetchval("select pgmcp.in_use($1)", session.key)
-    await Upkeep(node.database, IDS).prune()
+    await Retention(node.database, IDS).prune()
     assert await holder.fetchval("select not pgmcp.in_use($1)", session.key)
     assert not await holder.fetchval(IDLE)
 

@@ -14,8 +14,8 @@ from pgmcp.settings import Settings
 from pgmcp.store import migrations, publications
 from pgmcp.store.line import channel
 from pgmcp.store.publications import TablePublications, publish_from_outside
+from pgmcp.store.retention import PUBLICATIONS, Retention
 from pgmcp.store.schema import PUBLISHING
-from pgmcp.store.upkeep import PUBLICATIONS, Upkeep
 from pgmcp.types import PUBLISHED, Change, Horizon, Publication
 from tests.harness.stores import IDS, Store, store
 
@@ -146,7 +146,7 @@ async def test_rows_of_another_servers_dump_are_neither_read_for_ever_nor_kept(
         "values ('resource_updated', 'old', 1000000000000, clock_timestamp() - interval '1 hour')"
     )
     assert (await said(of, horizon))[0] == []
-    await Upkeep(node.database, IDS).prune()
+    await Retention(node.database, IDS).prune()
     assert await hand.fetchval(COUNT) == 0
 
 
@@ -165,7 +165,7 @@ class Later(Clock):
 
 @pytest.fixture
 def later(node: Store) -> Later:
-    """The time of the node's upkeep."""
+    """The time of the node's retention."""
     node.database.clock = Later()
     return node.database.clock
 
@@ -173,15 +173,15 @@ def later(node: Store) -> Later:
 async def test_what_is_old_goes_but_the_newest_change_of_each_list(
     node: Store, hand: asyncpg.Connection, later: Later
 ) -> None:
-    of, upkeep = table(node), Upkeep(node.database, IDS)
+    of, retention = table(node), Retention(node.database, IDS)
     for publication in (TOOLS, updated(1), Publication(Change.PROMPTS), TOOLS):
         await of.publish(publication)
     await hand.execute(OLD)
     await of.publish(updated(2))
-    await upkeep.prune()
+    await retention.prune()
     assert await hand.fetchval(COUNT) == 5, "what may be new to others stays"
     later.shift += PUBLICATIONS + 1
-    await upkeep.prune()
+    await retention.prune()
     left = await hand.fetch("select kind, uri from pgmcp.publications order by xact")
     assert [(row["kind"], row["uri"]) for row in left] == [
         ("prompts_list_changed", None), ("tools_list_changed", None), ("resource_updated", "2")
@@ -192,20 +192,20 @@ async def test_what_a_long_transaction_published_is_kept_from_its_commit_on(
     node: Store, database: str, later: Later
 ) -> None:
     """As long as any other: a node that was deaf for a while finds it, too."""
-    of, upkeep, other = table(node), Upkeep(node.database, IDS), await asyncpg.connect(database)
+    of, retention, other = table(node), Retention(node.database, IDS), await asyncpg.connect(database)
     _, horizon = await said(of, None)
     async with other.transaction():
         await other.execute("select pgmcp.publish_resource_updated('late')")
         await other.execute(OLD)
-        await upkeep.prune()
+        await retention.prune()
         later.shift += PUBLICATIONS + 1
-        await upkeep.prune()
+        await retention.prune()
     for _ in range(3):
         later.shift += PUBLICATIONS / 4
-        await upkeep.prune()
+        await retention.prune()
     assert (await said(of, horizon))[0] == ["late"]
     later.shift += PUBLICATIONS / 2
-    await upkeep.prune()
+    await retention.prune()
     assert await other.fetchval(COUNT) == 0
     await other.close()
 

@@ -12,9 +12,9 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from pgmcp.errors import DatabaseUnavailable, PgmcpError, SettingsError
 from pgmcp.settings import Settings
 from pgmcp.store import secrets
+from pgmcp.store.retention import Retention
 from pgmcp.store.secrets import CONTEXTS, KEPT, RIPE, KeyRing, StateRing
 from pgmcp.store.statements import statement
-from pgmcp.store.upkeep import Upkeep
 from pgmcp.store.wrapping import Wrapping, wrapping_of
 from tests.harness.clock import FakeClock
 from tests.harness.cluster import eventually
@@ -401,5 +401,5 @@ async def test_what_was_spent_is_forgotten_when_it_could_not_be_used_any_more(
         old, young = ring.seal(PLAIN, PLACE), ring.seal(PLAIN, PLACE)
         assert await ring.spend(old, -1)
         assert await ring.spend(young, 600)
-        await Upkeep(node.database, IDS).prune()
+        await Retention(node.database, IDS).prune()
         assert [row["state"] for row in await hand.fetch("select state from pgmcp.spent_states")] == [young[:16]]

@@ -14,8 +14,8 @@ import asyncpg
 import pytest
 
 from pgmcp.errors import Fenced
+from pgmcp.store.retention import Retention
 from pgmcp.store.takeover import TableTakeovers
-from pgmcp.store.upkeep import Upkeep
 from pgmcp.types import ANONYMOUS, Candidate, JournalEntry, NodeId, SessionFacts
 from tests.harness.stores import (
     IDS,
@@ -542,15 +542,15 @@ async def test_rows_of_nodes_that_are_over_are_kept_for_a_while(scene: Scene) ->
         "update pgmcp.nodes set state = 'dead', renewed_at = now() - interval '9 days' where node_id = $1",
         scene.former.node,
     )
-    await Upkeep(scene.taker.database, IDS).prune()
+    await Retention(scene.taker.database, IDS).prune()
     names = {row["name"] for row in await scene.hand.fetch("select name from pgmcp.nodes")}
     assert names == {"taker", "former", *(f"d{number}" for number in range(25))}, "and while they own a session"
 
 
 async def test_streams_that_a_dead_node_carried_are_carried_by_nobody(scene: Scene) -> None:
     await scene.former.log.attach(scene.session.session_id, request(scene.session).principal, None)
-    await Upkeep(scene.taker.database, IDS).prune()
+    await Retention(scene.taker.database, IDS).prune()
     assert await scene.hand.fetchval("select sink from pgmcp.streams") == scene.former.node
     await scene.bury()
-    await Upkeep(scene.taker.database, IDS).prune()
+    await Retention(scene.taker.database, IDS).prune()
     assert await scene.hand.fetchval("select sink from pgmcp.streams") is None

@@ -10,8 +10,8 @@ from contextlib import suppress
 import asyncpg
 import pytest
 
-from pgmcp.store import upkeep
-from pgmcp.store.upkeep import BOTTOM, OVERLAP, REVISIT, Breaker, Upkeep
+from pgmcp.store import retention
+from pgmcp.store.retention import BOTTOM, OVERLAP, REVISIT, Breaker, Retention
 from pgmcp.types import NodeId
 from tests.harness.stores import IDS, Session, Store, Watcher, opened, store
 
@@ -63,8 +63,8 @@ def test_a_breaker_takes_smaller_batches_then_pauses_and_recovers() -> None:
     for _ in range(20):
         breaker.failed(0.0)
     assert breaker.size == 1
-    assert not breaker.closed(upkeep.LONGEST - 0.1)
-    assert breaker.closed(upkeep.LONGEST)
+    assert not breaker.closed(retention.LONGEST - 0.1)
+    assert breaker.closed(retention.LONGEST)
     assert [breaker.succeeded() for _ in range(3)] == [True, False, False]
     for _ in range(20 * 9):
         breaker.succeeded()
@@ -73,9 +73,9 @@ def test_a_breaker_takes_smaller_batches_then_pauses_and_recovers() -> None:
 
 
 def test_nodes_do_not_sweep_in_step() -> None:
-    pauses = {IDS.jitter(upkeep.EVERY) for _ in range(100)}
+    pauses = {IDS.jitter(retention.EVERY) for _ in range(100)}
     assert len(pauses) > 50
-    assert all(upkeep.EVERY / 2 <= pause <= upkeep.EVERY for pause in pauses)
+    assert all(retention.EVERY / 2 <= pause <= retention.EVERY for pause in pauses)
 
 
 async def test_sweeps_of_many_nodes_take_each_their_share_and_wait_for_nobody(
@@ -97,13 +97,13 @@ async def test_sweeps_of_many_nodes_take_each_their_share_and_wait_for_nobody(
 
         watching = asyncio.create_task(watch())
         async with asyncio.timeout(30):
-            await asyncio.gather(*(Upkeep(node.database, IDS).prune() for _ in range(4)))
+            await asyncio.gather(*(Retention(node.database, IDS).prune() for _ in range(4)))
         watching.cancel()
         with suppress(asyncio.CancelledError):
             await watching
         assert waited == 0
         assert [await hand.fetchval(STREAMS), await hand.fetchval(MESSAGES)] == [10, 10]
-    await Upkeep(node.database, IDS).prune()
+    await Retention(node.database, IDS).prune()
     assert [await hand.fetchval(STREAMS), await hand.fetchval(MESSAGES)] == [0, 0]
     for connection in (busy, eyes):
         await connection.close()
@@ -112,13 +112,13 @@ async def test_sweeps_of_many_nodes_take_each_their_share_and_wait_for_nobody(
 async def test_a_duty_that_takes_too_long_goes_on_in_smaller_batches_and_stops_no_other(
     database: str, hand: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(upkeep, "PAUSE", 0.0)
+    monkeypatch.setattr(retention, "PAUSE", 0.0)
     async with store(database, retention=RETENTION, statement_timeout=1.0) as node:
         session = await opened(node)
         await hand.execute(OLD_STREAMS, session.key, 1000)
         await hand.execute(OLD_MESSAGES, session.key, 1000)
         await hand.execute(SLOW.format(0.004))
-        sweeps = Upkeep(node.database, IDS)
+        sweeps = Retention(node.database, IDS)
         await sweeps.prune()
         assert await hand.fetchval(STREAMS) == 1000, "a batch of 500 takes two seconds"
         assert await hand.fetchval(MESSAGES) == 0
@@ -135,7 +135,7 @@ async def test_a_duty_that_fails_again_and_again_pauses_says_so_once_and_recover
     hand: asyncpg.Connection, node: Store, session: Session, caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    caplog.set_level(logging.INFO, "pgmcp.store.upkeep")
+    caplog.set_level(logging.INFO, "pgmcp.store.retention")
     await hand.execute(OLD_STREAMS, session.key, 10)
     await hand.execute(BROKEN)
     asked: list[str] = []
@@ -148,7 +148,7 @@ async def test_a_duty_that_fails_again_and_again_pauses_says_so_once_and_recover
     now = 1000.0
     monkeypatch.setattr(node.database, "ask", noted)
     monkeypatch.setattr(node.database.clock, "boottime", lambda: now)
-    sweeps = Upkeep(node.database, IDS)
+    sweeps = Retention(node.database, IDS)
     for _ in range(6):
         await sweeps.prune()
     assert asked.count("prune_streams") == 3
@@ -183,7 +183,7 @@ async def test_a_sweep_begins_where_the_last_one_left_nothing(
 
     monkeypatch.setattr(node.database, "ask", noted)
     monkeypatch.setattr(node.database.clock, "boottime", lambda: now)
-    sweeps = Upkeep(node.database, IDS)
+    sweeps = Retention(node.database, IDS)
     for _ in range(REVISIT + 1):
         await sweeps.prune()
         now += 30
@@ -195,9 +195,9 @@ async def test_a_sweep_ends_when_its_turn_is_over(
     hand: asyncpg.Connection, node: Store, session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await hand.execute(OLD_STREAMS, session.key, 2000)
-    monkeypatch.setattr(upkeep, "TURN", 0.0)
+    monkeypatch.setattr(retention, "TURN", 0.0)
     for left in (1500, 1000, 500, 0):
-        await Upkeep(node.database, IDS).prune()
+        await Retention(node.database, IDS).prune()
         assert await hand.fetchval(STREAMS) == left
 
 
@@ -218,18 +218,18 @@ async def test_what_an_attached_reader_has_not_got_stays(
     await hand.execute(
         "update pgmcp.streams set sink = $2, next_seq = 6, delivered_seq = 3 where id = $1", session.standalone, reader
     )
-    await Upkeep(node.database, IDS).prune()
+    await Retention(node.database, IDS).prune()
     assert await hand.fetchval("select count(*) from pgmcp.events") == 5, "they have only a mark"
     await hand.execute("update pgmcp.streams set marked_at = marked_at - interval '1 hour'")
-    await Upkeep(node.database, IDS).prune()
+    await Retention(node.database, IDS).prune()
     assert [row["sink"] for row in await hand.fetch("select sink from pgmcp.streams")] == [reader] * 2
     assert [row["seq"] for row in await hand.fetch("select seq from pgmcp.events order by seq")] == [4, 5]
     assert await hand.fetchval("select floor_seq from pgmcp.streams where id = $1", session.standalone) == 3
     await hand.execute("update pgmcp.streams set sink = null, delivered_seq = next_seq - 1")
     for _ in range(2):
-        await Upkeep(node.database, IDS).prune()
+        await Retention(node.database, IDS).prune()
         await hand.execute("update pgmcp.streams set marked_at = marked_at - interval '1 hour'")
-    await Upkeep(node.database, IDS).prune()
+    await Retention(node.database, IDS).prune()
     assert [await hand.fetchval(STREAMS), await hand.fetchval("select count(*) from pgmcp.events")] == [0, 0]
 
 
@@ -247,7 +247,7 @@ async def test_busy_standalone_streams_do_not_stand_before_others(hand: asyncpg.
         insert into pgmcp.events (stream, seq, message) select id, n, '' from pgmcp.streams, generate_series(1, 2) n;
         """
     )
-    await Upkeep(node.database, IDS).prune()
+    await Retention(node.database, IDS).prune()
     assert await hand.fetchval("select count(*) from pgmcp.events") == 1300
     assert await hand.fetchval("select count(*) from pgmcp.streams where floor_seq = 1") == 100
     assert await hand.fetchval("select count(*) from pgmcp.streams where marked_seq = 2") == 100
@@ -265,14 +265,14 @@ async def test_marks_and_batches_come_to_an_end(hand: asyncpg.Connection, node: 
         """
     )
     marks = "select count(*) from pgmcp.streams where marked_seq = 7 and marked_at is not null"
-    await Upkeep(node.database, IDS).prune()
+    await Retention(node.database, IDS).prune()
     assert [await hand.fetchval(marks), await hand.fetchval("select count(*) from pgmcp.events")] == [600, 4200]
     before = "select min(marked_at) from pgmcp.streams"
     first = await hand.fetchval(before)
-    await Upkeep(node.database, IDS).prune()
+    await Retention(node.database, IDS).prune()
     assert await hand.fetchval(before) == first, "a mark stays until it is old"
     await hand.execute("update pgmcp.streams set marked_at = marked_at - interval '1 hour'")
-    await Upkeep(node.database, IDS).prune()
+    await Retention(node.database, IDS).prune()
     assert [await hand.fetchval(marks), await hand.fetchval("select count(*) from pgmcp.events")] == [0, 0]
     assert await hand.fetchval("select count(*) from pgmcp.streams where floor_seq = 7") == 600
     assert await node.database.ask("prune_standalone", RETENTION, 500) == [], "what has no events is left alone"
@@ -307,11 +307,11 @@ async def test_what_a_dead_node_carried_can_be_had_elsewhere_for_the_whole_reten
         "update pgmcp.streams set sink = (select node_id from pgmcp.nodes where state = 'dead'), "
         "closed_at = now() - interval '5 minutes' where kind = 'request'"
     )
-    await Upkeep(node.database, IDS).prune()
+    await Retention(node.database, IDS).prune()
     assert await hand.fetchval(STREAMS) == 1
     assert await hand.fetchval("select count(*) from pgmcp.streams where sink is not null") == 0
     await hand.execute("update pgmcp.streams set released_at = released_at - interval '61 seconds'")
-    await Upkeep(node.database, IDS).prune()
+    await Retention(node.database, IDS).prune()
     assert await hand.fetchval(STREAMS) == 0
 
 
@@ -333,7 +333,7 @@ async def test_a_long_stream_goes_piece_by_piece_below_its_floor(
             500, wanted[0] % 1000 or 500
         )
         assert tuple(await hand.fetchrow(f"{state} where kind = 'request'")) == wanted
-    await Upkeep(node.database, IDS).prune()
+    await Retention(node.database, IDS).prune()
     assert await hand.fetchval(STREAMS) == 0
 
 
@@ -346,10 +346,10 @@ async def test_the_history_of_takeovers_is_bounded_in_time_and_rows(hand: asyncp
     count = "select count(*) from pgmcp.takeovers"
     await hand.execute(insert, 8, 700)
     await hand.execute(insert, 6, 10)
-    await Upkeep(node.database, IDS).prune()
+    await Retention(node.database, IDS).prune()
     assert await hand.fetchval(count) == 10
     await hand.execute(insert, 0, 100_000)
-    await Upkeep(node.database, IDS).prune()
+    await Retention(node.database, IDS).prune()
     assert await hand.fetchval(count) == 100_000
     assert await hand.fetchval("select min(at) > now() - interval '1 hour' from pgmcp.takeovers")
 
@@ -359,5 +359,5 @@ async def test_expired_sessions_go_however_many_they_are(hand: asyncpg.Connectio
         "insert into pgmcp.sessions (session_id, owner, transport, created_at) "
         "select 'old' || n, gen_random_uuid(), 'streamable', now() - interval '30 days' from generate_series(1, 250) n"
     )
-    assert len(set(await Upkeep(node.database, IDS).expire())) == 250
+    assert len(set(await Retention(node.database, IDS).expire())) == 250
     assert await hand.fetchval("select count(*) from pgmcp.sessions") == 0

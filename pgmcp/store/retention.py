@@ -93,7 +93,7 @@ class Breaker:
         return paused
 
 
-class Upkeep:
+class Retention:
     """The sweeps of one node."""
 
     def __init__(self, database: Database, ids: Ids) -> None:
