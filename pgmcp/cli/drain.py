@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from pgmcp.cli.options import load, settings_options
-from pgmcp.store import orders
+from pgmcp.store import node_commands
 
 WAIT = 60.0
 """Seconds: more than a node's notice and limit take by default."""
@@ -28,10 +28,10 @@ def drain(node: str, wait: bool, timeout: float, as_json: bool, given: dict[str,
     Its process ends with code 0. Whatever restarts processes that end may start it again.
     """
     settings = load(given)
-    ordered = orders.drain(settings.database_url, settings.schema_name, node, wait=timeout if wait else 0)
+    commanded = node_commands.drain(settings.database_url, settings.schema_name, node, wait=timeout if wait else 0)
     if as_json:
-        facts = {"node_id": ordered.node_id, "node_name": ordered.node_name, "state": str(ordered.state)}
+        facts = {"node_id": commanded.node_id, "node_name": commanded.node_name, "state": str(commanded.state)}
         click.echo(json.dumps(facts))
     else:
-        how = "has left" if ordered.state == "left" else "drains"
-        click.echo(f"Node {ordered.node_name} ({ordered.node_id}) {how}.")
+        how = "has left" if commanded.state == "left" else "drains"
+        click.echo(f"Node {commanded.node_name} ({commanded.node_id}) {how}.")

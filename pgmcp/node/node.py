@@ -196,7 +196,7 @@ class Node:
         stack.push_async_callback(self._supervisor.stop)
         services: dict[str, Service] = {
             "the supervisor": self._supervisor,
-            "the look for orders": Rounds(self.settings.poll, self._obey, self._clock, self._ids),
+            "the look for commands": Rounds(self.settings.poll, self._obey, self._clock, self._ids),
             "the look for keys": Rounds(REFRESH, self._refresh, self._clock, self._ids),
         }
         tasks = [asyncio.create_task(self._begun_again(*each), name=each[0]) for each in services.items()]

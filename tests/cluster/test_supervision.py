@@ -151,7 +151,7 @@ async def test_an_end_that_nobody_asked_for_is_a_fault(database: str, caplog: py
         assert "CancelledError" in caplog.text
 
 
-NODE = {"the look for orders": ("own_state", incarnation_module), "the look for keys": ("load", None)}
+NODE = {"the look for commands": ("own_state", incarnation_module), "the look for keys": ("load", None)}
 
 
 @pytest.mark.parametrize("duty", NODE)

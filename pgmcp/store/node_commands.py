@@ -1,4 +1,4 @@
-"""Orders to nodes, written into their rows; a node looks at its own every ``poll`` seconds."""
+"""Commands to nodes, written into their rows; a node looks at its own every ``poll`` seconds."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from pgmcp.store.statements import statement
 from pgmcp.types import NodeState
 
 LIMIT = 10.0
-"""Seconds that giving an order may take."""
+"""Seconds that giving a command may take."""
 
 LOOK = 0.2
 OVER = frozenset({NodeState.LEFT, NodeState.DEAD})
 
 
 @dataclass(frozen=True, slots=True)
-class Ordered:
+class CommandedNode:
     """A node that was told to leave, and how far it is."""
 
     node_id: str
@@ -28,7 +28,7 @@ class Ordered:
     state: NodeState
 
 
-def drain(database_url: str, schema: str, node: str, *, wait: float) -> Ordered:
+def drain(database_url: str, schema: str, node: str, *, wait: float) -> CommandedNode:
     """Tell a node to leave; call it outside any event loop. A repeat waits for the same end.
 
     Args:
@@ -45,7 +45,7 @@ def drain(database_url: str, schema: str, node: str, *, wait: float) -> Ordered:
     """
     checked(schema)
 
-    async def order() -> Ordered:
+    async def command() -> CommandedNode:
         clock, connection = Clock(), await connect(database_url)
         try:
             found = await _find(connection, schema, node)
@@ -53,18 +53,18 @@ def drain(database_url: str, schema: str, node: str, *, wait: float) -> Ordered:
             end = clock.boottime() + wait
             while True:
                 state = await connection.fetchval(statement("own_state", schema), found["node_id"], timeout=LIMIT)
-                ordered = Ordered(str(found["node_id"]), found["name"], NodeState(state or NodeState.LEFT))
-                if ordered.state in OVER or wait == 0 or clock.boottime() >= end:
-                    return ordered
+                commanded = CommandedNode(str(found["node_id"]), found["name"], NodeState(state or NodeState.LEFT))
+                if commanded.state in OVER or wait == 0 or clock.boottime() >= end:
+                    return commanded
                 await clock.sleep(LOOK)
         finally:
             connection.terminate()
 
-    ordered = finish(order, database_url, LIMIT + wait)
-    problem = _problem(ordered, wait)
+    commanded = finish(command, database_url, LIMIT + wait)
+    problem = _problem(commanded, wait)
     if problem:
         raise PgmcpError(problem)
-    return ordered
+    return commanded
 
 
 async def _find(connection: asyncpg.Connection, schema: str, node: str) -> asyncpg.Record:
@@ -79,9 +79,9 @@ async def _find(connection: asyncpg.Connection, schema: str, node: str) -> async
     return rows[0]
 
 
-def _problem(ordered: Ordered, wait: float) -> str:
-    who = f"Node {ordered.node_name} ({ordered.node_id})"
-    match ordered.state:
+def _problem(commanded: CommandedNode, wait: float) -> str:
+    who = f"Node {commanded.node_name} ({commanded.node_id})"
+    match commanded.state:
         case NodeState.DEAD:
             return f"{who} is dead and cannot drain: the others take its sessions over."
         case NodeState.JOINING | NodeState.READY:
