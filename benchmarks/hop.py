@@ -49,10 +49,10 @@ from pgmcp.errors import DatabaseUnavailable
 from pgmcp.session.adapter import Conversation, Kind, Outgoing
 from pgmcp.settings import Settings
 from pgmcp.store import database, statements
+from pgmcp.store.key_wrapping import KeyWrapping
 from pgmcp.store.line import TableNotifier
 from pgmcp.store.revisions import head
 from pgmcp.store.secrets import CONTEXTS, KeyRing
-from pgmcp.store.wrapping import Wrapping
 from pgmcp.types import ANONYMOUS, NewSession, NodeId, StreamId
 from pgmcp.web.admission import Admission
 from pgmcp.web.call import Call
@@ -183,7 +183,7 @@ class BenchNode:
         self._settings = Settings(database_url=url, node_name=name, response="json", pool_size=6)
         self._clock, self._ids = Clock(), Ids()
         self._database = CountingDatabase(self._settings, self._clock)
-        self._box = KeyRing(self._database, CONTEXTS, Wrapping([]))
+        self._box = KeyRing(self._database, CONTEXTS, KeyWrapping([]))
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self, folder: Path) -> None:

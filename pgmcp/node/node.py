@@ -33,10 +33,10 @@ from pgmcp.session.adapter import Shared
 from pgmcp.session.adapters.target import target_of
 from pgmcp.settings import Settings
 from pgmcp.store.database import Database
+from pgmcp.store.key_wrapping import wrapping_of
 from pgmcp.store.payloads import Payloads
 from pgmcp.store.publications import TablePublications
 from pgmcp.store.secrets import CONTEXTS, REFRESH, KeyRing, StateRing
-from pgmcp.store.wrapping import wrapping_of
 from pgmcp.types import Publication
 from pgmcp.web.admission import Admission
 from pgmcp.web.application import Application

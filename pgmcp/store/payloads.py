@@ -22,8 +22,8 @@ from itertools import pairwise
 
 from pgmcp.errors import PgmcpError
 from pgmcp.store.database import Database
+from pgmcp.store.key_wrapping import KeyWrapping
 from pgmcp.store.secrets import MARKS, OVERHEAD, PAYLOADS, KeyRing
-from pgmcp.store.wrapping import Wrapping
 from pgmcp.types import PAGE_BYTES, JournalEntry, Message, RequestKey, SessionKey, StreamId
 
 SEALED = b"\0"
@@ -64,7 +64,7 @@ class Payloads:
         self._ring, self._marks, self.sealing = ring, marks, sealing
 
     @classmethod
-    def of(cls, database: Database, wrapping: Wrapping) -> Payloads:
+    def of(cls, database: Database, wrapping: KeyWrapping) -> Payloads:
         """Those of a node, as its settings say."""
         ring, marks = KeyRing(database, PAYLOADS, wrapping), KeyRing(database, MARKS, wrapping, rotates=False)
         return cls(ring, marks, sealing=database.settings.encrypt_payloads)

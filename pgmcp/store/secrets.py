@@ -29,7 +29,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from pgmcp.clock import Ids
 from pgmcp.errors import DatabaseUnavailable, PgmcpError, SettingsError
 from pgmcp.store.database import Database
-from pgmcp.store.wrapping import Stored, Wrapping
+from pgmcp.store.key_wrapping import KeyWrapping, Stored
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class KeyRing:
         rotates: whether keys are replaced.
     """
 
-    def __init__(self, database: Database, purpose: str, wrapping: Wrapping, *, rotates: bool = True) -> None:
+    def __init__(self, database: Database, purpose: str, wrapping: KeyWrapping, *, rotates: bool = True) -> None:
         self._database, self._purpose, self._wrapping = database, purpose, wrapping
         self._rotation = database.settings.key_rotation if rotates else NEVER
         self._keys: dict[int, _Key] = {}
@@ -193,7 +193,7 @@ class StateRing(KeyRing):
         wrapping: how the keys lie in the table.
     """
 
-    def __init__(self, database: Database, wrapping: Wrapping, ids: Ids) -> None:
+    def __init__(self, database: Database, wrapping: KeyWrapping, ids: Ids) -> None:
         super().__init__(database, STATES, wrapping)
         self._ids = ids
 

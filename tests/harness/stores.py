@@ -16,10 +16,10 @@ from pgmcp.ports import Inbox
 from pgmcp.settings import Settings
 from pgmcp.store.database import Database
 from pgmcp.store.inbox import TableInbox
+from pgmcp.store.key_wrapping import wrapping_of
 from pgmcp.store.log import TableLog
 from pgmcp.store.payloads import Payloads
 from pgmcp.store.takeover import TableTakeovers
-from pgmcp.store.wrapping import wrapping_of
 from pgmcp.types import (
     ANONYMOUS,
     Claimed,

@@ -12,10 +12,10 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from pgmcp.errors import DatabaseUnavailable, PgmcpError, SettingsError
 from pgmcp.settings import Settings
 from pgmcp.store import secrets
+from pgmcp.store.key_wrapping import KeyWrapping, wrapping_of
 from pgmcp.store.retention import Retention
 from pgmcp.store.secrets import CONTEXTS, KEPT, RIPE, KeyRing, StateRing
 from pgmcp.store.statements import statement
-from pgmcp.store.wrapping import Wrapping, wrapping_of
 from tests.harness.clock import FakeClock
 from tests.harness.cluster import eventually
 from tests.harness.proxy import proxied
@@ -23,10 +23,10 @@ from tests.harness.stores import IDS, Store, store
 
 PLAIN, PLACE = b'{"token": "secret"}', b"session/1"
 FIRST, SECOND = "first-secrets-key-of-32-characters", "second-secrets-key-of-32-characters"
-CLEAR = Wrapping([])
+CLEAR = KeyWrapping([])
 
 
-def ring_of(node: Store, wrapping: Wrapping = CLEAR) -> KeyRing:
+def ring_of(node: Store, wrapping: KeyWrapping = CLEAR) -> KeyRing:
     return KeyRing(node.database, CONTEXTS, wrapping)
 
 
@@ -226,14 +226,14 @@ async def test_all_stored_keys_are_wrapped_also_those_that_lay_in_clear(
     database: str, hand: asyncpg.Connection
 ) -> None:
     async with store(database) as node:
-        before, after = ring_of(node), ring_of(node, Wrapping([FIRST]))
+        before, after = ring_of(node), ring_of(node, KeyWrapping([FIRST]))
         await before.load()
         states = StateRing(node.database, CLEAR, IDS)
         await states.load()
         box = before.seal(PLAIN, PLACE)
         assert await stored(hand) == [(32, False)] * 2
         await after.load()
-        await StateRing(node.database, Wrapping([FIRST]), IDS).load()
+        await StateRing(node.database, KeyWrapping([FIRST]), IDS).load()
         assert await stored(hand) == [(60, True)] * 2
         assert after.open_known(box, PLACE) == PLAIN
         with pytest.raises(SettingsError):
@@ -243,16 +243,16 @@ async def test_all_stored_keys_are_wrapped_also_those_that_lay_in_clear(
 
 async def test_a_secrets_key_is_changed_step_by_step(database: str) -> None:
     async with store(database) as node:
-        old = ring_of(node, Wrapping([FIRST]))
+        old = ring_of(node, KeyWrapping([FIRST]))
         await old.load()
         box = old.seal(PLAIN, PLACE)
-        both = ring_of(node, Wrapping([FIRST, SECOND]))
+        both = ring_of(node, KeyWrapping([FIRST, SECOND]))
         await both.load()
         await old.load()
-        turned = ring_of(node, Wrapping([SECOND, FIRST]))
+        turned = ring_of(node, KeyWrapping([SECOND, FIRST]))
         await turned.load()
         assert both.open_known(turned.seal(PLAIN, PLACE), PLACE) == PLAIN
-        alone = ring_of(node, Wrapping([SECOND]))
+        alone = ring_of(node, KeyWrapping([SECOND]))
         await alone.load()
         assert alone.open_known(box, PLACE) == PLAIN
 
@@ -274,12 +274,12 @@ async def test_a_key_that_was_planted_in_clear_neither_seals_nor_opens(
     database: str, hand: asyncpg.Connection, caplog: pytest.LogCaptureFixture, running: bool
 ) -> None:
     async with store(database) as node:
-        ring = ring_of(node, Wrapping([FIRST]))
+        ring = ring_of(node, KeyWrapping([FIRST]))
         await ring.load()
         before = ring.seal(PLAIN, PLACE)
         key_id = await planted(hand)
         if not running:
-            ring = ring_of(node, Wrapping([FIRST]))
+            ring = ring_of(node, KeyWrapping([FIRST]))
         for _ in range(2):
             await ring.load()
         sealed = ring.seal(PLAIN, PLACE)
@@ -296,7 +296,7 @@ async def test_a_key_that_was_planted_in_clear_neither_seals_nor_opens(
 
 async def test_a_running_node_takes_no_ring_that_was_replaced_in_clear(database: str, hand: asyncpg.Connection) -> None:
     async with store(database) as node:
-        ring = ring_of(node, Wrapping([FIRST]))
+        ring = ring_of(node, KeyWrapping([FIRST]))
         await ring.load()
         before = ring.seal(PLAIN, PLACE)
         await hand.execute("delete from pgmcp.secrets")
@@ -312,7 +312,7 @@ async def test_keys_in_clear_are_taken_up_all_or_none(
     """Also when another node does it between this one's look and its own write."""
     await hand.execute("insert into pgmcp.secrets (purpose, key) values ('context', $1), ('context', $2)", *KEYS)
     async with store(database) as node:
-        first, second = (ring_of(node, Wrapping([FIRST])) for _ in range(2))
+        first, second = (ring_of(node, KeyWrapping([FIRST])) for _ in range(2))
         wrap = first._wrap
 
         async def late(*args: dict[int, object]) -> None:
@@ -332,7 +332,7 @@ async def test_a_node_without_the_secrets_key_adds_nothing_to_a_wrapped_ring(
     database: str, hand: asyncpg.Connection
 ) -> None:
     async with store(database) as node:
-        await ring_of(node, Wrapping([FIRST])).load()
+        await ring_of(node, KeyWrapping([FIRST])).load()
         await age(hand, node.database.settings.key_rotation + 1)
         with pytest.raises(SettingsError):
             await ring_of(node).load()
@@ -342,9 +342,9 @@ async def test_a_node_without_the_secrets_key_adds_nothing_to_a_wrapped_ring(
 @pytest.mark.parametrize("secrets_key", [[], [SECOND]], ids=["none", "another"])
 async def test_a_key_that_does_not_fit_is_said_clearly(database: str, secrets_key: list[str]) -> None:
     async with store(database) as node:
-        await ring_of(node, Wrapping([FIRST])).load()
+        await ring_of(node, KeyWrapping([FIRST])).load()
         with pytest.raises(SettingsError) as refusal:
-            await ring_of(node, Wrapping(secrets_key)).load()
+            await ring_of(node, KeyWrapping(secrets_key)).load()
     said = str(refusal.value)
     assert "--secrets-key" in said
     assert "wrapped with the secrets key" in said
@@ -353,10 +353,10 @@ async def test_a_key_that_does_not_fit_is_said_clearly(database: str, secrets_ke
 
 async def test_a_wrapped_key_fits_its_purpose_only(database: str, hand: asyncpg.Connection) -> None:
     async with store(database) as node:
-        await ring_of(node, Wrapping([FIRST])).load()
+        await ring_of(node, KeyWrapping([FIRST])).load()
         await hand.execute("update pgmcp.secrets set purpose = 'request-state'")
         with pytest.raises(SettingsError):
-            await StateRing(node.database, Wrapping([FIRST]), IDS).load()
+            await StateRing(node.database, KeyWrapping([FIRST]), IDS).load()
 
 
 def test_where_the_secrets_key_comes_from(tmp_path, subtests) -> None:
@@ -366,7 +366,7 @@ def test_where_the_secrets_key_comes_from(tmp_path, subtests) -> None:
         "option": lambda: Settings(secrets_key=f"{FIRST}, {SECOND}"),
         "file": lambda: Settings(secrets_key_file=str(file)),
     }
-    wrapped = Wrapping([FIRST]).wrap(bytes(32), CONTEXTS)
+    wrapped = KeyWrapping([FIRST]).wrap(bytes(32), CONTEXTS)
     for name, settings in cases.items():
         with subtests.test(name):
             assert wrapping_of(settings()).unwrap(wrapped, CONTEXTS) == bytes(32)

@@ -1,4 +1,4 @@
-"""Wrapping: keys that lie in the database are encrypted with a key that does not.
+"""Key wrapping: keys that lie in the database are encrypted with a key that does not.
 
 Invariant: what is wrapped says with which key (a fingerprint of it), and is bound to its purpose.
 """
@@ -31,7 +31,7 @@ class Stored:
     wrapped_by: bytes | None
 
 
-class Wrapping:
+class KeyWrapping:
     """Wraps with the first key that it was given, unwraps with any, and wraps nothing without one.
 
     Args:
@@ -90,14 +90,14 @@ class Wrapping:
         return self._first is not None and stored.wrapped_by != self._first
 
 
-def wrapping_of(settings: Settings) -> Wrapping:
+def wrapping_of(settings: Settings) -> KeyWrapping:
     """What the settings say.
 
     Raises:
         SettingsError: the file cannot be read or is empty, or a key is too short.
     """
     if not settings.secrets_key_file:
-        return Wrapping([part.strip() for part in settings.secrets_key.split(",") if part.strip()])
+        return KeyWrapping([part.strip() for part in settings.secrets_key.split(",") if part.strip()])
     try:
         lines = Path(settings.secrets_key_file).read_text("utf-8").split()
     except (OSError, UnicodeDecodeError) as error:
@@ -106,4 +106,4 @@ def wrapping_of(settings: Settings) -> Wrapping:
     if not lines:
         message = f"The file of --secrets-key-file, {settings.secrets_key_file}, is empty; write a key into it."
         raise SettingsError(message)
-    return Wrapping(lines)
+    return KeyWrapping(lines)
