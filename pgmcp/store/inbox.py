@@ -21,12 +21,12 @@ import asyncpg
 from pgmcp.clock import Clock, Ids
 from pgmcp.errors import Fenced, OutOfStep, PgmcpError, SessionBusy, SessionUnknown
 from pgmcp.store.database import Database, extra
-from pgmcp.store.floors import Floor, Floors
 from pgmcp.store.group_commit import GroupCommit
 from pgmcp.store.opening import Opening
 from pgmcp.store.payloads import CLEAR, Payloads, Stored, place_of_body, place_of_entry
 from pgmcp.store.repeats import Fate, fate
 from pgmcp.store.rows import claimed_of, facts_of, known_of
+from pgmcp.store.scan_floors import ScanFloor, ScanFloors
 from pgmcp.types import (
     Accepted,
     Claimed,
@@ -86,9 +86,9 @@ class TableInbox:
         self._hold, self._payloads = database.settings.hold, payloads
         self._opening = Opening(database, node)
         self._unheard: dict[Ownership, list[_Claim]] = {}
-        self._counted: Floors[tuple[int, str]] = Floors()
-        self._taken: Floors[Ownership] = Floors()
-        self._seen: Floors[int] = Floors()
+        self._counted: ScanFloors[tuple[int, str]] = ScanFloors()
+        self._taken: ScanFloors[Ownership] = ScanFloors()
+        self._seen: ScanFloors[int] = ScanFloors()
         self._waiting = frozenset[UUID]()
         self._accepts: GroupCommit[Sequence[Stored], list[asyncpg.Record]] = GroupCommit(
             self._send_accepts, clock, lambda post: post[0].message.session_id
@@ -181,7 +181,7 @@ class TableInbox:
             size=max(len(stored.body) for stored in each),
         )
         for session_id, row in {m.session_id: r for m, r in zip(flat, rows, strict=True) if r["horizon"]}.items():
-            seen = Floor.of(row["horizon"], row["unfinished"] or ())
+            seen = ScanFloor.of(row["horizon"], row["unfinished"] or ())
             self._counted.rise((term, session_id), floors[session_id], seen)
         results: list[list[asyncpg.Record] | PgmcpError] = []
         for messages in posts:
@@ -231,7 +231,7 @@ class TableInbox:
         for row in rows:
             ownership = Ownership(SessionKey(row["session"]), row["epoch"])
             if newest[ownership.session].requests:  # else requests are left where they wait
-                self._taken.rise(ownership, floors[ownership], Floor.of(row["horizon"]))
+                self._taken.rise(ownership, floors[ownership], ScanFloor.of(row["horizon"]))
         taken = {
             whose: await self._opened([row for row in group if row["id"] is not None])
             for whose, group in groupby(rows, key=lambda row: (row["session"], row["epoch"]))
@@ -265,7 +265,7 @@ class TableInbox:
         floor = self._seen.of(term)
         rows = await self._database.ask("unclaimed", self._node, floor.low, floor.running, floor.known)
         known = [row["id"] for row in rows if row["id"] is not None]
-        self._seen.rise(term, floor, Floor.of(rows[0]["horizon"], known))
+        self._seen.rise(term, floor, ScanFloor.of(rows[0]["horizon"], known))
         return rows
 
     def look_anew(self) -> None:

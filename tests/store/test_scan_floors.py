@@ -9,7 +9,7 @@ import asyncpg
 import pytest
 
 from pgmcp.errors import SessionBusy
-from pgmcp.store.floors import BOTTOM, RUNNING, Floor, Floors
+from pgmcp.store.scan_floors import BOTTOM, RUNNING, ScanFloor, ScanFloors
 from tests.harness.stores import IDS, Session, opened, outcome, request, store
 
 
@@ -91,24 +91,24 @@ async def test_what_waits_again_below_the_floor_is_found(database: str, late: as
 
 
 def test_a_floor_names_what_ran() -> None:
-    assert Floor.of("10:20:") == Floor(20)
-    assert Floor.of("10:20:12,15") == Floor(20, (12, 15))
+    assert ScanFloor.of("10:20:") == ScanFloor(20)
+    assert ScanFloor.of("10:20:12,15") == ScanFloor(20, (12, 15))
     running = ",".join(str(xact) for xact in range(10, 11 + RUNNING))
-    assert Floor.of(f"10:90:{running}") == Floor(10), "too many: from the oldest on"
+    assert ScanFloor.of(f"10:90:{running}") == ScanFloor(10), "too many: from the oldest on"
 
 
 def test_a_look_that_ends_after_its_floor_was_forgotten_raises_nothing() -> None:
-    floors: Floors[str] = Floors()
-    floors.rise("a", BOTTOM, Floor(5))
+    floors: ScanFloors[str] = ScanFloors()
+    floors.rise("a", BOTTOM, ScanFloor(5))
     before = floors.of("a")
     floors.forget("a")
-    floors.rise("a", before, Floor(9))
+    floors.rise("a", before, ScanFloor(9))
     assert floors.of("a") is BOTTOM
 
 
 def test_of_two_looks_from_one_floor_the_first_to_end_counts() -> None:
-    floors: Floors[str] = Floors()
+    floors: ScanFloors[str] = ScanFloors()
     before = floors.of("a")
-    floors.rise("a", before, Floor(5))
-    floors.rise("a", before, Floor(9))
-    assert floors.of("a") == Floor(5), "and the next look does not begin at the bottom"
+    floors.rise("a", before, ScanFloor(5))
+    floors.rise("a", before, ScanFloor(9))
+    assert floors.of("a") == ScanFloor(5), "and the next look does not begin at the bottom"

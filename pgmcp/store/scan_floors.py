@@ -1,4 +1,4 @@
-"""Floors: below which a reader of ``requests`` need not look again, so that it never walks what is over.
+"""Scan floors: below which a reader of ``requests`` need not look again, so that it never walks what is over.
 
 While anybody holds a snapshot, no dead version of a row can be removed, and a scan walks them all. So whoever has
 looked keeps a *floor*: what was not visible then was written by a transaction that had not ended, and those are few or
@@ -28,13 +28,13 @@ RUNNING = 32
 """Running transactions that a floor names one by one; with more of them it begins at the oldest."""
 
 MOST = 10_000
-"""Floors that are kept; without one, the next look begins at the bottom."""
+"""ScanFloors that are kept; without one, the next look begins at the bottom."""
 
 Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True, slots=True)
-class Floor:
+class ScanFloor:
     """Rows whose transaction is ``low`` or later, or one of ``running``, may not have been seen.
 
     ``known`` are rows that were seen and still matter.
@@ -45,7 +45,7 @@ class Floor:
     known: tuple[UUID, ...] = ()
 
     @classmethod
-    def of(cls, snapshot: str, known: Sequence[UUID] = ()) -> Floor:
+    def of(cls, snapshot: str, known: Sequence[UUID] = ()) -> ScanFloor:
         """The floor of whoever has looked with this ``pg_snapshot``."""
         oldest, end, running = snapshot.split(":")
         each = tuple(int(xact) for xact in running.split(",") if xact)
@@ -59,20 +59,20 @@ class Floor:
         return f"{{{','.join(map(str, self.running))}}}", f"{{{','.join(map(str, self.known))}}}"
 
 
-BOTTOM = Floor()
+BOTTOM = ScanFloor()
 
 
-class Floors(Generic[Key]):
+class ScanFloors(Generic[Key]):
     """The newest floors of one reader."""
 
     def __init__(self) -> None:
-        self._floors: dict[Key, Floor] = {}
+        self._floors: dict[Key, ScanFloor] = {}
 
-    def of(self, key: Key) -> Floor:
+    def of(self, key: Key) -> ScanFloor:
         """The floor to look from."""
         return self._floors.get(key, BOTTOM)
 
-    def rise(self, key: Key, before: Floor, floor: Floor) -> None:
+    def rise(self, key: Key, before: ScanFloor, floor: ScanFloor) -> None:
         """A look from ``before`` has ended; nothing changes when that was forgotten or replaced meanwhile."""
         if self.of(key) is not before:
             return
