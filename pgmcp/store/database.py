@@ -2,7 +2,7 @@
 
 Invariants:
 - One statement is one transaction; nothing here takes an advisory lock, or sets anything for a session of a transaction
-  pooler. What role and database say does not matter (``store.pins``).
+  pooler. What role and database say does not matter (``store.connection_settings``).
 - Large rows are written on connections of their own, a few at a time, with deadlines that grow with their size: whoever
   has small ones does not wait for them.
 - A connection on which a call failed is thrown away, never handed to the next caller. One that did not answer in time,
@@ -26,8 +26,8 @@ from pgmcp.errors import DatabaseUnavailable, PgmcpError, SettingsError
 from pgmcp.settings import Settings
 from pgmcp.store import primary
 from pgmcp.store.address import AddressUnread, place
+from pgmcp.store.connection_settings import PLANS, STARTUP, Frame, pin
 from pgmcp.store.encoding import Encoding, encoding_of, read_unescaped
-from pgmcp.store.pins import PLANS, STARTUP, Frame, pin
 from pgmcp.store.reason import reason
 from pgmcp.store.revisions import understood
 from pgmcp.store.statements import statement
