@@ -21,7 +21,7 @@ import asyncpg
 from pgmcp.clock import Ids
 from pgmcp.errors import DatabaseUnavailable
 from pgmcp.store.database import Database
-from pgmcp.store.holders import Holders
+from pgmcp.store.snapshot_holders import SnapshotHolders
 from pgmcp.types import SessionKey
 
 logger = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ class Retention:
 
     def __init__(self, database: Database, ids: Ids) -> None:
         self._database, self._settings, self._clock, self._ids = database, database.settings, database.clock, ids
-        self._holders = Holders(database)
+        self._snapshot_holders = SnapshotHolders(database)
         self._swept: dict[str, tuple[int, float]] = {}
         self._left: set[str] = set()
         self.breakers: dict[str, Breaker] = {}
@@ -117,7 +117,7 @@ class Retention:
 
     async def prune(self) -> None:
         """Remove finished streams, messages and delivered events that are older than the retention, and old nodes."""
-        await self._holders.look()
+        await self._snapshot_holders.look()
         await self._clear("drop_dead_sinks")
         for name in ("prune_streams", "prune_long_streams", "prune_messages"):
             await self._clear_since(name)

@@ -18,7 +18,7 @@ OLD = 60.0
 """Seconds after which a transaction's snapshot counts as old."""
 
 
-class Holders:
+class SnapshotHolders:
     """Who holds an old snapshot, as far as this node has said so."""
 
     def __init__(self, database: Database, old: float = OLD) -> None:

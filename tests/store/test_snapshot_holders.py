@@ -7,14 +7,14 @@ import logging
 import asyncpg
 import pytest
 
-from pgmcp.store.holders import Holders
+from pgmcp.store.snapshot_holders import SnapshotHolders
 from tests.harness.stores import store
 
 
 async def test_a_holder_is_named_once(database: str, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "pgmcp.store.holders")
+    caplog.set_level(logging.INFO, "pgmcp.store.snapshot_holders")
     async with store(database) as node:
-        holders = Holders(node.database, old=0.0)
+        holders = SnapshotHolders(node.database, old=0.0)
         await holders.look()
         assert caplog.messages == []
         other = await asyncpg.connect(database, timeout=10, server_settings={"application_name": "nightly"})
@@ -40,9 +40,9 @@ async def test_what_is_young_is_not_named(database: str, caplog: pytest.LogCaptu
         other = await asyncpg.connect(database, timeout=10)
         try:
             await other.execute("begin; create table public.elsewhere (n integer)")
-            await Holders(node.database).look()
+            await SnapshotHolders(node.database).look()
             assert caplog.messages == []
-            await Holders(node.database, old=0.0).look()  # it has no snapshot, but it wrote
+            await SnapshotHolders(node.database, old=0.0).look()  # it has no snapshot, but it wrote
             assert "an old snapshot holds the tables" in caplog.text
         finally:
             await other.close()
