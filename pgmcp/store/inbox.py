@@ -22,11 +22,11 @@ from pgmcp.clock import Clock, Ids
 from pgmcp.errors import Fenced, OutOfStep, PgmcpError, SessionBusy, SessionUnknown
 from pgmcp.store.database import Database, extra
 from pgmcp.store.group_commit import GroupCommit
-from pgmcp.store.opening import Opening
 from pgmcp.store.payloads import CLEAR, Payloads, Stored, place_of_body, place_of_entry
 from pgmcp.store.repeats import Fate, fate
 from pgmcp.store.rows import claimed_of, facts_of, known_of
 from pgmcp.store.scan_floors import ScanFloor, ScanFloors
+from pgmcp.store.session_opening import SessionOpening
 from pgmcp.types import (
     Accepted,
     Claimed,
@@ -84,7 +84,7 @@ class TableInbox:
         self._database, self._node, self._clock, self._ids, self._gate = database, node, clock, ids, gate
         self._settings = database.settings
         self._hold, self._payloads = database.settings.hold, payloads
-        self._opening = Opening(database, node)
+        self._session_opening = SessionOpening(database, node)
         self._unheard: dict[Ownership, list[_Claim]] = {}
         self._counted: ScanFloors[tuple[int, str]] = ScanFloors()
         self._taken: ScanFloors[Ownership] = ScanFloors()
@@ -99,11 +99,11 @@ class TableInbox:
 
     async def open_session(self, new: NewSession) -> Ownership:
         """See ``Inbox.open_session``."""
-        return await self._opening.open(new)
+        return await self._session_opening.open(new)
 
     async def make_room(self, principal: Principal, address: str | None = None) -> list[SessionKey]:
         """See ``Inbox.make_room``."""
-        return await self._opening.make_room(principal, address)
+        return await self._session_opening.make_room(principal, address)
 
     async def find(self, session_id: str, principal: Principal, transport: str = "streamable") -> SessionFacts:
         """See ``Inbox.find``."""

@@ -32,7 +32,7 @@ CHOICES = 5
 """Times that a session is chosen, if those before came into use just then."""
 
 
-class Opening:
+class SessionOpening:
     """Creates the sessions of one node."""
 
     def __init__(self, database: Database, node: NodeId) -> None:
