@@ -28,7 +28,7 @@ from pgmcp.store import primary
 from pgmcp.store.address import AddressUnread, place
 from pgmcp.store.connection_settings import PLANS, STARTUP, Frame, pin
 from pgmcp.store.encoding import Encoding, encoding_of, read_unescaped
-from pgmcp.store.reason import reason
+from pgmcp.store.error_text import error_text
 from pgmcp.store.revisions import understood
 from pgmcp.store.statements import statement
 from pgmcp.store.timeline import Timeline
@@ -316,7 +316,7 @@ class Database:
                 if self.clock.boottime() >= end:
                     raise unavailable(self.settings.database_url, error) from error
             except asyncpg.PostgresError as error:
-                message = f"PostgreSQL refused a statement: {reason(error)}"
+                message = f"PostgreSQL refused a statement: {error_text(error)}"
                 raise PgmcpError(message) from error
             await self.clock.sleep(BACKOFF[min(tries, len(BACKOFF) - 1)])
             tries += 1
@@ -330,5 +330,5 @@ def extra(size: int) -> float:
 def unavailable(url: str, error: BaseException) -> PgmcpError:
     """The error for a database that cannot be used now; it names the place, never the password."""
     return DatabaseUnavailable(
-        f"{place(url)} does not answer ({reason(error)}). Check that it runs and that --database-url is right."
+        f"{place(url)} does not answer ({error_text(error)}). Check that it runs and that --database-url is right."
     )

@@ -31,7 +31,7 @@ import asyncpg
 from pgmcp.clock import Clock
 from pgmcp.errors import DatabaseUnavailable, PgmcpError
 from pgmcp.store.database import BACKOFF, CONTENTION, LOCK_WAIT, TROUBLE
-from pgmcp.store.reason import reason
+from pgmcp.store.error_text import error_text
 
 logger = logging.getLogger(__name__)
 
@@ -197,7 +197,7 @@ class GroupCommit(Generic[Row, Result]):
         except asyncpg.PostgresError as error:
             if len(batch) > 1:
                 return error
-            _settle(batch, [PgmcpError(f"PostgreSQL refused the row: {reason(error)}")])
+            _settle(batch, [PgmcpError(f"PostgreSQL refused the row: {error_text(error)}")])
         except PgmcpError as error:
             _settle(batch, [error] * len(batch))
         except Exception:
@@ -245,7 +245,7 @@ class GroupCommit(Generic[Row, Result]):
     def _patient(self, batch: list[_Waiting[Row, Result]], error: BaseException) -> list[_Waiting[Row, Result]]:
         """Those rows that may still wait; the others are settled."""
         now = self._clock.boottime()
-        message = f"PostgreSQL did not take the write in time ({reason(error)}); try again."
+        message = f"PostgreSQL did not take the write in time ({error_text(error)}); try again."
         late = [waiting for waiting in batch if waiting.until <= now]
         _settle(late, [DatabaseUnavailable(message)] * len(late))
         return [waiting for waiting in batch if waiting.until > now]

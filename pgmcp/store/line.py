@@ -35,7 +35,7 @@ from pgmcp.service import Service
 from pgmcp.settings import Settings
 from pgmcp.store.allowance import Allowance
 from pgmcp.store.database import TROUBLE, Database
-from pgmcp.store.reason import reason
+from pgmcp.store.error_text import error_text
 from pgmcp.store.statements import statement
 from pgmcp.types import NodeId, NodeState
 
@@ -151,7 +151,7 @@ class Line(Service):
         try:
             await self._connect()
         except (*TROUBLE, asyncpg.PostgresError, ValueError) as error:
-            message = f"The line to PostgreSQL cannot be opened ({reason(error)}). Check --listen-url."
+            message = f"The line to PostgreSQL cannot be opened ({error_text(error)}). Check --listen-url."
             raise DatabaseUnavailable(message) from error
 
     async def stop(self) -> None:
@@ -287,7 +287,7 @@ class Line(Service):
             rows: list[asyncpg.Record] = await self._in_time(self._in_turn(lambda: connection.fetch(query, *args)))
         except (*TROUBLE, asyncpg.PostgresError) as error:
             self._lost.set()
-            message = f"The line to PostgreSQL did not answer ({reason(error)})."
+            message = f"The line to PostgreSQL did not answer ({error_text(error)})."
             raise DatabaseUnavailable(message) from error
         return rows
 

@@ -20,7 +20,7 @@ import pytest
 from pgmcp.errors import PgmcpError, told
 from pgmcp.ops import logs, redaction
 from pgmcp.ops.redaction import _template, show_warning
-from pgmcp.store.reason import reason
+from pgmcp.store.error_text import error_text
 
 MARK = "m4rk3r"
 EVIL = f"a\n2026-01-01 ERROR root: {MARK}\r\x1b[2J\x85\u2028\u2029\u202e\x00\udc80\x7f"
@@ -210,10 +210,10 @@ def test_templates_are_found_in_what_is_installed() -> None:
 def test_reasons_of_the_database_quote_no_rows() -> None:
     detail = {"detail": f"Key (name)=({MARK}) already exists.", "sqlstate": "23505", "constraint_name": "names_key"}
     twice = asyncpg.PostgresError.new({"C": "23505", "M": "duplicate", "D": detail["detail"], "n": "names_key"})
-    assert reason(twice) == "UniqueViolationError, SQLSTATE 23505, names_key"
+    assert error_text(twice) == "UniqueViolationError, SQLSTATE 23505, names_key"
     malformed = asyncpg.PostgresError.new({"C": "22P02", "M": f"invalid input syntax for type integer: {MARK}"})
-    assert MARK not in reason(malformed)
+    assert MARK not in error_text(malformed)
     missing = asyncpg.PostgresError.new({"C": "42703", "M": 'column "x" does not exist', "D": MARK})
-    assert reason(missing) == 'UndefinedColumnError: column "x" does not exist'
-    assert MARK not in reason(asyncpg.exceptions._base.DataError(f"invalid input for query argument $1: {MARK}"))
-    assert reason(ConnectionError("gone")) == "ConnectionError: gone"
+    assert error_text(missing) == 'UndefinedColumnError: column "x" does not exist'
+    assert MARK not in error_text(asyncpg.exceptions._base.DataError(f"invalid input for query argument $1: {MARK}"))
+    assert error_text(ConnectionError("gone")) == "ConnectionError: gone"

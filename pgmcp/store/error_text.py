@@ -12,7 +12,7 @@ _SPEAKING = ("08", "0A", "25", "28", "3D", "3F", "40", "42", "53", "54", "55", "
 """Classes whose message names servers, roles, tables and limits, and nothing that came from clients."""
 
 
-def reason(error: BaseException) -> str:
+def error_text(error: BaseException) -> str:
     """Why the database did not do what it was asked."""
     kind = type(error).__name__
     if isinstance(error, ValueError):  # asyncpg's own, of an argument that it cannot encode
