@@ -25,8 +25,8 @@ from pgmcp.clock import Clock, Ids
 from pgmcp.errors import SchemaError
 from pgmcp.store import revisions
 from pgmcp.store.address import place
+from pgmcp.store.command_connection import connect
 from pgmcp.store.connection_settings import pin
-from pgmcp.store.direct import connect
 from pgmcp.store.pooler import refuse_transaction_pooler
 from pgmcp.store.schema import metadata
 

@@ -13,7 +13,7 @@ import asyncpg
 
 from pgmcp.errors import SchemaError, SchemaInUse, SettingsError
 from pgmcp.store.address import place
-from pgmcp.store.direct import checked, connect, finish
+from pgmcp.store.command_connection import checked, connect, finish
 from pgmcp.store.encoding import encoding_of
 from pgmcp.store.statements import statement
 

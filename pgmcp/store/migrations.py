@@ -26,7 +26,7 @@ from sqlalchemy import Connection
 
 from pgmcp.errors import SchemaError
 from pgmcp.store import alembic_run, views
-from pgmcp.store.direct import T, checked, connect, finish
+from pgmcp.store.command_connection import T, checked, connect, finish
 from pgmcp.store.revisions import LOOK, Shape, fit, head, known, refuse_unknown, shape
 from pgmcp.store.schema import FUNCTIONS
 

@@ -6,7 +6,7 @@ import asyncpg
 
 from pgmcp.errors import SchemaError
 from pgmcp.store.address import place
-from pgmcp.store.direct import connect
+from pgmcp.store.command_connection import connect
 
 ROUNDS = 3
 

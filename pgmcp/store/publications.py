@@ -22,8 +22,8 @@ import asyncpg
 from pgmcp.clock import Clock, Ids
 from pgmcp.errors import DatabaseUnavailable, PgmcpError, PublicationRefused
 from pgmcp.settings import Settings
+from pgmcp.store.command_connection import connect, explained
 from pgmcp.store.database import Database
-from pgmcp.store.direct import connect, explained
 from pgmcp.store.encoding import encoding_of
 from pgmcp.store.group_commit import GroupCommit
 from pgmcp.store.line import channel

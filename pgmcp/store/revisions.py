@@ -14,7 +14,7 @@ import asyncpg
 from asyncpg.pool import PoolConnectionProxy
 
 from pgmcp.errors import SchemaError
-from pgmcp.store.direct import checked
+from pgmcp.store.command_connection import checked
 
 VERSION_TABLE = "alembic_version"
 OLDEST = "0019"

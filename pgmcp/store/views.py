@@ -8,7 +8,7 @@ from uuid import UUID
 import asyncpg
 
 from pgmcp.errors import SchemaError, SettingsError
-from pgmcp.store.direct import checked, connect, finish
+from pgmcp.store.command_connection import checked, connect, finish
 
 LIMIT = 10.0  # seconds
 

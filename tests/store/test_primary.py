@@ -12,8 +12,8 @@ import pytest
 from pgmcp.clock import Clock
 from pgmcp.errors import DatabaseUnavailable
 from pgmcp.settings import Settings
+from pgmcp.store.command_connection import connect as command
 from pgmcp.store.database import Database
-from pgmcp.store.direct import connect as command
 from pgmcp.store.primary import STAGGER, connect
 from tests.harness.processes import free_ports
 from tests.harness.proxy import Proxy, proxied
