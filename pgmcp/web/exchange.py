@@ -32,7 +32,7 @@ from pgmcp.settings import Settings
 from pgmcp.types import Event, Page, StreamId, StreamKind
 from pgmcp.web.connection import PIECE, Connection, Watch
 from pgmcp.web.expiry import Expiry, expired
-from pgmcp.web.pages import Interrupted, Pages
+from pgmcp.web.stream_reader import Interrupted, StreamReader
 from pgmcp.web.tails import Tail
 from pgmcp.web.wire import INTERNAL_ERROR, Refusal
 
@@ -100,7 +100,7 @@ class Exchange:
         self._tail, self._kind = tail, kind
         self._carried = after
         self._poll = settings.poll if kind is StreamKind.REQUEST else settings.idle_poll
-        self._pages = Pages(tail, sink_epoch, after, floor, log, clock, min(settings.poll, settings.keepalive))
+        self._reader = StreamReader(tail, sink_epoch, after, floor, log, clock, min(settings.poll, settings.keepalive))
         self._log, self._lease, self._settings, self._clock, self._expiry = log, lease, settings, clock, expiry
         self._connection = connection
         self._priming, self._notes_all, self._headers = priming, notes_all, headers
@@ -141,7 +141,7 @@ class Exchange:
 
     async def answer_auto(self, *, batch: bool) -> None:
         """Send plain JSON if that is soon enough and all there is, else server-sent events."""
-        first = await self._pages.next(AUTO_WAIT, look=False)
+        first = await self._reader.next(AUTO_WAIT, look=False)
         if first is not None and first.closed and all(_is_answer(event) for event in first.events):
             await self.send_json(first.events, batch=batch)
         else:
@@ -153,7 +153,7 @@ class Exchange:
             while not self._gone:
                 if self._expiry.passed:
                     raise expired()
-                page = await self._pages.next(self._expiry.within(self._poll), look=False)
+                page = await self._reader.next(self._expiry.within(self._poll), look=False)
                 if page is None:
                     self._tail.moved.set()
                     continue
@@ -182,7 +182,7 @@ class Exchange:
         length = sum(event.size for event in answers) + (len(answers) + 1 if batch else 0)
         await self._start(200, {"content-type": "application/json", "content-length": str(length)})
         if await self._put_json(answers, *around):
-            self._carried = self._pages.after
+            self._carried = self._reader.after
 
     async def _put_json(self, answers: Sequence[Event], start: bytes, between: bytes, end: bytes) -> bool:
         """Write answers one after the other; whether all of it was written."""
@@ -190,7 +190,7 @@ class Exchange:
         try:
             for number, event in enumerate(answers):
                 held += between if number else b""
-                async for piece in self._pages.message(event):
+                async for piece in self._reader.message(event):
                     if len(held) + len(piece) > PIECE:
                         if held and not await self._put(held, inside=True):
                             return False
@@ -204,7 +204,7 @@ class Exchange:
     async def _whole(self, event: Event) -> bytes:
         """The message of an event, however large."""
         try:
-            return b"".join([piece async for piece in self._pages.message(event)])
+            return b"".join([piece async for piece in self._reader.message(event)])
         except Interrupted:
             raise self._why_over() from None
 
@@ -271,14 +271,14 @@ class Exchange:
             return True
         self._noted = self._clock.boottime()
         try:
-            return await self._log.release(self._pages.cursor(seq), keep=True)
+            return await self._log.release(self._reader.cursor(seq), keep=True)
         except DatabaseUnavailable:
             return False  # the client resumes from what it has
 
     async def _next_or_comment(self, *, look: bool) -> Page | None:
         silent = self._clock.boottime() - self._written
         wait = self._expiry.within(min(self._poll, max(0.0, self._settings.keepalive - silent)))
-        page = await self._pages.next(wait, look=look)
+        page = await self._reader.next(wait, look=look)
         if page is not None:
             return page
         await self._comment(self._clock.boottime() - self._written < self._settings.keepalive)
@@ -314,7 +314,7 @@ class Exchange:
         if not await self._put(bytes(begun)):
             return False
         try:
-            pieces = self._pages.message(event)
+            pieces = self._reader.message(event)
             await anext(pieces)  # it stands in what was begun
             async for piece in pieces:
                 if not await self._put(piece, inside=True):
@@ -382,11 +382,11 @@ class Exchange:
 
     async def release(self) -> None:
         """Let go of the stream: note how far it was carried."""
-        self._pages.close()
+        self._reader.close()
         carried = 0 if self._gone and self._kind is StreamKind.REQUEST else self._carried
         with suppress(PgmcpError, TimeoutError):
             async with asyncio.timeout(DROP):
-                await self._log.release(self._pages.cursor(carried))
+                await self._log.release(self._reader.cursor(carried))
 
 
 def _is_answer(event: Event) -> bool:

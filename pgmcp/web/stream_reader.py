@@ -1,4 +1,4 @@
-"""Pages: what an exchange reads of its stream, one page after the other."""
+"""What an exchange reads of its stream, one page after the other."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Interrupted(Exception):
     """A large event ends in the middle."""
 
 
-class Pages:
+class StreamReader:
     """The pages of one stream, as long as its reader is the stream's sink.
 
     Args:
