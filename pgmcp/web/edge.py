@@ -34,8 +34,8 @@ from pgmcp.web.admission import Admission, Kind
 from pgmcp.web.bodies import Body
 from pgmcp.web.call import SESSION_ID, Call
 from pgmcp.web.contents import bounds_of
-from pgmcp.web.exchange import Exchange
 from pgmcp.web.expiry import Expiry
+from pgmcp.web.stream_response import StreamResponse
 from pgmcp.web.tails import Tail, Tails
 from pgmcp.web.wire import Post, parse_post
 
@@ -193,7 +193,7 @@ class Edge:
             return {}
         return call.owner_cookie(owner, opened=opened)
 
-    def exchange(
+    def stream_response(
         self,
         call: Call,
         tail: Tail,
@@ -208,12 +208,12 @@ class Edge:
         kind: StreamKind = StreamKind.REQUEST,
         notes_all: bool = True,
         lost: Callable[[], Awaitable[Sequence[bytes]]] = _nothing,
-    ) -> Exchange:
-        """An exchange that carries a stream to the caller; ``affinity`` as the method of that name gave it."""
+    ) -> StreamResponse:
+        """The response that carries a stream to the caller; ``affinity`` as the method of that name gave it."""
         self.tails.belongs(tail, session)
         resumable = version is not None and is_version_at_least(version, RESUMES) and self.settings.response != "json"
         tail.patient = kind is StreamKind.REQUEST and not resumable
-        return Exchange(
+        return StreamResponse(
             tail,
             sink_epoch,
             after,

@@ -91,7 +91,7 @@ class SseStream(Endpoint):
         retry = f"retry: {edge.settings.retry_ms}\r\n"
         where = f"{quote(root + self._messages)}?session_id={attached.session_id}"
         with edge.tails.subscribe(attached.stream) as tail:
-            exchange = edge.exchange(
+            response = edge.stream_response(
                 call,
                 tail,
                 attached.facts.session,
@@ -104,9 +104,9 @@ class SseStream(Endpoint):
                 notes_all=False,
             )
             try:
-                await exchange.stream(look=True, preface=f"{retry}event: endpoint\r\ndata: {where}\r\n\r\n".encode())
+                await response.stream(look=True, preface=f"{retry}event: endpoint\r\ndata: {where}\r\n\r\n".encode())
             finally:
-                await exchange.release()
+                await response.release()
 
 
 class SseMessages(Endpoint):

@@ -12,7 +12,7 @@ from pgmcp.web.admission import Kind
 from pgmcp.web.bodies import Body
 from pgmcp.web.call import SESSION_ID, Call
 from pgmcp.web.edge import Edge
-from pgmcp.web.exchange import Exchange
+from pgmcp.web.stream_response import StreamResponse
 from pgmcp.web.wire import INTERNAL_ERROR, Parsed, Post, Refusal, accepts
 
 BATCHES = "2025-03-26"
@@ -117,7 +117,7 @@ class Posting:
             accepted = await self._accept(session_id, stream)
             if not accepted.joined:
                 facts = accepted.facts
-                exchange = self._edge.exchange(
+                response = self._edge.stream_response(
                     self._call,
                     tail,
                     facts.session,
@@ -126,7 +126,7 @@ class Posting:
                     affinity=self._edge.affinity(self._call, facts.living_owner),
                     lost=lambda: self._lost(stream, term),
                 )
-                await self._carry(exchange, batch=batch)
+                await self._carry(response, batch=batch)
                 return
         await self._join(accepted, session_id, batch=batch)
 
@@ -137,7 +137,7 @@ class Posting:
             raise Refusal(409, "The request that has this id was just answered elsewhere; use another id")
         with self._edge.tails.subscribe(attached.stream) as tail:
             facts = attached.facts
-            exchange = self._edge.exchange(
+            response = self._edge.stream_response(
                 self._call,
                 tail,
                 facts.session,
@@ -147,7 +147,7 @@ class Posting:
                 sink_epoch=attached.sink_epoch,
             )
             tail.moved.set()  # what the stream holds already, nobody announces again
-            await self._carry(exchange, batch=batch)
+            await self._carry(response, batch=batch)
 
     async def _lost(self, stream: StreamId, term: int) -> list[bytes]:
         """Errors for requests that were accepted in a timeline that is over, and are not in this one."""
@@ -158,17 +158,17 @@ class Posting:
                 return [_error(request.rpc_id or "null") for request in self._post.requests]
         return []
 
-    async def _carry(self, exchange: Exchange, *, batch: bool) -> None:
+    async def _carry(self, response: StreamResponse, *, batch: bool) -> None:
         try:
             match self._response:
                 case "json":
-                    await exchange.answer_json(batch=batch)
+                    await response.answer_json(batch=batch)
                 case "auto":
-                    await exchange.answer_auto(batch=batch)
+                    await response.answer_auto(batch=batch)
                 case _:
-                    await exchange.stream()
+                    await response.stream()
         finally:
-            await exchange.release()
+            await response.release()
 
     async def _initialize(self, message: Parsed) -> None:
         """Open a session here; its client hears of it when the handshake has succeeded and is stored."""
@@ -184,18 +184,20 @@ class Posting:
             with edge.tails.subscribe(stream) as tail:
                 version = asked if isinstance(asked, str) else None
                 affinity = edge.affinity(call, edge.settings.node_name, opened=True)
-                exchange = edge.exchange(call, tail, ownership.session, new.session_id, version, affinity=affinity)
+                response = edge.stream_response(
+                    call, tail, ownership.session, new.session_id, version, affinity=affinity
+                )
                 tail.patient = True  # its client knows no session yet
                 await self._accept(new.session_id, stream)
                 try:
-                    page = await exchange.handshake()
+                    page = await response.handshake()
                     established = True
                     if self._response == "sse":
-                        await exchange.stream(first=page)
+                        await response.stream(first=page)
                     else:
-                        await exchange.send_json(page.events, batch=False)
+                        await response.send_json(page.events, batch=False)
                 finally:
-                    await exchange.release()
+                    await response.release()
         finally:
             if not established:
                 with suppress(PgmcpError):

@@ -56,7 +56,7 @@ async def _get(edge: Edge, call: Call) -> None:
         after, floor = attached.delivered_seq, attached.floor_seq
     with edge.tails.subscribe(attached.stream) as tail:
         facts = attached.facts
-        exchange = edge.exchange(
+        response = edge.stream_response(
             call,
             tail,
             facts.session,
@@ -72,6 +72,6 @@ async def _get(edge: Edge, call: Call) -> None:
             if max(after, floor) < attached.floor_seq or (attached.closed and after >= attached.next_seq - 1):
                 await call.respond(204)  # not whole, or finished and delivered: an empty 200 would make clients loop
             else:
-                await exchange.stream(look=True)
+                await response.stream(look=True)
         finally:
-            await exchange.release()
+            await response.release()

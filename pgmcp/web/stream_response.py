@@ -62,7 +62,7 @@ def event_id(stream: StreamId, seq: int) -> str:
     return f"{stream.hex}.{seq}"
 
 
-class Exchange:
+class StreamResponse:
     """Carries a stream over one HTTP response.
 
     Args:
