@@ -55,7 +55,7 @@ from pgmcp.store.revisions import head
 from pgmcp.store.secrets import CONTEXTS, KeyRing
 from pgmcp.types import ANONYMOUS, NewSession, NodeId, StreamId
 from pgmcp.web.admission import Admission
-from pgmcp.web.call import Call
+from pgmcp.web.http_exchange import HttpExchange
 from pgmcp.web.posting import Posting
 
 VARIANTS = ("tick", "separate-flush", "separate", "write-flush", "write", "direct-flush", "direct")
@@ -255,7 +255,7 @@ class BenchNode:
                 writer.write(b"%f\n" % took)
 
         try:
-            await Posting(self._here.edge, Call(Request(scope), receive, send)).answer(body)
+            await Posting(self._here.edge, HttpExchange(Request(scope), receive, send)).answer(body)
         except Exception as error:
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
             writer.write(b"-1\n")

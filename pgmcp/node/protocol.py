@@ -26,7 +26,7 @@ from typing import Any
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from pgmcp.settings import Settings
-from pgmcp.web.call import network
+from pgmcp.web.http_exchange import network
 
 logger = logging.getLogger(__name__)
 

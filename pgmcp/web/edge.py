@@ -32,9 +32,9 @@ from pgmcp.types import (
 )
 from pgmcp.web.admission import Admission, Kind
 from pgmcp.web.bodies import Body
-from pgmcp.web.call import SESSION_ID, Call
 from pgmcp.web.contents import bounds_of
 from pgmcp.web.expiry import Expiry
+from pgmcp.web.http_exchange import SESSION_ID, HttpExchange
 from pgmcp.web.stream_response import StreamResponse
 from pgmcp.web.tails import Tail, Tails
 from pgmcp.web.wire import Post, parse_post
@@ -64,33 +64,35 @@ class Edge:
     term: Callable[[], int]
     """The term of the database's timeline."""
 
-    def new_session(self, call: Call, transport: str) -> NewSession:
+    def new_session(self, exchange: HttpExchange, transport: str) -> NewSession:
         """A session that this node is about to own; its id hints at the node and is unguessable."""
         return NewSession(
             session_id=f"{self.settings.node_name}-{self.ids.token()}",
-            principal=call.principal,
+            principal=exchange.principal,
             transport=transport,
             standalone=self.new_stream(),
-            address=call.guest.address,
+            address=exchange.guest.address,
         )
 
-    def turn(self, kind: Kind, call: Call, session_id: str | None) -> AbstractAsyncContextManager[None]:
+    def turn(self, kind: Kind, exchange: HttpExchange, session_id: str | None) -> AbstractAsyncContextManager[None]:
         """A turn for a POST: see ``Admission.turn``."""
         limits = self.settings
         return self.admission.turn(
-            call.guest,
+            exchange.guest,
             session_id,
-            call.connection.receive,
+            exchange.connection.receive,
             kind=kind,
             most=limits.max_streams,
             patience=limits.hold,
         )
 
-    def opening(self, call: Call) -> AbstractAsyncContextManager[None]:
+    def opening(self, exchange: HttpExchange) -> AbstractAsyncContextManager[None]:
         """A turn of the caller to open a session; there is a line of them, as of the messages of one session."""
-        return self.turn("requests", call, None)
+        return self.turn("requests", exchange, None)
 
-    async def large_post(self, body: Body, call: Call, session_id: str | None, transport: str = "streamable") -> Post:
+    async def large_post(
+        self, body: Body, exchange: HttpExchange, session_id: str | None, transport: str = "streamable"
+    ) -> Post:
         """Look into a large body; its exchange has its turn. A stranger's is not looked into.
 
         Raises:
@@ -98,7 +100,7 @@ class Edge:
             Refusal: something is wrong with the body.
         """
         if session_id is not None:
-            await self.inbox.find(session_id, call.principal, transport)
+            await self.inbox.find(session_id, exchange.principal, transport)
         await bounds_of(self.settings).check_large(body.text)
         return parse_post(body.text, self.settings.max_batch)
 
@@ -122,7 +124,12 @@ class Edge:
         return StreamId(self.ids.uuid())
 
     async def accept(
-        self, post: Post, call: Call, session_id: str, stream: StreamId | None, transport: str = "streamable"
+        self,
+        post: Post,
+        exchange: HttpExchange,
+        session_id: str,
+        stream: StreamId | None,
+        transport: str = "streamable",
     ) -> Accepted:
         """Store a POST's messages and wake the owner.
 
@@ -135,11 +142,11 @@ class Edge:
             DuplicateRequest: an unfinished request has the same id, and this is no repeat of its POST.
             DatabaseUnavailable: it could not be committed within the hold.
         """
-        arrived = self.lease.database_time(call.arrived)
+        arrived = self.lease.database_time(exchange.arrived)
         context = RequestContext(
-            self.adapter.describe(call.request.scope), can_ask=self.settings.response != "json"
+            self.adapter.describe(exchange.request.scope), can_ask=self.settings.response != "json"
         ).pack()
-        principal, messages = call.principal, []
+        principal, messages = exchange.principal, []
         for message in post.messages:
             key = RequestKey(self.ids.uuid())
             messages.append(
@@ -164,7 +171,9 @@ class Edge:
             self.wakeups.inbox(accepted.facts.owner, accepted.facts.session)
         return accepted
 
-    async def attach(self, call: Call, session_id: str | None, stream: StreamId | None) -> Attachment | SessionFacts:
+    async def attach(
+        self, exchange: HttpExchange, session_id: str | None, stream: StreamId | None
+    ) -> Attachment | SessionFacts:
         """Become a stream's sink; whoever was it before ends its exchange.
 
         Args:
@@ -174,7 +183,7 @@ class Edge:
         Raises:
             PgmcpError: as in ``Log.attach``.
         """
-        attached = await self.log.attach(session_id, call.principal, stream)
+        attached = await self.log.attach(session_id, exchange.principal, stream)
         facts = attached.facts if isinstance(attached, Attachment) else attached
         if isinstance(attached, Attachment) and attached.replaced is not None:
             self.wakeups.stream(attached.replaced, attached.stream)
@@ -182,7 +191,7 @@ class Edge:
             self.takeover.touch(facts.session)
         return attached
 
-    def affinity(self, call: Call, owner: str | None, *, opened: bool = False) -> dict[str, str]:
+    def affinity(self, exchange: HttpExchange, owner: str | None, *, opened: bool = False) -> dict[str, str]:
         """Headers that tell the client, and so the balancer, who owns its session. Advisory: nothing depends on them.
 
         Args:
@@ -191,11 +200,11 @@ class Edge:
         """
         if owner is None or not self.settings.affinity_cookie:
             return {}
-        return call.owner_cookie(owner, opened=opened)
+        return exchange.owner_cookie(owner, opened=opened)
 
     def stream_response(
         self,
-        call: Call,
+        exchange: HttpExchange,
         tail: Tail,
         session: SessionKey,
         session_id: str,
@@ -223,10 +232,10 @@ class Edge:
             lease=self.lease,
             settings=self.settings,
             clock=self.clock,
-            connection=call.connection,
+            connection=exchange.connection,
             priming=version is not None and is_version_at_least(version, RESUMES),
             notes_all=notes_all,
-            expiry=Expiry(self.clock, call.expires_at),
+            expiry=Expiry(self.clock, exchange.expires_at),
             lost=lost,
             headers={SESSION_ID: session_id} | affinity,
         )

@@ -36,9 +36,9 @@ from pgmcp.errors import (
 from pgmcp.settings import Settings
 from pgmcp.types import StreamId
 from pgmcp.web.bodies import Bodies, Body
-from pgmcp.web.call import Call
 from pgmcp.web.connection import connection_of
 from pgmcp.web.edge import Edge
+from pgmcp.web.http_exchange import HttpExchange
 from pgmcp.web.rates import Rates
 from pgmcp.web.wire import INTERNAL_ERROR, INVALID_REQUEST, Refusal
 
@@ -77,7 +77,7 @@ class Front(ABC):
         self._security, self._bodies, self._rates, self._settings = security, bodies, rates, settings
 
     @abstractmethod
-    async def take(self, call: Call, body: Body) -> None:
+    async def take(self, exchange: HttpExchange, body: Body) -> None:
         """Answer an exchange whose Host, Origin, method and length are in order.
 
         Raises:
@@ -85,44 +85,44 @@ class Front(ABC):
             PgmcpError: it cannot be answered, or not now.
         """
 
-    def opens(self, call: Call) -> bool:
+    def opens(self, exchange: HttpExchange) -> bool:
         """Whether an exchange asks for a session of its own, by its headers."""
-        del call
+        del exchange
         return False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one exchange."""
-        call = Call(Request(scope, receive), connection_of(scope), bind_to=self._settings.bind_to)
+        exchange = HttpExchange(Request(scope, receive), connection_of(scope), bind_to=self._settings.bind_to)
         try:
-            await self._checked(call)
+            await self._checked(exchange)
         except ClientDisconnect:
             logger.debug("a client went before it had sent its whole body")
         except (Refusal, PgmcpError) as error:
-            if call.connection.started:
+            if exchange.connection.started:
                 raise
-            await call.refuse(_refusal(error))
+            await exchange.refuse(_refusal(error))
         except asyncio.CancelledError:
-            if not call.connection.started:  # the HTTP server stops before its exchanges do, and would say 500
-                await call.refuse(_refusal(NodeNotReady("This node has stopped; send the same message again.")))
+            if not exchange.connection.started:  # the HTTP server stops before its exchanges do, and would say 500
+                await exchange.refuse(_refusal(NodeNotReady("This node has stopped; send the same message again.")))
             raise
 
-    async def _checked(self, call: Call) -> None:
-        request, limits = call.request, self._settings
+    async def _checked(self, exchange: HttpExchange) -> None:
+        request, limits = exchange.request, self._settings
         problem = await self._security.validate_request(request, is_post=request.method == "POST")
         if problem is not None:
-            await call.send_response(problem)
+            await exchange.send_response(problem)
             return
         if self.methods and request.method not in self.methods:
             raise Refusal(405, "Method Not Allowed", headers={"allow": ", ".join(self.methods)})
         if request.method == "POST":
-            self._rates.post(call.guest)
-        if self.opens(call):
-            self._rates.opening(call)
-        with self._bodies.body(call.guest) as body:
+            self._rates.post(exchange.guest)
+        if self.opens(exchange):
+            self._rates.opening(exchange)
+        with self._bodies.body(exchange.guest) as body:
             try:
                 if request.method == "POST":
-                    await call.read(body, limits.max_body, limits.read_timeout)
-                await self.take(call, body)
+                    await exchange.read(body, limits.max_body, limits.read_timeout)
+                await self.take(exchange, body)
             except (DatabaseUnavailable, Fenced, NodeNotReady):
                 raise  # nothing is wrong with the body
             except (Refusal, PgmcpError):
@@ -154,7 +154,7 @@ class Endpoint(Front):
         self._edge = edge
 
     @abstractmethod
-    async def answer(self, edge: Edge, call: Call, body: Body) -> None:
+    async def answer(self, edge: Edge, exchange: HttpExchange, body: Body) -> None:
         """Answer an exchange that passed the checks.
 
         Raises:
@@ -162,14 +162,14 @@ class Endpoint(Front):
             PgmcpError: it cannot be answered, or not now.
         """
 
-    async def take(self, call: Call, body: Body) -> None:
+    async def take(self, exchange: HttpExchange, body: Body) -> None:
         """See ``Front.take``."""
         edge = self._edge()
-        call = replace(call, arrived=edge.clock.boottime() - call.connection.silent)
+        exchange = replace(exchange, arrived=edge.clock.boottime() - exchange.connection.silent)
         if not await edge.lease.trusted_within(self._settings.hold):
             message = "This node has lost touch with the cluster; try again or ask another one."
             raise NodeNotReady(message)
-        await self.answer(edge, call, body)
+        await self.answer(edge, exchange, body)
 
 
 def cursor(last_event_id: str) -> tuple[StreamId, int]:

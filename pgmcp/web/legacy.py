@@ -22,9 +22,9 @@ from pgmcp.errors import SessionUnknown, StreamTaken
 from pgmcp.settings import Settings
 from pgmcp.types import Attachment, Cursor, StreamKind
 from pgmcp.web.bodies import Bodies, Body
-from pgmcp.web.call import LAST_EVENT_ID, Call
 from pgmcp.web.edge import Edge
 from pgmcp.web.endpoint import Endpoint, cursor
+from pgmcp.web.http_exchange import LAST_EVENT_ID, HttpExchange
 from pgmcp.web.rates import Rates
 from pgmcp.web.wire import Post, Refusal
 
@@ -51,32 +51,32 @@ class SseStream(Endpoint):
         super().__init__(edge, security=security, bodies=bodies, rates=rates, settings=settings)
         self._messages = messages
 
-    def opens(self, call: Call) -> bool:
+    def opens(self, exchange: HttpExchange) -> bool:
         """See ``Front.opens``; what cannot be resumed is counted when that is known."""
-        return call.request.method == "GET" and not call.header(LAST_EVENT_ID)
+        return exchange.request.method == "GET" and not exchange.header(LAST_EVENT_ID)
 
-    async def answer(self, edge: Edge, call: Call, body: Body) -> None:
+    async def answer(self, edge: Edge, exchange: HttpExchange, body: Body) -> None:
         """See ``Endpoint.answer``."""
-        last = call.header(LAST_EVENT_ID)
-        attached, after = await self._resumed(edge, call, last) if last else (None, 0)
+        last = exchange.header(LAST_EVENT_ID)
+        attached, after = await self._resumed(edge, exchange, last) if last else (None, 0)
         if attached is None:
             if last:
-                self._rates.opening(call)
+                self._rates.opening(exchange)
             await edge.lease.acting()
-            new = edge.new_session(call, "sse")
-            async with edge.opening(call):
+            new = edge.new_session(exchange, "sse")
+            async with edge.opening(exchange):
                 await edge.host.open(new)
-            carried = await edge.attach(call, None, new.standalone)
+            carried = await edge.attach(exchange, None, new.standalone)
             if not isinstance(carried, Attachment):
                 raise SessionUnknown("Session not found")
-            await self._carry(edge, call, carried, 0, opened=True)
+            await self._carry(edge, exchange, carried, 0, opened=True)
         else:
-            await self._carry(edge, call, attached, after, opened=False)
+            await self._carry(edge, exchange, attached, after, opened=False)
 
-    async def _resumed(self, edge: Edge, call: Call, last: str) -> tuple[Attachment | None, int]:
+    async def _resumed(self, edge: Edge, exchange: HttpExchange, last: str) -> tuple[Attachment | None, int]:
         try:
             stream, after = cursor(last)
-            attached = await edge.attach(call, None, stream)
+            attached = await edge.attach(exchange, None, stream)
         except (Refusal, SessionUnknown, StreamTaken):
             return None, 0  # an EventSource that is refused never comes back
         if not isinstance(attached, Attachment):
@@ -86,18 +86,20 @@ class SseStream(Endpoint):
             return None, 0  # what it has not seen is not there any more
         return attached, after
 
-    async def _carry(self, edge: Edge, call: Call, attached: Attachment, after: int, *, opened: bool) -> None:
-        root = call.request.scope.get("root_path", "").rstrip("/")
+    async def _carry(
+        self, edge: Edge, exchange: HttpExchange, attached: Attachment, after: int, *, opened: bool
+    ) -> None:
+        root = exchange.request.scope.get("root_path", "").rstrip("/")
         retry = f"retry: {edge.settings.retry_ms}\r\n"
         where = f"{quote(root + self._messages)}?session_id={attached.session_id}"
         with edge.tails.subscribe(attached.stream) as tail:
             response = edge.stream_response(
-                call,
+                exchange,
                 tail,
                 attached.facts.session,
                 attached.session_id,
                 None,
-                affinity=edge.affinity(call, attached.facts.living_owner, opened=opened),
+                affinity=edge.affinity(exchange, attached.facts.living_owner, opened=opened),
                 sink_epoch=attached.sink_epoch,
                 after=after,
                 kind=StreamKind.STANDALONE,
@@ -114,25 +116,25 @@ class SseMessages(Endpoint):
 
     methods = ("POST",)
 
-    async def answer(self, edge: Edge, call: Call, body: Body) -> None:
+    async def answer(self, edge: Edge, exchange: HttpExchange, body: Body) -> None:
         """See ``Endpoint.answer``."""
-        session_id = call.request.query_params.get("session_id", "")
+        session_id = exchange.request.query_params.get("session_id", "")
         if not session_id:
             raise Refusal(400, "Bad Request: session_id is missing; POST to the URI of the endpoint event")
         if not all("!" <= char <= "~" for char in session_id):
             raise Refusal(404, "Session not found")
         if body.small:
             post = edge.small_post(body)
-            async with edge.turn("requests" if post.requests else "messages", call, session_id):
-                await _accept(edge, call, post, session_id)
+            async with edge.turn("requests" if post.requests else "messages", exchange, session_id):
+                await _accept(edge, exchange, post, session_id)
         else:
-            async with edge.turn("large", call, session_id):
-                await _accept(edge, call, await edge.large_post(body, call, session_id, "sse"), session_id)
+            async with edge.turn("large", exchange, session_id):
+                await _accept(edge, exchange, await edge.large_post(body, exchange, session_id, "sse"), session_id)
 
 
-async def _accept(edge: Edge, call: Call, post: Post, session_id: str) -> None:
+async def _accept(edge: Edge, exchange: HttpExchange, post: Post, session_id: str) -> None:
     if post.batch:
         raise Refusal(400, "HTTP+SSE has no batches; POST one message")
-    facts = (await edge.accept(post, call, session_id, None, "sse")).facts
-    headers = edge.affinity(call, facts.living_owner)
-    await call.send_response(PlainTextResponse("Accepted", 202, headers))
+    facts = (await edge.accept(post, exchange, session_id, None, "sse")).facts
+    headers = edge.affinity(exchange, facts.living_owner)
+    await exchange.send_response(PlainTextResponse("Accepted", 202, headers))

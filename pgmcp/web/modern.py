@@ -32,11 +32,11 @@ from pgmcp.errors import NodeNotReady
 from pgmcp.settings import Settings
 from pgmcp.web.admission import Admission
 from pgmcp.web.bodies import Bodies, Body
-from pgmcp.web.call import VERSION, Call
 from pgmcp.web.connection import Watch
 from pgmcp.web.contents import bounds_of
 from pgmcp.web.endpoint import Front
 from pgmcp.web.expiry import Expiry, expired
+from pgmcp.web.http_exchange import VERSION, HttpExchange
 from pgmcp.web.rates import Rates
 from pgmcp.web.shares import Shares
 from pgmcp.web.wire import Refusal
@@ -113,57 +113,57 @@ class Modern(Front):
     @property
     def busy(self) -> int:
         """Open exchanges that end by themselves."""
-        return sum(not exchange.listens for exchange in self._open)
+        return sum(not opened.listens for opened in self._open)
 
     def cut(self) -> None:
         """End at once what would end by itself: the node leaves without waiting for it."""
-        for exchange in self._open:
-            if not exchange.listens:
-                exchange.cut = True
-                exchange.scope.cancel()
+        for opened in self._open:
+            if not opened.listens:
+                opened.cut = True
+                opened.scope.cancel()
 
-    async def take(self, call: Call, body: Body) -> None:
+    async def take(self, exchange: HttpExchange, body: Body) -> None:
         """See ``Front.take``."""
         limits = self._settings
         if body.small:
             bounds_of(limits).check(body.text)
-        with self._opened(call) as exchange:
-            answer = _Answer(call, body.text, exchange.scope.cancel)
-            with exchange.scope:
+        with self._opened(exchange) as opened:
+            answer = _Answer(exchange, body.text, opened.scope.cancel)
+            with opened.scope:
                 async with self._admission.turn(
-                    call.guest,
+                    exchange.guest,
                     None,
-                    call.connection.receive,
+                    exchange.connection.receive,
                     kind="requests" if body.small else "large",
                     most=WAITING,
                     patience=limits.hold,
                 ):
                     if not body.small:
                         await bounds_of(limits).check_large(body.text)
-                    with Watch(call.connection.receive, exchange.scope.cancel):
-                        await self._server(call.request.scope, answer.receive, answer.send)
-            if exchange.cut or exchange.expired:
-                await answer.end(expired() if exchange.expired else None)
+                    with Watch(exchange.connection.receive, opened.scope.cancel):
+                        await self._server(exchange.request.scope, answer.receive, answer.send)
+            if opened.cut or opened.expired:
+                await answer.end(expired() if opened.expired else None)
 
     @contextmanager
-    def _opened(self, call: Call) -> Iterator[_Open]:
+    def _opened(self, exchange: HttpExchange) -> Iterator[_Open]:
         """Hold a place of the caller; a header that says another method than the body is refused by the SDK."""
-        listens = call.header(METHOD) == LISTEN
-        left = Expiry(self._clock, call.expires_at).within(math.inf)
-        exchange = _Open(anyio.CancelScope(deadline=anyio.current_time() + left), listens)
-        with (self._listens if listens else self._calls).held(call.guest):
-            self._open.add(exchange)
+        listens = exchange.header(METHOD) == LISTEN
+        left = Expiry(self._clock, exchange.expires_at).within(math.inf)
+        opened = _Open(anyio.CancelScope(deadline=anyio.current_time() + left), listens)
+        with (self._listens if listens else self._calls).held(exchange.guest):
+            self._open.add(opened)
             try:
-                yield exchange
+                yield opened
             finally:
-                self._open.discard(exchange)
+                self._open.discard(opened)
 
 
 class _Answer:
     """What the SDK sees of a connection: the body that was read already, and a client that reads in time or is gone."""
 
-    def __init__(self, call: Call, body: bytes, on_gone: Callable[[], None]) -> None:
-        self._connection, self._body, self._on_gone = call.connection, body, on_gone
+    def __init__(self, exchange: HttpExchange, body: bytes, on_gone: Callable[[], None]) -> None:
+        self._connection, self._body, self._on_gone = exchange.connection, body, on_gone
         self._read = self._started = self._ended = False
 
     async def receive(self) -> Message:

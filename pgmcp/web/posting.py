@@ -10,8 +10,8 @@ from pgmcp.errors import PgmcpError, SessionBusy
 from pgmcp.types import Accepted, Attachment, StreamId
 from pgmcp.web.admission import Kind
 from pgmcp.web.bodies import Body
-from pgmcp.web.call import SESSION_ID, Call
 from pgmcp.web.edge import Edge
+from pgmcp.web.http_exchange import SESSION_ID, HttpExchange
 from pgmcp.web.stream_response import StreamResponse
 from pgmcp.web.wire import INTERNAL_ERROR, Parsed, Post, Refusal, accepts
 
@@ -37,8 +37,8 @@ class Posting:
     only in its turn, and when its session was found. What was stored is not held in memory while it is answered.
     """
 
-    def __init__(self, edge: Edge, call: Call, body: Body) -> None:
-        self._edge, self._call, self._body = edge, call, body
+    def __init__(self, edge: Edge, exchange: HttpExchange, body: Body) -> None:
+        self._edge, self._exchange, self._body = edge, exchange, body
         self._response = edge.settings.response
         self._post = Post((), batch=False)
 
@@ -49,7 +49,7 @@ class Posting:
             Refusal: something is wrong with it; nothing was stored.
             PgmcpError: as in ``Edge.accept``.
         """
-        json_ok, sse_ok = accepts(self._call.request)
+        json_ok, sse_ok = accepts(self._exchange.request)
         if not json_ok or not (sse_ok or self._response == "json"):
             wanted = "application/json" + ("" if self._response == "json" else " and text/event-stream")
             raise Refusal(406, f"Not Acceptable: Client must accept {wanted}")
@@ -58,23 +58,23 @@ class Posting:
     async def _small(self) -> None:
         self._post = self._edge.small_post(self._body)
         if self._post.initialize is not None:
-            async with self._edge.opening(self._call):
+            async with self._edge.opening(self._exchange):
                 await self._initialize(self._post.initialize)
             return
-        session_id = self._call.session_id
+        session_id = self._exchange.session_id
         kind: Kind = "requests" if self._post.requests else "messages"
         with self._room(session_id):
-            async with self._edge.turn(kind, self._call, session_id):
+            async with self._edge.turn(kind, self._exchange, session_id):
                 await self._take(session_id)
 
     async def _large(self) -> None:
-        session_id = self._call.session_id if self._call.header(SESSION_ID) else None
-        async with self._edge.turn("large", self._call, session_id):
-            self._post = await self._edge.large_post(self._body, self._call, session_id)
+        session_id = self._exchange.session_id if self._exchange.header(SESSION_ID) else None
+        async with self._edge.turn("large", self._exchange, session_id):
+            self._post = await self._edge.large_post(self._body, self._exchange, session_id)
             if self._post.initialize is not None:
                 await self._initialize(self._post.initialize)
                 return
-            session_id = self._call.session_id
+            session_id = self._exchange.session_id
             with self._room(session_id):
                 await self._take(session_id)
 
@@ -85,7 +85,7 @@ class Posting:
             yield
             return
         most = self._edge.settings.max_streams
-        with self._edge.tails.post(self._call.guest, session_id, most) as room:
+        with self._edge.tails.post(self._exchange.guest, session_id, most) as room:
             if not room:
                 message = f"This session has {most} streams open; close one before you open another."
                 raise SessionBusy(message)
@@ -98,16 +98,16 @@ class Posting:
             await self._requests(session_id)
         else:
             facts = (await self._accept(session_id, None)).facts
-            await self._call.respond(202, self._edge.affinity(self._call, facts.living_owner))
+            await self._exchange.respond(202, self._edge.affinity(self._exchange, facts.living_owner))
 
     async def _accept(self, session_id: str, stream: StreamId | None) -> Accepted:
-        accepted = await self._edge.accept(self._post, self._call, session_id, stream)
+        accepted = await self._edge.accept(self._post, self._exchange, session_id, stream)
         self._post = self._post.stored
         self._body.drop()
         return accepted
 
     async def _check_batch(self, session_id: str) -> None:
-        facts = await self._edge.inbox.find(session_id, self._call.principal)
+        facts = await self._edge.inbox.find(session_id, self._exchange.principal)
         if facts.protocol_version != BATCHES:
             raise Refusal(400, f"Batches belong to {BATCHES}, this session speaks {facts.protocol_version}")
 
@@ -118,12 +118,12 @@ class Posting:
             if not accepted.joined:
                 facts = accepted.facts
                 response = self._edge.stream_response(
-                    self._call,
+                    self._exchange,
                     tail,
                     facts.session,
                     session_id,
                     facts.protocol_version,
-                    affinity=self._edge.affinity(self._call, facts.living_owner),
+                    affinity=self._edge.affinity(self._exchange, facts.living_owner),
                     lost=lambda: self._lost(stream, term),
                 )
                 await self._carry(response, batch=batch)
@@ -132,18 +132,18 @@ class Posting:
 
     async def _join(self, accepted: Accepted, session_id: str, *, batch: bool) -> None:
         """The same POST is there already: carry its stream from the start, instead of whoever carried it."""
-        attached = await self._edge.attach(self._call, session_id, accepted.stream)
+        attached = await self._edge.attach(self._exchange, session_id, accepted.stream)
         if not isinstance(attached, Attachment):
             raise Refusal(409, "The request that has this id was just answered elsewhere; use another id")
         with self._edge.tails.subscribe(attached.stream) as tail:
             facts = attached.facts
             response = self._edge.stream_response(
-                self._call,
+                self._exchange,
                 tail,
                 facts.session,
                 session_id,
                 facts.protocol_version,
-                affinity=self._edge.affinity(self._call, facts.living_owner),
+                affinity=self._edge.affinity(self._exchange, facts.living_owner),
                 sink_epoch=attached.sink_epoch,
             )
             tail.moved.set()  # what the stream holds already, nobody announces again
@@ -172,20 +172,20 @@ class Posting:
 
     async def _initialize(self, message: Parsed) -> None:
         """Open a session here; its client hears of it when the handshake has succeeded and is stored."""
-        edge, call = self._edge, self._call
-        if call.header(SESSION_ID):
-            await edge.inbox.find(call.session_id, call.principal)
+        edge, exchange = self._edge, self._exchange
+        if exchange.header(SESSION_ID):
+            await edge.inbox.find(exchange.session_id, exchange.principal)
             raise Refusal(400, "This session is initialized already; send initialize without a session id for another")
         asked = (message.params or {}).get("protocolVersion")
-        new, stream = edge.new_session(call, "streamable"), edge.new_stream()
+        new, stream = edge.new_session(exchange, "streamable"), edge.new_stream()
         ownership = await edge.host.open(new)
         established = False
         try:
             with edge.tails.subscribe(stream) as tail:
                 version = asked if isinstance(asked, str) else None
-                affinity = edge.affinity(call, edge.settings.node_name, opened=True)
+                affinity = edge.affinity(exchange, edge.settings.node_name, opened=True)
                 response = edge.stream_response(
-                    call, tail, ownership.session, new.session_id, version, affinity=affinity
+                    exchange, tail, ownership.session, new.session_id, version, affinity=affinity
                 )
                 tail.patient = True  # its client knows no session yet
                 await self._accept(new.session_id, stream)

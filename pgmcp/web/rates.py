@@ -18,7 +18,7 @@ from pgmcp.clock import Clock
 from pgmcp.settings import Settings
 from pgmcp.types import ANONYMOUS
 from pgmcp.web.admission import Guest
-from pgmcp.web.call import Call, network
+from pgmcp.web.http_exchange import HttpExchange, network
 from pgmcp.web.wire import Refusal
 
 logger = logging.getLogger(__name__)
@@ -76,20 +76,20 @@ class Rates:
         if wait := self._posts.take(caller):
             raise _refusal(f"You may send {self._settings.rate:g} messages a second to a node", wait)
 
-    def opening(self, call: Call) -> None:
+    def opening(self, exchange: HttpExchange) -> None:
         """Count a session that a caller wants to open.
 
         Raises:
             Refusal: 429, there are too many.
         """
-        self._tell_of_proxy(call)
-        if wait := self._openings.take(call.guest):
+        self._tell_of_proxy(exchange)
+        if wait := self._openings.take(exchange.guest):
             raise _refusal(f"You may open {self._settings.initialize_rate:g} sessions a second at a node", wait)
 
-    def _tell_of_proxy(self, call: Call) -> None:
+    def _tell_of_proxy(self, exchange: HttpExchange) -> None:
         """Tell the operator, once, that callers look like one because their proxy is not believed."""
-        said, client = call.header(FORWARDED), call.request.client
-        if self._told or not said or client is None or call.principal != ANONYMOUS:
+        said, client = exchange.header(FORWARDED), exchange.request.client
+        if self._told or not said or client is None or exchange.principal != ANONYMOUS:
             return
         peer = network(client.host)
         if peer not in {network(each.strip()) for each in said.split(",")}:

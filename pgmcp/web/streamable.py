@@ -13,9 +13,9 @@ from __future__ import annotations
 
 from pgmcp.types import Attachment
 from pgmcp.web.bodies import Body
-from pgmcp.web.call import LAST_EVENT_ID, SESSION_ID, Call
 from pgmcp.web.edge import Edge
 from pgmcp.web.endpoint import Endpoint, cursor
+from pgmcp.web.http_exchange import LAST_EVENT_ID, SESSION_ID, HttpExchange
 from pgmcp.web.posting import Posting
 from pgmcp.web.wire import Refusal, accepts
 
@@ -25,31 +25,31 @@ class Streamable(Endpoint):
 
     methods = ("GET", "POST", "DELETE")
 
-    def opens(self, call: Call) -> bool:
+    def opens(self, exchange: HttpExchange) -> bool:
         """See ``Front.opens``; without a session id everything else is refused."""
-        return call.request.method == "POST" and not call.header(SESSION_ID)
+        return exchange.request.method == "POST" and not exchange.header(SESSION_ID)
 
-    async def answer(self, edge: Edge, call: Call, body: Body) -> None:
+    async def answer(self, edge: Edge, exchange: HttpExchange, body: Body) -> None:
         """See ``Endpoint.answer``."""
-        match call.request.method:
+        match exchange.request.method:
             case "POST":
-                await Posting(edge, call, body).answer()
+                await Posting(edge, exchange, body).answer()
             case "GET":
-                await _get(edge, call)
+                await _get(edge, exchange)
             case _:
-                edge.wakeups.ended(await edge.inbox.end(call.session_id, call.principal))
-                await call.respond(200)
+                edge.wakeups.ended(await edge.inbox.end(exchange.session_id, exchange.principal))
+                await exchange.respond(200)
 
 
-async def _get(edge: Edge, call: Call) -> None:
+async def _get(edge: Edge, exchange: HttpExchange) -> None:
     """Carry the standalone stream, or resume any stream after ``Last-Event-ID``."""
-    if not accepts(call.request)[1]:
+    if not accepts(exchange.request)[1]:
         raise Refusal(406, "Not Acceptable: Client must accept text/event-stream")
-    session_id, last = call.session_id, call.header(LAST_EVENT_ID)
+    session_id, last = exchange.session_id, exchange.header(LAST_EVENT_ID)
     stream, after = cursor(last) if last else (None, None)
-    attached = await edge.attach(call, session_id, stream)
+    attached = await edge.attach(exchange, session_id, stream)
     if not isinstance(attached, Attachment):
-        await call.respond(204)
+        await exchange.respond(204)
         return
     floor = 0
     if after is None:  # it wants what waits, and what had to give way does not
@@ -57,12 +57,12 @@ async def _get(edge: Edge, call: Call) -> None:
     with edge.tails.subscribe(attached.stream) as tail:
         facts = attached.facts
         response = edge.stream_response(
-            call,
+            exchange,
             tail,
             facts.session,
             session_id,
             facts.protocol_version,
-            affinity=edge.affinity(call, facts.living_owner),
+            affinity=edge.affinity(exchange, facts.living_owner),
             sink_epoch=attached.sink_epoch,
             after=after,
             floor=floor,
@@ -70,7 +70,9 @@ async def _get(edge: Edge, call: Call) -> None:
         )
         try:
             if max(after, floor) < attached.floor_seq or (attached.closed and after >= attached.next_seq - 1):
-                await call.respond(204)  # not whole, or finished and delivered: an empty 200 would make clients loop
+                await exchange.respond(
+                    204
+                )  # not whole, or finished and delivered: an empty 200 would make clients loop
             else:
                 await response.stream(look=True)
         finally:

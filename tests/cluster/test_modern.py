@@ -17,8 +17,8 @@ from mcp.server.mcpserver import Context, MCPServer
 from starlette.requests import Request
 
 from pgmcp.web.admission import Guest
-from pgmcp.web.call import Call
 from pgmcp.web.connection import Connection
+from pgmcp.web.http_exchange import HttpExchange
 from pgmcp.web.modern import is_modern
 from tests.cluster.test_identity import bearer, server
 from tests.harness.clients import RawSession
@@ -269,7 +269,7 @@ def test_each_caller_has_a_line_and_so_has_each_address_where_nobody_is_known():
         if who:
             token = AccessToken(token="t", client_id="c", scopes=[], subject=who)
             scope["user"] = AuthenticatedUser(token)
-        return Call(Request(scope), Connection(None, None, 1)).guest
+        return HttpExchange(Request(scope), Connection(None, None, 1)).guest
 
     assert line("10.0.0.1") == line("10.0.0.1") != line("10.0.0.2")
     assert line("10.0.0.1", "ada") == line("10.0.0.2", "ada") != line("10.0.0.1", "bob")

@@ -9,8 +9,8 @@ from pgmcp.settings import Settings
 from pgmcp.types import ANONYMOUS, Principal
 from pgmcp.web import rates
 from pgmcp.web.admission import Guest
-from pgmcp.web.call import Call
 from pgmcp.web.connection import Connection
+from pgmcp.web.http_exchange import HttpExchange
 from pgmcp.web.rates import Bucket, Rates
 from tests.harness.clients import RawExchange, RawSession
 from tests.harness.clock import FakeClock
@@ -68,10 +68,10 @@ def test_few_buckets_are_kept_and_those_of_whoever_asks_on(monkeypatch):
 
 
 def test_a_proxy_that_is_not_believed_is_named_once(caplog):
-    def call(peer: str, forwarded: str = "") -> Call:
+    def call(peer: str, forwarded: str = "") -> HttpExchange:
         headers = [(b"x-forwarded-for", forwarded.encode())] if forwarded else []
         request = Request({"type": "http", "method": "POST", "headers": headers, "client": (peer, 1)})
-        return Call(request, Connection(None, None, 1))
+        return HttpExchange(request, Connection(None, None, 1))
 
     opened = Rates(Settings(), FakeClock())
     for known in (call("10.0.0.1"), call("10.0.0.1", "10.0.0.9, 10.0.0.1"), call("10.0.0.1", "10.0.0.1:5000")):

@@ -33,7 +33,7 @@ _PORTED = re.compile(r"(?:\[(.*)\]|([\d.]+)):\d+")
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class HttpExchange:
     """One exchange; identity, if any, was put into the request's scope before it came here."""
 
     request: Request
