@@ -23,7 +23,7 @@ from pgmcp.cluster.takeover import Takeover
 from pgmcp.errors import PgmcpError
 from pgmcp.service import Looks, Service
 from pgmcp.session.host import Host
-from pgmcp.web.tails import Tails
+from pgmcp.web.open_streams import OpenStreams
 
 logger = logging.getLogger(__name__)
 
@@ -46,13 +46,18 @@ class CatchUp(Service):
     def __init__(
         self,
         host: Host,
-        tails: Tails,
+        open_streams: OpenStreams,
         publication_reader: PublicationReader,
         takeover: Takeover,
         clock: Clock,
         ids: Ids,
     ) -> None:
-        self._host, self._tails, self._publication_reader, self._takeover = host, tails, publication_reader, takeover
+        self._host, self._open_streams, self._publication_reader, self._takeover = (
+            host,
+            open_streams,
+            publication_reader,
+            takeover,
+        )
         self._clock, self._ids = clock, ids
         self._looks = Looks(self._read, clock)
         self._not_before = float("-inf")
@@ -79,8 +84,8 @@ class CatchUp(Service):
         now = self._clock.boottime()
         if now < self._not_before:
             return
-        for tail in self._tails.newest(SOME):
-            tail.moved.set()
+        for open_stream in self._open_streams.newest(SOME):
+            open_stream.moved.set()
         try:
             await self._host.poll()
         except PgmcpError:
@@ -98,10 +103,10 @@ class CatchUp(Service):
         await self._wake_streams()
 
     async def _wake_streams(self) -> None:
-        tails = list(self._tails)
-        groups = [tails[start : start + SOME] for start in range(0, len(tails), SOME)]
+        open_streams = list(self._open_streams)
+        groups = [open_streams[start : start + SOME] for start in range(0, len(open_streams), SOME)]
         for number, group in enumerate(groups):
             if number:
                 await self._clock.sleep(self._ids.jitter(SPREAD / len(groups)))
-            for tail in group:
-                tail.moved.set()
+            for open_stream in group:
+                open_stream.moved.set()

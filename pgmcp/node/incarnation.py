@@ -44,7 +44,7 @@ from pgmcp.store.takeover import TableTakeovers
 from pgmcp.types import VERSION, Change, NodeRecord, NodeState, Publication, Wake, node_id
 from pgmcp.web.admission import Admission
 from pgmcp.web.edge import Edge
-from pgmcp.web.tails import Tails
+from pgmcp.web.open_streams import OpenStreams
 from pgmcp.web.uncarried import Uncarried
 
 logger = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ class Incarnation(Service):
         self.lease = Lease(self.line, settings, clock, self._on_fenced)
         self._timeline_change = TimelineChange(database.timeline, self.lease, box, clock)
         acting = self._timeline_change.acting
-        self.tails = Tails()
+        self.open_streams = OpenStreams()
         self._retention = Retention(database, ids)
         self.wakeups = Wakeups(self.node_id, TableNotifier(database), clock, self._hear)
         self.inbox = TableInbox(database, self.node_id, clock, ids, acting, payloads)
@@ -150,7 +150,7 @@ class Incarnation(Service):
             lease=self.lease,
             wakeups=self.wakeups,
             takeover=self.takeover,
-            tails=self.tails,
+            open_streams=self.open_streams,
             admission=admission,
             host=self.host,
             adapter=adapter,
@@ -161,11 +161,11 @@ class Incarnation(Service):
             term=lambda: database.timeline.term,
         )
         self._drain = Drain(
-            self.host, takeovers, clock, waiting=lambda: self.tails.patient + busy(), told=self.wakeups.handed
+            self.host, takeovers, clock, waiting=lambda: self.open_streams.patient + busy(), told=self.wakeups.handed
         )
-        self._reported_changes = ReportedChanges(self.node_id, self.host, self.tails, self.inbox, clock)
-        self._catch_up = CatchUp(self.host, self.tails, self.publication_reader, self.takeover, clock, ids)
-        uncarried = Uncarried(self.log, self.tails, clock, settings.statement_timeout)
+        self._reported_changes = ReportedChanges(self.node_id, self.host, self.open_streams, self.inbox, clock)
+        self._catch_up = CatchUp(self.host, self.open_streams, self.publication_reader, self.takeover, clock, ids)
+        uncarried = Uncarried(self.log, self.open_streams, clock, settings.statement_timeout)
         self._membership: dict[str, Service] = {
             "the line": self.line,
             "the lease": self.lease,
@@ -301,7 +301,7 @@ class Incarnation(Service):
             self.publication_reader.look()
         for session in wake.inboxes:
             self.host.wake(session)
-        self.tails.wake(wake.streams)
+        self.open_streams.wake(wake.streams)
         if wake.ended:
             self._reported_changes.end(wake.ended)
 
@@ -310,7 +310,7 @@ class Incarnation(Service):
         wake = self._read(payload)
         for session in wake.inboxes:
             self.host.wake(session)
-        self.tails.wake(wake.streams)
+        self.open_streams.wake(wake.streams)
         if wake.handed:
             self._reported_changes.hear(handed=wake.handed)
 

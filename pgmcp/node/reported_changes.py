@@ -22,7 +22,7 @@ from pgmcp.ports import Inbox
 from pgmcp.service import Looks, Service
 from pgmcp.session.host import Host
 from pgmcp.types import NodeId, Ownership, SessionKey
-from pgmcp.web.tails import Tails
+from pgmcp.web.open_streams import OpenStreams
 
 MOST = 1000
 """Sessions that were said to come here and are looked up together; a drain hands over some dozens at a time."""
@@ -38,14 +38,14 @@ class ReportedChanges(Service):
         node: this one.
     """
 
-    def __init__(self, node: NodeId, host: Host, tails: Tails, inbox: Inbox, clock: Clock) -> None:
-        self._node, self._host, self._tails, self._inbox, self._clock = node, host, tails, inbox, clock
+    def __init__(self, node: NodeId, host: Host, open_streams: OpenStreams, inbox: Inbox, clock: Clock) -> None:
+        self._node, self._host, self._open_streams, self._inbox, self._clock = node, host, open_streams, inbox, clock
         self._ended, self._handed = set[SessionKey](), set[Ownership]()
         self._looks = Looks(self._look, clock)
 
     def hear(self, *, ended: Iterable[SessionKey] = (), handed: Iterable[Ownership] = ()) -> None:
         """Look these sessions up soon, where something of them is here."""
-        self._ended.update(session for session in ended if self._host.has(session) or self._tails.has(session))
+        self._ended.update(session for session in ended if self._host.has(session) or self._open_streams.has(session))
         for ownership in handed:
             if len(self._handed) < MOST:
                 self._handed.add(ownership)
@@ -79,4 +79,4 @@ class ReportedChanges(Service):
         over = frozenset(sessions)
         for session in over:
             self._host.drop(session)
-        self._tails.end(over)
+        self._open_streams.end(over)

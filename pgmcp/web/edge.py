@@ -35,8 +35,8 @@ from pgmcp.web.bodies import Body
 from pgmcp.web.contents import bounds_of
 from pgmcp.web.expiry import Expiry
 from pgmcp.web.http_exchange import SESSION_ID, HttpExchange
+from pgmcp.web.open_streams import OpenStream, OpenStreams
 from pgmcp.web.stream_response import StreamResponse
-from pgmcp.web.tails import Tail, Tails
 from pgmcp.web.wire import Post, parse_post
 
 
@@ -53,7 +53,7 @@ class Edge:
     lease: Lease
     wakeups: Wakeups
     takeover: Takeover
-    tails: Tails
+    open_streams: OpenStreams
     admission: Admission
     host: Host
     adapter: Adapter
@@ -115,7 +115,7 @@ class Edge:
 
     def leave(self, *, at_once: bool = False) -> None:
         """End every exchange, and refuse what waits for its turn."""
-        self.tails.leave(at_once=at_once)
+        self.open_streams.leave(at_once=at_once)
         if at_once:
             self.admission.leave()
 
@@ -205,7 +205,7 @@ class Edge:
     def stream_response(
         self,
         exchange: HttpExchange,
-        tail: Tail,
+        open_stream: OpenStream,
         session: SessionKey,
         session_id: str,
         version: str | None,
@@ -219,11 +219,11 @@ class Edge:
         lost: Callable[[], Awaitable[Sequence[bytes]]] = _nothing,
     ) -> StreamResponse:
         """The response that carries a stream to the caller; ``affinity`` as the method of that name gave it."""
-        self.tails.belongs(tail, session)
+        self.open_streams.belongs(open_stream, session)
         resumable = version is not None and is_version_at_least(version, RESUMES) and self.settings.response != "json"
-        tail.patient = kind is StreamKind.REQUEST and not resumable
+        open_stream.patient = kind is StreamKind.REQUEST and not resumable
         return StreamResponse(
-            tail,
+            open_stream,
             sink_epoch,
             after,
             kind,

@@ -92,10 +92,10 @@ class SseStream(Endpoint):
         root = exchange.request.scope.get("root_path", "").rstrip("/")
         retry = f"retry: {edge.settings.retry_ms}\r\n"
         where = f"{quote(root + self._messages)}?session_id={attached.session_id}"
-        with edge.tails.subscribe(attached.stream) as tail:
+        with edge.open_streams.subscribe(attached.stream) as open_stream:
             response = edge.stream_response(
                 exchange,
-                tail,
+                open_stream,
                 attached.facts.session,
                 attached.session_id,
                 None,

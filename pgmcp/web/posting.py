@@ -85,7 +85,7 @@ class Posting:
             yield
             return
         most = self._edge.settings.max_streams
-        with self._edge.tails.post(self._exchange.guest, session_id, most) as room:
+        with self._edge.open_streams.post(self._exchange.guest, session_id, most) as room:
             if not room:
                 message = f"This session has {most} streams open; close one before you open another."
                 raise SessionBusy(message)
@@ -113,13 +113,13 @@ class Posting:
 
     async def _requests(self, session_id: str) -> None:
         stream, term, batch = self._edge.new_stream(), self._edge.term(), self._post.batch
-        with self._edge.tails.subscribe(stream) as tail:
+        with self._edge.open_streams.subscribe(stream) as open_stream:
             accepted = await self._accept(session_id, stream)
             if not accepted.joined:
                 facts = accepted.facts
                 response = self._edge.stream_response(
                     self._exchange,
-                    tail,
+                    open_stream,
                     facts.session,
                     session_id,
                     facts.protocol_version,
@@ -135,18 +135,18 @@ class Posting:
         attached = await self._edge.attach(self._exchange, session_id, accepted.stream)
         if not isinstance(attached, Attachment):
             raise Refusal(409, "The request that has this id was just answered elsewhere; use another id")
-        with self._edge.tails.subscribe(attached.stream) as tail:
+        with self._edge.open_streams.subscribe(attached.stream) as open_stream:
             facts = attached.facts
             response = self._edge.stream_response(
                 self._exchange,
-                tail,
+                open_stream,
                 facts.session,
                 session_id,
                 facts.protocol_version,
                 affinity=self._edge.affinity(self._exchange, facts.living_owner),
                 sink_epoch=attached.sink_epoch,
             )
-            tail.moved.set()  # what the stream holds already, nobody announces again
+            open_stream.moved.set()  # what the stream holds already, nobody announces again
             await self._carry(response, batch=batch)
 
     async def _lost(self, stream: StreamId, term: int) -> list[bytes]:
@@ -181,13 +181,13 @@ class Posting:
         ownership = await edge.host.open(new)
         established = False
         try:
-            with edge.tails.subscribe(stream) as tail:
+            with edge.open_streams.subscribe(stream) as open_stream:
                 version = asked if isinstance(asked, str) else None
                 affinity = edge.affinity(exchange, edge.settings.node_name, opened=True)
                 response = edge.stream_response(
-                    exchange, tail, ownership.session, new.session_id, version, affinity=affinity
+                    exchange, open_stream, ownership.session, new.session_id, version, affinity=affinity
                 )
-                tail.patient = True  # its client knows no session yet
+                open_stream.patient = True  # its client knows no session yet
                 await self._accept(new.session_id, stream)
                 try:
                     page = await response.handshake()

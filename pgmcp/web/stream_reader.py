@@ -9,7 +9,7 @@ from pgmcp.clock import Clock
 from pgmcp.errors import DatabaseUnavailable
 from pgmcp.ports import Log
 from pgmcp.types import Cursor, Event, Page
-from pgmcp.web.tails import Tail
+from pgmcp.web.open_streams import OpenStream
 
 
 class Interrupted(Exception):
@@ -20,7 +20,7 @@ class StreamReader:
     """The pages of one stream, as long as its reader is the stream's sink.
 
     Args:
-        tail: the ear on the stream.
+        open_stream: the ear on the stream.
         sink_epoch: the reader's turn as the stream's sink.
         after: the last event that is known already.
         floor: up to which number nothing is missed: the client named no event.
@@ -28,9 +28,9 @@ class StreamReader:
     """
 
     def __init__(
-        self, tail: Tail, sink_epoch: int, after: int, floor: int, log: Log, clock: Clock, patience: float
+        self, open_stream: OpenStream, sink_epoch: int, after: int, floor: int, log: Log, clock: Clock, patience: float
     ) -> None:
-        self._tail, self._sink_epoch, self._log, self._clock = tail, sink_epoch, log, clock
+        self._open_stream, self._sink_epoch, self._log, self._clock = open_stream, sink_epoch, log, clock
         self._patience, self._floor = patience, floor
         self._reading: asyncio.Task[Page] | None = None
         self.after = after
@@ -38,7 +38,7 @@ class StreamReader:
 
     def cursor(self, after: int) -> Cursor:
         """This reader at a place of the stream."""
-        return Cursor(self._tail.stream, self._sink_epoch, after, self._floor)
+        return Cursor(self._open_stream.stream, self._sink_epoch, after, self._floor)
 
     async def next(self, seconds: float, *, look: bool) -> Page | None:
         """What comes next in the stream; None when nothing does within ``seconds``.
@@ -47,10 +47,10 @@ class StreamReader:
             seconds: how long to wait for a wake-up.
             look: read at once, before any wake-up.
         """
-        if not look and not await self._clock.wait(self._tail.moved, seconds):
+        if not look and not await self._clock.wait(self._open_stream.moved, seconds):
             return None
-        self._tail.moved.clear()
-        if self._tail.over:
+        self._open_stream.moved.clear()
+        if self._open_stream.over:
             return Page(attached=False, closed=False)
         page = await self._read()
         if page is None:
@@ -58,7 +58,7 @@ class StreamReader:
         if page.events:
             self.after = page.events[-1].seq
             if page.more:
-                self._tail.moved.set()
+                self._open_stream.moved.set()
         return page
 
     async def _read(self) -> Page | None:
@@ -71,7 +71,7 @@ class StreamReader:
             return None
         reading, self._reading = self._reading, None
         if again:
-            self._tail.moved.set()  # what moved while it was read, it may have missed
+            self._open_stream.moved.set()  # what moved while it was read, it may have missed
         try:
             return reading.result()
         except DatabaseUnavailable:

@@ -32,8 +32,8 @@ from pgmcp.settings import Settings
 from pgmcp.types import Event, Page, StreamId, StreamKind
 from pgmcp.web.connection import PIECE, Connection, Watch
 from pgmcp.web.expiry import Expiry, expired
+from pgmcp.web.open_streams import OpenStream
 from pgmcp.web.stream_reader import Interrupted, StreamReader
-from pgmcp.web.tails import Tail
 from pgmcp.web.wire import INTERNAL_ERROR, Refusal
 
 SSE_HEADERS = {
@@ -66,7 +66,7 @@ class StreamResponse:
     """Carries a stream over one HTTP response.
 
     Args:
-        tail: the ear on the stream.
+        open_stream: the ear on the stream.
         sink_epoch: this exchange's turn as the stream's sink.
         after: the last event that the client has.
         floor: up to which number a client that named no event misses nothing.
@@ -80,7 +80,7 @@ class StreamResponse:
 
     def __init__(
         self,
-        tail: Tail,
+        open_stream: OpenStream,
         sink_epoch: int,
         after: int,
         kind: StreamKind,
@@ -97,10 +97,12 @@ class StreamResponse:
         lost: Callable[[], Awaitable[Sequence[bytes]]],
         headers: dict[str, str],
     ) -> None:
-        self._tail, self._kind = tail, kind
+        self._open_stream, self._kind = open_stream, kind
         self._carried = after
         self._poll = settings.poll if kind is StreamKind.REQUEST else settings.idle_poll
-        self._reader = StreamReader(tail, sink_epoch, after, floor, log, clock, min(settings.poll, settings.keepalive))
+        self._reader = StreamReader(
+            open_stream, sink_epoch, after, floor, log, clock, min(settings.poll, settings.keepalive)
+        )
         self._log, self._lease, self._settings, self._clock, self._expiry = log, lease, settings, clock, expiry
         self._connection = connection
         self._priming, self._notes_all, self._headers = priming, notes_all, headers
@@ -155,7 +157,7 @@ class StreamResponse:
                     raise expired()
                 page = await self._reader.next(self._expiry.within(self._poll), look=False)
                 if page is None:
-                    self._tail.moved.set()
+                    self._open_stream.moved.set()
                     continue
                 answers += [event for event in page.events if _is_answer(event)]
                 if page.closed:
@@ -167,9 +169,9 @@ class StreamResponse:
         return []
 
     def _why_over(self) -> PgmcpError | Refusal:
-        if self._tail.ended:
+        if self._open_stream.ended:
             return SessionUnknown("Session not found")
-        if self._tail.leaving:
+        if self._open_stream.leaving:
             return NodeNotReady("This node is leaving; send the same request again.")
         return Refusal(409, "The same request was sent again; its answer goes to the newer exchange")
 
@@ -223,7 +225,7 @@ class StreamResponse:
             await self._write(preface)
         if self._priming:
             await self._write(
-                f"id: {event_id(self._tail.stream, self._carried)}\r\n{self._retry}data: \r\n\r\n".encode()
+                f"id: {event_id(self._open_stream.stream, self._carried)}\r\n{self._retry}data: \r\n\r\n".encode()
             )
         with self._watching():
             finished = await self._carry(first, look=look)
@@ -244,7 +246,7 @@ class StreamResponse:
 
     async def _said_lost(self) -> bool:
         """Say what can be said for a stream that the database has lost; whether there was anything to say."""
-        lost = [] if self._gone or self._tail.over else await self._lost()
+        lost = [] if self._gone or self._open_stream.over else await self._lost()
         for answer in lost:  # without an id: it stands in no log
             await self._put(b"event: message\r\ndata: %s\r\n\r\n" % answer)
         return bool(lost)
@@ -282,7 +284,7 @@ class StreamResponse:
         if page is not None:
             return page
         await self._comment(self._clock.boottime() - self._written < self._settings.keepalive)
-        self._tail.moved.set()
+        self._open_stream.moved.set()
         return None
 
     async def _comment(self, needless: bool) -> None:
@@ -295,7 +297,7 @@ class StreamResponse:
             return False
         frames = bytearray()
         for event, following in zip(events, [*events[1:], None], strict=True):
-            frames += b"event: message\r\nid: %s\r\ndata: " % event_id(self._tail.stream, event.seq).encode()
+            frames += b"event: message\r\nid: %s\r\ndata: " % event_id(self._open_stream.stream, event.seq).encode()
             frames += event.message
             if event.rest:
                 if not await self._put_large(frames, event):
@@ -357,7 +359,7 @@ class StreamResponse:
                 continue
             if not inside:
                 await self._comment(needless=False)
-                if self._tail.over:
+                if self._open_stream.over:
                     return False
         if inside:
             self._connection.abort()
@@ -378,7 +380,7 @@ class StreamResponse:
 
     def _on_gone(self) -> None:
         self._left = True
-        self._tail.moved.set()
+        self._open_stream.moved.set()
 
     async def release(self) -> None:
         """Let go of the stream: note how far it was carried."""

@@ -54,11 +54,11 @@ async def _get(edge: Edge, exchange: HttpExchange) -> None:
     floor = 0
     if after is None:  # it wants what waits, and what had to give way does not
         after, floor = attached.delivered_seq, attached.floor_seq
-    with edge.tails.subscribe(attached.stream) as tail:
+    with edge.open_streams.subscribe(attached.stream) as open_stream:
         facts = attached.facts
         response = edge.stream_response(
             exchange,
-            tail,
+            open_stream,
             facts.session,
             session_id,
             facts.protocol_version,

@@ -10,7 +10,7 @@ import logging
 from pgmcp.clock import Clock
 from pgmcp.ports import Log
 from pgmcp.types import Cursor, StreamId, alias_of
-from pgmcp.web.tails import Tails
+from pgmcp.web.open_streams import OpenStreams
 
 logger = logging.getLogger(__name__)
 
@@ -22,8 +22,8 @@ class Uncarried:
         after: seconds for which nobody has carried them; an exchange that has just become the sink begins within that.
     """
 
-    def __init__(self, log: Log, tails: Tails, clock: Clock, after: float) -> None:
-        self._log, self._tails, self._clock, self._after = log, tails, clock, after
+    def __init__(self, log: Log, open_streams: OpenStreams, clock: Clock, after: float) -> None:
+        self._log, self._open_streams, self._clock, self._after = log, open_streams, clock, after
         self._since: dict[tuple[StreamId, int], float] = {}
 
     async def let_go(self) -> None:
@@ -34,7 +34,7 @@ class Uncarried:
         """
         carried = await self._log.carried()
         now, before = self._clock.boottime(), self._since
-        self._since = {key: before.get(key, now) for key in carried if not self._tails.hears(key[0])}
+        self._since = {key: before.get(key, now) for key in carried if not self._open_streams.hears(key[0])}
         for (stream, sink_epoch), since in self._since.items():
             if now - since >= self._after:
                 logger.info("stream %s is let go: nobody here carries it", alias_of(stream))

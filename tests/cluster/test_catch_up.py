@@ -17,7 +17,7 @@ from pgmcp.clock import Ids
 from pgmcp.node import catch_up
 from pgmcp.node.catch_up import CatchUp
 from pgmcp.types import StreamId
-from pgmcp.web.tails import Tails
+from pgmcp.web.open_streams import OpenStreams
 from tests.harness.clients import RawExchange, RawSession
 from tests.harness.clock import FakeClock, settle
 from tests.harness.cluster import RunningNode, cluster, eventually, everything, tables_of
@@ -115,11 +115,11 @@ async def test_a_deaf_node_costs_by_what_has_moved(database: str, monkeypatch: p
 
 async def test_many_streams_are_read_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(catch_up, "SOME", 10)
-    clock, tails, looks = FakeClock(), Tails(), Mock()
-    reading = CatchUp(looks.host, tails, looks.publication_reader, looks.takeover, clock, Ids())
+    clock, open_streams, looks = FakeClock(), OpenStreams(), Mock()
+    reading = CatchUp(looks.host, open_streams, looks.publication_reader, looks.takeover, clock, Ids())
     looks.host.drop_strangers = AsyncMock()
     with contextlib.ExitStack() as stack:
-        ears = [stack.enter_context(tails.subscribe(StreamId(Ids().uuid()))) for _ in range(35)]
+        ears = [stack.enter_context(open_streams.subscribe(StreamId(Ids().uuid()))) for _ in range(35)]
         running = asyncio.create_task(reading.run())
         reading.begin()
         await settle()

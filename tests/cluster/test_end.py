@@ -86,7 +86,7 @@ async def _state(nodes: Sequence[RunningNode], tables: Tables) -> dict[str, int]
     backends, lines = ours + "in ('pgmcp n1', 'pgmcp n2')", ours + "like 'pgmcp n_ line'"
     return {
         "tasks": sum(not task.done() for task in asyncio.all_tasks()),
-        "tails": sum(len(node.incarnation.tails) for node in nodes),
+        "open_streams": sum(len(node.incarnation.open_streams) for node in nodes),
         "actors": sum(node.incarnation.host.sessions for node in nodes),
         "tasks of hosts": sum(len(node.incarnation.host._tasks) for node in nodes),
         "sinks": await tables.value("select count(*) from pgmcp.streams where sink is not null"),
@@ -154,7 +154,7 @@ async def test_clients_that_just_go_leave_no_stream_behind(database):
 
         async def released() -> bool:
             state = await _state(nodes, tables)
-            return state["tails"] == 0 and state["sinks"] == 0 and state["tasks of hosts"] == 0
+            return state["open_streams"] == 0 and state["sinks"] == 0 and state["tasks of hosts"] == 0
 
         await eventually(released, "streams are released")
         assert (await _state(nodes, tables))["actors"] == count
@@ -170,4 +170,4 @@ async def test_a_handshake_that_fails_leaves_nothing(database, at):
         assert refused.status == 400
         assert await tables.counts() == before
         await eventually(lambda: nodes[at].incarnation.host.sessions == 0, "the actor is gone")
-        assert len(nodes[at].incarnation.tails) == 0
+        assert len(nodes[at].incarnation.open_streams) == 0

@@ -129,9 +129,9 @@ async def test_a_half_answered_batch_keeps_all_of_its_ids(database, edge):
         await session.open(nodes[0].url)
         one = await session.post(nodes[1].url, batch())
         await one.next()
-        for tail in nodes[1].incarnation.tails:
-            tail.cut = True
-            tail.moved.set()
+        for open_stream in nodes[1].incarnation.open_streams:
+            open_stream.cut = True
+            open_stream.moved.set()
         await one.rest()
         assert one.error is None
         await eventually(lambda: is_(tables, SINKS, 0), "it let go")

@@ -106,7 +106,7 @@ async def test_a_duty_that_fails_begins_anew(
         assert f"{where} failed" in caplog.text
         assert "Bug" in caplog.text, "with its trace"
         await eventually(lambda: node.node._supervisor.present not in {None, before}, "the node joins again")
-        assert (before.host.sessions, len(before.tails), before.line.up) == (0, 0, False)
+        assert (before.host.sessions, len(before.open_streams), before.line.up) == (0, 0, False)
         assert (await session.call_tool(node.url, "count"))["structuredContent"] == {"result": 1}, "the session goes on"
         assert await ready(node)
         assert await alive(node) == 200

@@ -81,7 +81,7 @@ async def test_a_node_that_was_declared_dead_stops_and_joins_again(database, los
         await eventually(joined, "the node joins again")
         assert nodes[0].incarnation.node_id != old.node_id
         assert await tables.value("select term from pgmcp.history") == 0, "no commit was lost"
-        assert (old.host.sessions, len(old.tails), old.line.up) == (0, 0, False)
+        assert (old.host.sessions, len(old.open_streams), old.line.up) == (0, 0, False)
         assert await tables.value("select state from pgmcp.nodes where node_id = $1", old.node_id) in {None, "dead"}
         assert (
             await tables.value("select state from pgmcp.nodes where node_id = $1", nodes[0].incarnation.node_id)
@@ -266,7 +266,7 @@ async def test_a_client_that_goes_while_its_edge_is_suspended_is_let_go(database
             finished = "select count(*) from pgmcp.requests where method = 'tools/call' and finished_at is not null"
             await eventually(lambda: tables.value(finished), "the owner has finished")
             await call.close()
-            await eventually(lambda: len(nodes[1].incarnation.tails) == 0, "the exchange ends", 3)
+            await eventually(lambda: len(nodes[1].incarnation.open_streams) == 0, "the exchange ends", 3)
         resumed = await session.get(nodes[0].url, call.last_event_id)
         await resumed.rest()
         assert "result" in resumed.messages[-1]

@@ -90,7 +90,7 @@ class Target:
         part = self.node.incarnation
         rows = await self.tables.counts()
         return {
-            "tails": len(part.tails),
+            "open_streams": len(part.open_streams),
             "residents": part.host.sessions,
             "tasks of the host": len(part.host._tasks),
             "sinks": await self.tables.value("select count(*) from pgmcp.streams where sink is not null"),
@@ -174,7 +174,7 @@ def watched(target: Target, caplog: pytest.LogCaptureFixture) -> Iterator[Target
     """The node, which must hold no more after the test than before, and must still serve."""
     target.serves()
     before = target.held()
-    target.settled({**before, "tails": 0, "sinks": 0, "tasks of the host": 0, "unfinished": 0})
+    target.settled({**before, "open_streams": 0, "sinks": 0, "tasks of the host": 0, "unfinished": 0})
     before = target.held()
     yield target
     target.settled(before)

@@ -102,7 +102,7 @@ async def test_every_session_ends_with_its_age(database, talker, edge):
         for node in nodes:
             await gone(session, node.url)
         await eventually(lambda: talker.running == 0, "the tool was stopped")
-        await eventually(lambda: sum(len(node.incarnation.tails) for node in nodes) == 0, "no tails")
+        await eventually(lambda: sum(len(node.incarnation.open_streams) for node in nodes) == 0, "no open streams")
         assert nodes[0].incarnation.host.sessions + nodes[1].incarnation.host.sessions == 1
         assert (await young.call(nodes[edge].url, "ping"))["result"] == {}
         await young.delete(nodes[edge].url)

@@ -18,7 +18,7 @@ def held(nodes: Sequence[RunningNode]) -> dict[str, int]:
     """What the nodes hold in memory."""
     parts = [node.incarnation for node in nodes]
     return {
-        "tails": sum(len(part.tails) for part in parts),
+        "open_streams": sum(len(part.open_streams) for part in parts),
         "residents": sum(part.host.sessions for part in parts),
         "tasks of hosts": sum(len(part.host._tasks) for part in parts),
         "early wake-ups": sum(len(part.wakeups._dirty) for part in parts),

@@ -30,6 +30,6 @@ async def test_a_stream_before_other_requests_ends_with_its_connection(database,
         await writer.wait_closed()
 
         async def nothing_is_carried() -> bool:
-            return not len(nodes[0].incarnation.tails) and not await tables.value(CARRIED)
+            return not len(nodes[0].incarnation.open_streams) and not await tables.value(CARRIED)
 
         await eventually(nothing_is_carried, "the exchange ends", 5)

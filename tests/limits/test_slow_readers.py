@@ -92,7 +92,7 @@ async def test_a_client_that_does_not_read_its_answer(database, talker, edge, ca
         await session.open(nodes[0].url)
         await other.open(nodes[edge].url)
         async with deaf(nodes[edge], session, "POST /mcp HTTP/1.1", call("flood", "big", count=count, size=size)):
-            await eventually(lambda: len(nodes[edge].incarnation.tails) == 1, "the exchange runs")
+            await eventually(lambda: len(nodes[edge].incarnation.open_streams) == 1, "the exchange runs")
             peak, loop = 0, asyncio.get_running_loop()
             start = loop.time()
 
@@ -100,7 +100,7 @@ async def test_a_client_that_does_not_read_its_answer(database, talker, edge, ca
                 nonlocal peak
                 peak = max(peak, buffered(nodes))
                 assert (await other.call(nodes[edge].url, "ping", timeout=2))["result"] == {}
-                return len(nodes[edge].incarnation.tails) == 0
+                return len(nodes[edge].incarnation.open_streams) == 0
 
             await eventually(let_go, "the exchange ends")
             assert loop.time() - start < TIMEOUT + 4
@@ -129,8 +129,8 @@ async def test_the_connection_of_a_client_that_does_not_read_is_closed(database,
     async with cluster(database, talker, 2, write_timeout=TIMEOUT) as nodes, RawSession() as session:
         await session.open(nodes[0].url)
         async with deaf(nodes[edge], session, "POST /mcp HTTP/1.1", call("flood", "big", count=64, size=200_000)):
-            await eventually(lambda: len(nodes[edge].incarnation.tails) == 1, "the exchange runs")
-            await eventually(lambda: len(nodes[edge].incarnation.tails) == 0, "the exchange ends")
+            await eventually(lambda: len(nodes[edge].incarnation.open_streams) == 1, "the exchange runs")
+            await eventually(lambda: len(nodes[edge].incarnation.open_streams) == 0, "the exchange ends")
             await eventually(lambda: buffered(nodes) == 0, "nothing waits for the client any more", 3)
 
 
@@ -145,10 +145,10 @@ async def test_a_deaf_listener(database, talker, edge):
     ):
         await session.open(nodes[0].url)
         async with deaf(nodes[edge], session, "GET /mcp HTTP/1.1"):
-            await eventually(lambda: len(nodes[edge].incarnation.tails) == 1, "the exchange runs")
+            await eventually(lambda: len(nodes[edge].incarnation.open_streams) == 1, "the exchange runs")
             uris = [f"test://{number}/{'x' * size}" for number in range(count)]
             await session.call_tool(nodes[edge].url, "update", uris=uris)
-            await eventually(lambda: len(nodes[edge].incarnation.tails) == 0, "the exchange ends")
+            await eventually(lambda: len(nodes[edge].incarnation.open_streams) == 0, "the exchange ends")
             stream = await tables.value("select id from pgmcp.streams where kind = 'standalone'")
             listening = await session.get(nodes[1 - edge].url, f"{stream.hex}.0")
             got = [(await listening.message("notifications/resources/updated"))["params"]["uri"] for _ in uris]
@@ -190,7 +190,7 @@ async def test_one_large_answer_that_nobody_reads(database, talker, edge, respon
         async with deaf(nodes[edge], session, "POST /mcp HTTP/1.1", asked, tight=True):
             answered = "select count(*) from pgmcp.requests where rpc_id = '\"big\"' and finished_at is not null"
             await eventually(lambda: tables.value(answered), "the answer is there")
-            await eventually(lambda: len(nodes[edge].incarnation.tails) == 0, "the exchange ends", TIMEOUT + 4)
+            await eventually(lambda: len(nodes[edge].incarnation.open_streams) == 0, "the exchange ends", TIMEOUT + 4)
             await eventually(lambda: buffered(nodes) == 0, "nothing waits for the client any more", 3)
             sinks = "select count(*) from pgmcp.streams where sink is not null"
             await eventually(lambda: zero(tables, sinks), "its stream is free")

@@ -123,7 +123,7 @@ async def test_a_client_is_told_that_some_had_to_give_way(database, talker, edge
     """With the id of an event: 204. Without one it asks for what waits, and gets that, also after another cut."""
     most = 20
     async with cluster(database, talker, 2, max_waiting_events=most) as nodes, RawSession() as session:
-        gone = lambda: sum(len(node.incarnation.tails) for node in nodes) == 0  # noqa: E731
+        gone = lambda: sum(len(node.incarnation.open_streams) for node in nodes) == 0  # noqa: E731
         await session.open(nodes[0].url)
         base, other = nodes[edge].url, nodes[1 - edge].url
         listening = await session.get(base)
@@ -186,9 +186,9 @@ async def test_a_listener_that_falls_behind_too_far_notices(database, talker, ed
         assert missed == [str(number) for number in range(100, 100 + len(missed))]
         assert len(missed) < CARRIED
         for cursor in (primed, behind):
-            await eventually(lambda: not any(len(node.incarnation.tails) for node in nodes), "it has gone")
+            await eventually(lambda: not any(len(node.incarnation.open_streams) for node in nodes), "it has gone")
             assert (await session.get(nodes[1 - edge].url, cursor)).status == 204
-        await eventually(lambda: not any(len(node.incarnation.tails) for node in nodes), "it has gone")
+        await eventually(lambda: not any(len(node.incarnation.open_streams) for node in nodes), "it has gone")
         fresh = said(await all_of(await session.get(nodes[1 - edge].url)), "notifications/message", "data")
         assert fresh[-1] == str(100 + 3 * CARRIED - 1)
         assert len(fresh) <= CARRIED + 1

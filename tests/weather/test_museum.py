@@ -207,7 +207,7 @@ async def test_museum_09_a_slow_reader_is_let_go_and_can_resume(database, ledger
             )
             first = (await reader.readuntil(b".0\r\n")).rpartition(b"id: ")[2].strip().decode()
             await eventually(lambda: ledger.ran == ["flood"], "the tool does not wait for the reader", 20)
-            await eventually(lambda: not len(nodes[1].incarnation.tails), "the exchange ends")
+            await eventually(lambda: not len(nodes[1].incarnation.open_streams), "the exchange ends")
         finally:
             writer.transport.abort()
         resumed = await session.get(nodes[0].url, first)

@@ -1,4 +1,4 @@
-"""Tails: the streams that this edge carries, and the ears of the exchanges that carry them.
+"""Open streams: those that this edge carries, and the ears of the exchanges that carry them.
 
 An exchange subscribes before its stream can have events (a wake-up can beat the reply of the accept that opened the
 stream), reads after each wake-up, and looks by itself now and then, so that a lost wake-up only delays.
@@ -16,7 +16,7 @@ from pgmcp.types import SessionKey, StreamAlias, StreamId, alias_of
 from pgmcp.web.admission import Guest
 
 
-class Tail:
+class OpenStream:
     """One exchange's ear on one stream."""
 
     def __init__(self, stream: StreamId) -> None:
@@ -33,43 +33,43 @@ class Tail:
         return self.ended or self.cut or (self.leaving and not self.patient)
 
 
-class Tails:
-    """All tails of one incarnation of a node."""
+class OpenStreams:
+    """All open streams of one incarnation of a node."""
 
     def __init__(self) -> None:
-        self._by_stream: dict[StreamAlias, set[Tail]] = {}
-        self._by_session: dict[SessionKey, set[Tail]] = {}
+        self._by_stream: dict[StreamAlias, set[OpenStream]] = {}
+        self._by_session: dict[SessionKey, set[OpenStream]] = {}
         self._posts: Counter[tuple[Guest, str]] = Counter()
         self._leaving = False
 
     def __len__(self) -> int:
-        return sum(len(tails) for tails in self._by_stream.values())
+        return sum(len(open_streams) for open_streams in self._by_stream.values())
 
-    def __iter__(self) -> Iterator[Tail]:
-        return (tail for tails in list(self._by_stream.values()) for tail in list(tails))
+    def __iter__(self) -> Iterator[OpenStream]:
+        return (open_stream for open_streams in list(self._by_stream.values()) for open_stream in list(open_streams))
 
-    def newest(self, count: int) -> list[Tail]:
-        """The tails of the ``count`` streams that were subscribed to last."""
+    def newest(self, count: int) -> list[OpenStream]:
+        """Those of the ``count`` streams that were subscribed to last."""
         streams = itertools.islice(reversed(self._by_stream.values()), count)
-        return [tail for tails in streams for tail in tails]
+        return [open_stream for open_streams in streams for open_stream in open_streams]
 
     @contextmanager
-    def subscribe(self, stream: StreamId) -> Iterator[Tail]:
+    def subscribe(self, stream: StreamId) -> Iterator[OpenStream]:
         """Hear of a stream for as long as the context lasts."""
-        tail = Tail(stream)
+        open_stream = OpenStream(stream)
         if self._leaving:
-            tail.leaving = True
-            tail.moved.set()  # it ends before it has begun, and goes on elsewhere
+            open_stream.leaving = True
+            open_stream.moved.set()  # it ends before it has begun, and goes on elsewhere
         alias = alias_of(stream)
-        self._by_stream.setdefault(alias, set()).add(tail)
+        self._by_stream.setdefault(alias, set()).add(open_stream)
         try:
-            yield tail
+            yield open_stream
         finally:
-            tails = self._by_stream[alias]
-            tails.discard(tail)
-            if not tails:
+            open_streams = self._by_stream[alias]
+            open_streams.discard(open_stream)
+            if not open_streams:
                 del self._by_stream[alias]
-            self._leave_session(tail)
+            self._leave_session(open_stream)
 
     def hears(self, stream: StreamId) -> bool:
         """Whether an exchange here carries, or is about to carry, a stream."""
@@ -79,18 +79,18 @@ class Tails:
         """Whether an exchange here carries a stream of a session."""
         return session in self._by_session
 
-    def belongs(self, tail: Tail, session: SessionKey) -> None:
-        """Note which session the stream of a tail is of, when that is known."""
-        self._leave_session(tail)
-        tail.session = session
-        self._by_session.setdefault(session, set()).add(tail)
+    def belongs(self, open_stream: OpenStream, session: SessionKey) -> None:
+        """Note which session the stream is of, when that is known."""
+        self._leave_session(open_stream)
+        open_stream.session = session
+        self._by_session.setdefault(session, set()).add(open_stream)
 
-    def _leave_session(self, tail: Tail) -> None:
-        if tail.session is not None:
-            tails = self._by_session[tail.session]
-            tails.discard(tail)
-            if not tails:
-                del self._by_session[tail.session]
+    def _leave_session(self, open_stream: OpenStream) -> None:
+        if open_stream.session is not None:
+            open_streams = self._by_session[open_stream.session]
+            open_streams.discard(open_stream)
+            if not open_streams:
+                del self._by_session[open_stream.session]
 
     @contextmanager
     def post(self, caller: Guest, session_id: str, most: int) -> Iterator[bool]:
@@ -110,20 +110,20 @@ class Tails:
     def wake(self, streams: Iterable[StreamAlias]) -> None:
         """These streams have moved."""
         for stream in streams:
-            for tail in self._by_stream.get(stream, ()):
-                tail.moved.set()
+            for open_stream in self._by_stream.get(stream, ()):
+                open_stream.moved.set()
 
     def end(self, sessions: frozenset[SessionKey]) -> None:
         """End the exchanges of sessions that are over."""
         for session in sessions:
-            for tail in self._by_session.get(session, ()):
-                tail.ended = True
-                tail.moved.set()
+            for open_stream in self._by_session.get(session, ()):
+                open_stream.ended = True
+                open_stream.moved.set()
 
     @property
     def patient(self) -> int:
         """Exchanges whose clients could not go on elsewhere."""
-        return sum(tail.patient for tail in self)
+        return sum(open_stream.patient for open_stream in self)
 
     def leave(self, *, at_once: bool) -> None:
         """End every exchange, from now on: the node leaves, and clients go on elsewhere.
@@ -132,6 +132,6 @@ class Tails:
             at_once: also those whose clients could not; else they end with their answer.
         """
         self._leaving = True
-        for tail in self:
-            tail.leaving, tail.cut = True, at_once
-            tail.moved.set()
+        for open_stream in self:
+            open_stream.leaving, open_stream.cut = True, at_once
+            open_stream.moved.set()
