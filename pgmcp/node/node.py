@@ -42,11 +42,11 @@ from pgmcp.web.admission import Admission
 from pgmcp.web.application import Application
 from pgmcp.web.bodies import Bodies
 from pgmcp.web.connection import Bounded
+from pgmcp.web.connection_close import ConnectionClose
 from pgmcp.web.edge import Edge
 from pgmcp.web.hosts import host_rules, unprotected
 from pgmcp.web.legacy import SseMessages, SseStream
 from pgmcp.web.modern import Eras, Modern
-from pgmcp.web.parting import Parting
 from pgmcp.web.rates import Rates
 from pgmcp.web.reserved import Reserved
 from pgmcp.web.streamable import Streamable
@@ -131,8 +131,8 @@ class Node:
 
     def wrapped(self, app: ASGIApp) -> ASGIApp:
         """An application whose clients read in time and part while the node drains, logged if that is wanted."""
-        parting = Parting(Bounded(app, self.settings.write_timeout), lambda: self._draining)
-        return AccessLog(parting, self._clock) if self.settings.access_log else parting
+        closing = ConnectionClose(Bounded(app, self.settings.write_timeout), lambda: self._draining)
+        return AccessLog(closing, self._clock) if self.settings.access_log else closing
 
     def incarnation(self) -> Incarnation:
         """The present incarnation.

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 
-class Parting:
+class ConnectionClose:
     """An ASGI application around another one.
 
     Args:
@@ -24,11 +24,11 @@ class Parting:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer an exchange; HTTP/2 and later have no such header."""
 
-        async def parting(message: Message) -> None:
+        async def closing(message: Message) -> None:
             if message["type"] == "http.response.start" and self._leaving():
                 headers = [pair for pair in message.get("headers", ()) if pair[0].lower() != b"connection"]
                 message = {**message, "headers": [*headers, (b"connection", b"close")]}
             await send(message)
 
         old = scope["type"] == "http" and scope.get("http_version", "1.1").startswith("1")
-        await self._app(scope, receive, parting if old else send)
+        await self._app(scope, receive, closing if old else send)
