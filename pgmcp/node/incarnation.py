@@ -42,10 +42,10 @@ from pgmcp.store.retention import EVERY, Retention
 from pgmcp.store.secrets import KeyRing
 from pgmcp.store.takeover import TableTakeovers
 from pgmcp.types import VERSION, Change, NodeRecord, NodeState, Publication, Wake, node_id
+from pgmcp.web.abandoned_streams import AbandonedStreams
 from pgmcp.web.admission import Admission
 from pgmcp.web.edge import Edge
 from pgmcp.web.open_streams import OpenStreams
-from pgmcp.web.uncarried import Uncarried
 
 logger = logging.getLogger(__name__)
 
@@ -165,7 +165,7 @@ class Incarnation(Service):
         )
         self._reported_changes = ReportedChanges(self.node_id, self.host, self.open_streams, self.inbox, clock)
         self._catch_up = CatchUp(self.host, self.open_streams, self.publication_reader, self.takeover, clock, ids)
-        uncarried = Uncarried(self.log, self.open_streams, clock, settings.statement_timeout)
+        abandoned = AbandonedStreams(self.log, self.open_streams, clock, settings.statement_timeout)
         self._membership: dict[str, Service] = {
             "the line": self.line,
             "the lease": self.lease,
@@ -183,7 +183,7 @@ class Incarnation(Service):
             "the hurry while deaf": self._rounds(HURRY, self._hurry_while_deaf),
             "the look for publications": self._rounds(settings.poll, self.publication_reader.poll),
             "the survey": self._rounds(settings.idle_poll, self.host.survey),
-            "the look at streams": self._rounds(settings.idle_poll, uncarried.let_go),
+            "the look at streams": self._rounds(settings.idle_poll, abandoned.let_go),
             "the retention": self._rounds(EVERY, self._sweep),
             "the look at the schema": self._rounds(settings.idle_poll, self._look_at_schema),
         }

@@ -15,7 +15,7 @@ from pgmcp.web.open_streams import OpenStreams
 logger = logging.getLogger(__name__)
 
 
-class Uncarried:
+class AbandonedStreams:
     """Lets go of such streams.
 
     Args:
