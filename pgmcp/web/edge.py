@@ -32,9 +32,9 @@ from pgmcp.types import (
 )
 from pgmcp.web.admission import Admission, Kind
 from pgmcp.web.bodies import Body
-from pgmcp.web.contents import bounds_of
 from pgmcp.web.expiry import Expiry
 from pgmcp.web.http_exchange import SESSION_ID, HttpExchange
+from pgmcp.web.json_limits import json_limits_of
 from pgmcp.web.open_streams import OpenStream, OpenStreams
 from pgmcp.web.stream_response import StreamResponse
 from pgmcp.web.wire import Post, parse_post
@@ -101,7 +101,7 @@ class Edge:
         """
         if session_id is not None:
             await self.inbox.find(session_id, exchange.principal, transport)
-        await bounds_of(self.settings).check_large(body.text)
+        await json_limits_of(self.settings).check_large(body.text)
         return parse_post(body.text, self.settings.max_batch)
 
     def small_post(self, body: Body) -> Post:
@@ -110,7 +110,7 @@ class Edge:
         Raises:
             Refusal: something is wrong with it.
         """
-        bounds_of(self.settings).check(body.text)
+        json_limits_of(self.settings).check(body.text)
         return parse_post(body.text, self.settings.max_batch)
 
     def leave(self, *, at_once: bool = False) -> None:

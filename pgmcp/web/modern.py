@@ -9,7 +9,7 @@ Invariants:
   the token that opened it, for nothing of it could be fetched later.
 - It stands in the line of its caller: the principal, or, where nobody is known, the address. One caller has a share of
   the places only, of those for calls and of those for ``subscriptions/listen``.
-- The SDK's parser gets no body whose contents were not found to be bounded (``contents``).
+- The SDK's parser gets no body whose contents were not found to be bounded (``json_limits``).
 
 Failure handling: it dies with its node, and its client asks again. A node that leaves lets calls finish within the
 drain limit, and ends ``subscriptions/listen`` streams with their result.
@@ -33,10 +33,10 @@ from pgmcp.settings import Settings
 from pgmcp.web.admission import Admission
 from pgmcp.web.bodies import Bodies, Body
 from pgmcp.web.connection import Watch
-from pgmcp.web.contents import bounds_of
 from pgmcp.web.endpoint import Front
 from pgmcp.web.expiry import Expiry, expired
 from pgmcp.web.http_exchange import VERSION, HttpExchange
+from pgmcp.web.json_limits import json_limits_of
 from pgmcp.web.rates import Rates
 from pgmcp.web.shares import Shares
 from pgmcp.web.wire import Refusal
@@ -126,7 +126,7 @@ class Modern(Front):
         """See ``Front.take``."""
         limits = self._settings
         if body.small:
-            bounds_of(limits).check(body.text)
+            json_limits_of(limits).check(body.text)
         with self._opened(exchange) as opened:
             answer = _Answer(exchange, body.text, opened.scope.cancel)
             with opened.scope:
@@ -139,7 +139,7 @@ class Modern(Front):
                     patience=limits.hold,
                 ):
                     if not body.small:
-                        await bounds_of(limits).check_large(body.text)
+                        await json_limits_of(limits).check_large(body.text)
                     with Watch(exchange.connection.receive, opened.scope.cancel):
                         await self._server(exchange.request.scope, answer.receive, answer.send)
             if opened.cut or opened.expired:

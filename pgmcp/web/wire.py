@@ -78,7 +78,7 @@ class Post:
 
 
 def parse_post(body: bytes, max_batch: int) -> Post:
-    """Read the body of a POST, whose contents are known to be bounded (``contents``).
+    """Read the body of a POST, whose contents are known to be bounded (``json_limits``).
 
     Args:
         max_batch: messages that it may have.

@@ -199,7 +199,7 @@ async def test_a_strangers_requests_take_no_room_of_a_session_and_tell_him_nothi
 
 async def test_a_strangers_large_body_is_not_looked_into(database, private, monkeypatch):
     looked: list[int] = []
-    check = "pgmcp.web.contents.Bounds.check_large"
+    check = "pgmcp.web.json_limits.JsonLimits.check_large"
 
     async def seen(_: object, body: bytes) -> None:
         looked.append(len(body))

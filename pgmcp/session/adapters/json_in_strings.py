@@ -1,7 +1,7 @@
 """JSON in strings: where a tool wants no string, the SDK parses one that a client sent (some clients send lists so).
 
-What a body contains is bounded before it is parsed (``pgmcp.web.contents``), but what its strings contain is not: four
-megabytes of lists in a string would hold the event loop for a second.
+What a body contains is bounded before it is parsed (``pgmcp.web.json_limits``), but what its strings contain is not:
+four megabytes of lists in a string would hold the event loop for a second.
 
 Invariant: no string is parsed that has more brackets, colons and commas than a body may have. It stays the string that
 it is, as the SDK leaves those that are no JSON, and fails the validation of an argument that wants something else.

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pgmcp.web import contents
-from pgmcp.web.contents import Bounds
+from pgmcp.web import json_limits
+from pgmcp.web.json_limits import JsonLimits
 from pgmcp.web.wire import PARSE_ERROR, Refusal
 
 texts = st.text('\\"{[}]:,0a\u00e9\n', max_size=12)
@@ -34,7 +34,7 @@ def counted(value: object) -> tuple[int, int, int]:
 
 def passes(body: bytes, elements: int, depth: int) -> bool:
     try:
-        Bounds(elements, depth).check(body)
+        JsonLimits(elements, depth).check(body)
     except Refusal:
         return False
     return True
@@ -48,7 +48,7 @@ def test_counts(value, ascii_only, piece):
     body = json.dumps(value, ensure_ascii=ascii_only).encode()
     marks, _, depth = counted(value)
     if marks:
-        count = contents._Count(Bounds(10**6, 10**6))
+        count = json_limits._Count(JsonLimits(10**6, 10**6))
         for start in range(0, len(body), piece):
             count.add(body[start : start + piece])
         assert count._marks == marks
@@ -76,7 +76,7 @@ def test_counts(value, ascii_only, piece):
 async def test_bombs(body):
     assert not passes(body, 50_000, 100)
     with pytest.raises(Refusal) as refused:
-        await Bounds(50_000, 100).check_large(body)
+        await JsonLimits(50_000, 100).check_large(body)
     assert (refused.value.status, refused.value.code) == (400, PARSE_ERROR)
 
 
@@ -87,5 +87,5 @@ async def test_bombs(body):
 )
 async def test_a_large_text_passes_whatever_it_says(text):
     body = json.dumps({"jsonrpc": "2.0", "method": "x", "params": {"text": text}}).encode()
-    await Bounds(50_000, 100).check_large(body)
+    await JsonLimits(50_000, 100).check_large(body)
     assert passes(body, 50_000, 100)

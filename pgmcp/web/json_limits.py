@@ -32,7 +32,7 @@ _STEPS = bytes(1 if byte in _OPEN else 255 if byte in _CLOSE else 0 for byte in 
 
 
 @dataclass(frozen=True, slots=True)
-class Bounds:
+class JsonLimits:
     """What a body may contain.
 
     ``elements`` are its brackets, colons and commas outside of strings, ``depth`` its levels of nesting.
@@ -71,9 +71,9 @@ class Bounds:
                 await asyncio.sleep(0)
 
 
-def bounds_of(settings: Settings) -> Bounds:
+def json_limits_of(settings: Settings) -> JsonLimits:
     """What the operator lets pass."""
-    return Bounds(settings.max_elements, settings.max_depth)
+    return JsonLimits(settings.max_elements, settings.max_depth)
 
 
 def _check_encoding(body: bytes) -> None:
@@ -85,8 +85,8 @@ def _check_encoding(body: bytes) -> None:
 class _Seen:
     """What a body has, in strings or outside of them."""
 
-    def __init__(self, bounds: Bounds) -> None:
-        self._bounds = bounds
+    def __init__(self, limits: JsonLimits) -> None:
+        self._limits = limits
         self._openings = self._marks = self._digits = 0
 
     def add(self, piece: bytes) -> None:
@@ -100,15 +100,15 @@ class _Seen:
     @property
     def suspicious(self) -> bool:
         """Whether it would be too much if nothing of it were in strings."""
-        most, depth = self._bounds.elements, self._bounds.depth
+        most, depth = self._limits.elements, self._limits.depth
         return self._openings > depth or self._marks > most or self._digits > most * DIGITS
 
 
 class _Count:
     """Counts what one body has outside of strings, and its levels."""
 
-    def __init__(self, bounds: Bounds) -> None:
-        self._bounds = bounds
+    def __init__(self, limits: JsonLimits) -> None:
+        self._limits = limits
         self._marks = self._digits = self._quotes = self._level = 0
         self._escape = b""  # a backslash at the end of a piece belongs to what comes next
 
@@ -116,13 +116,13 @@ class _Count:
         """Go on with the next piece.
 
         Raises:
-            Refusal: as ``Bounds.check``.
+            Refusal: as ``JsonLimits.check``.
         """
         left = self._outside(piece).translate(None, _NEITHER)
         marks = left.translate(None, _DIGITS)
         self._marks += len(marks)
         self._digits += len(left) - len(marks)
-        most, deepest = self._bounds.elements, self._bounds.depth
+        most, deepest = self._limits.elements, self._limits.depth
         if self._marks > most or self._digits > most * DIGITS or self._quotes > 2 * most + 2:
             text = f"Parse error: more than {most} brackets, colons and commas outside of strings, or as many strings, "
             text += f"or {most * DIGITS} digits; send large data as one string, or in several messages"
