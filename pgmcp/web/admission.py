@@ -86,7 +86,7 @@ class _Lines:
 _NOBODY: object = object()
 
 
-class Sharing:
+class RecentOthers:
     """Whether different ones have been about lately."""
 
     def __init__(self, clock: Clock) -> None:
@@ -115,7 +115,7 @@ class Admission:
         self._free = SLOTS
         self._callers: dict[Guest, _Lines] = {}
         self._turns: dict[Guest, _Lines] = {}  # callers with a line that waits and may have a slot; the first is next
-        self._sessions, self._others = Sharing(clock), Sharing(clock)
+        self._sessions, self._others = RecentOthers(clock), RecentOthers(clock)
 
     def __len__(self) -> int:
         return sum(len(line.waiting) for lines in self._callers.values() for line in lines.all.values())

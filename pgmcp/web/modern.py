@@ -35,10 +35,10 @@ from pgmcp.web.bodies import Bodies, Body
 from pgmcp.web.connection import Watch
 from pgmcp.web.endpoint import Front
 from pgmcp.web.expiry import Expiry, expired
+from pgmcp.web.fair_shares import FairShares
 from pgmcp.web.http_exchange import VERSION, HttpExchange
 from pgmcp.web.json_limits import json_limits_of
 from pgmcp.web.rates import Rates
-from pgmcp.web.shares import Shares
 from pgmcp.web.wire import Refusal
 
 WAITING = 500
@@ -106,8 +106,8 @@ class Modern(Front):
     ) -> None:
         super().__init__(security=security, bodies=bodies, rates=rates, settings=settings)
         self._server, self._admission, self._clock = server, admission, clock
-        self._calls = Shares(settings.max_exchanges, "exchanges", clock)
-        self._listens = Shares(settings.max_listens, f"{LISTEN} streams", clock)
+        self._calls = FairShares(settings.max_exchanges, "exchanges", clock)
+        self._listens = FairShares(settings.max_listens, f"{LISTEN} streams", clock)
         self._open: set[_Open] = set()
 
     @property

@@ -10,7 +10,7 @@ import pytest
 from pgmcp.errors import NodeFull, SessionBusy
 from pgmcp.types import ANONYMOUS
 from pgmcp.web.admission import ALONE, Guest
-from pgmcp.web.shares import Shares
+from pgmcp.web.fair_shares import FairShares
 from tests.harness.clock import FakeClock
 from tests.harness.cluster import cluster, eventually, everything
 from tests.harness.modern import ACCEPT, Modern, asked
@@ -24,7 +24,7 @@ def guest(number: int) -> Guest:
     return Guest(ANONYMOUS, f"10.0.0.{number}")
 
 
-def filled(shares: Shares, stack: contextlib.ExitStack, caller: Guest) -> int:
+def filled(shares: FairShares, stack: contextlib.ExitStack, caller: Guest) -> int:
     """Hold places for a caller until it is refused; how many."""
     held = 0
     with contextlib.suppress(SessionBusy):
@@ -36,7 +36,7 @@ def filled(shares: Shares, stack: contextlib.ExitStack, caller: Guest) -> int:
 
 def test_alone_three_quarters_and_beside_others_a_quarter():
     clock = FakeClock()
-    shares = Shares(100, "things", clock)
+    shares = FairShares(100, "things", clock)
     with contextlib.ExitStack() as stack:
         assert filled(shares, stack, guest(1)) == 75
         clock.jump(2 * ALONE)
@@ -55,7 +55,7 @@ def test_alone_three_quarters_and_beside_others_a_quarter():
 
 
 def test_many_callers_find_room_until_there_is_none():
-    shares = Shares(10, "things", FakeClock())
+    shares = FairShares(10, "things", FakeClock())
     with contextlib.ExitStack() as stack:
         for number in range(10):
             stack.enter_context(shares.held(guest(number)))

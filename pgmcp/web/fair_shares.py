@@ -1,4 +1,4 @@
-"""Shares: how many of a node's places one caller may hold.
+"""Fair shares: how many of a node's places one caller may hold.
 
 Invariants:
 - Nobody holds more than three quarters of them; while others are about, or were within ``ALONE`` seconds, a quarter,
@@ -14,10 +14,10 @@ from contextlib import contextmanager
 
 from pgmcp.clock import Clock
 from pgmcp.errors import NodeFull, SessionBusy
-from pgmcp.web.admission import Guest, Sharing
+from pgmcp.web.admission import Guest, RecentOthers
 
 
-class Shares:
+class FairShares:
     """Places of one kind.
 
     Args:
@@ -29,7 +29,7 @@ class Shares:
         self._most, self._what = most, what
         self._held: Counter[Guest] = Counter()
         self._total = 0
-        self._others = Sharing(clock)
+        self._others = RecentOthers(clock)
 
     @contextmanager
     def held(self, caller: Guest) -> Iterator[None]:
