@@ -51,7 +51,7 @@ ALONE = 60.0
 
 
 @dataclass(frozen=True, slots=True)
-class Guest:
+class Caller:
     """Whoever calls: the principal or, where nobody is known, the address."""
 
     principal: Principal
@@ -61,7 +61,7 @@ class Guest:
 Kind = Literal["requests", "messages", "large"]
 """What stands in a line: bodies with requests, those without, and those that nobody has looked into yet."""
 
-_Key = tuple[Guest, str | None, Kind]
+_Key = tuple[Caller, str | None, Kind]
 
 
 @dataclass(eq=False, slots=True)
@@ -76,7 +76,7 @@ class _Line:
 class _Lines:
     """One caller's."""
 
-    caller: Guest
+    caller: Caller
     held: int = 0
     all: dict[_Key, _Line] = field(default_factory=dict)
     turns: dict[_Key, _Line] = field(default_factory=dict)
@@ -113,8 +113,8 @@ class Admission:
     def __init__(self, clock: Clock, young: float = YOUNG) -> None:
         self._clock, self._young = clock, young
         self._free = SLOTS
-        self._callers: dict[Guest, _Lines] = {}
-        self._turns: dict[Guest, _Lines] = {}  # callers with a line that waits and may have a slot; the first is next
+        self._callers: dict[Caller, _Lines] = {}
+        self._turns: dict[Caller, _Lines] = {}  # callers with a line that waits and may have a slot; the first is next
         self._sessions, self._others = RecentOthers(clock), RecentOthers(clock)
 
     def __len__(self) -> int:
@@ -127,7 +127,7 @@ class Admission:
 
     @asynccontextmanager
     async def turn(
-        self, caller: Guest, session: str | None, receive: Receive, *, kind: Kind, most: int, patience: float
+        self, caller: Caller, session: str | None, receive: Receive, *, kind: Kind, most: int, patience: float
     ) -> AsyncIterator[None]:
         """Hold a slot for as long as the context lasts, but not for longer than an exchange is young.
 

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 
 from pgmcp.clock import Clock
 from pgmcp.errors import NodeFull
-from pgmcp.web.admission import Guest
+from pgmcp.web.admission import Caller
 
 SHARES = 16
 """How many of the largest bodies a node holds; one caller a quarter of them."""
@@ -40,7 +40,7 @@ class Bodies:
         self.clock = clock
         self._most = SHARES * largest
         self._total = 0
-        self._of: Counter[Guest] = Counter()
+        self._of: Counter[Caller] = Counter()
 
     @property
     def total(self) -> int:
@@ -48,7 +48,7 @@ class Bodies:
         return self._total
 
     @contextmanager
-    def body(self, caller: Guest) -> Iterator[Body]:
+    def body(self, caller: Caller) -> Iterator[Body]:
         """A body of a caller, for as long as the context lasts at most."""
         body = Body(self, caller)
         try:
@@ -56,7 +56,7 @@ class Bodies:
         finally:
             body.drop()
 
-    def check(self, caller: Guest, more: int, size: int) -> None:
+    def check(self, caller: Caller, more: int, size: int) -> None:
         """Check that there is room for ``more`` bytes of a body that has ``size`` then.
 
         Raises:
@@ -70,7 +70,7 @@ class Bodies:
             message = "This node holds as many bodies as it may; try again or ask another one."
             raise NodeFull(message)
 
-    def add(self, caller: Guest, more: int) -> None:
+    def add(self, caller: Caller, more: int) -> None:
         """Count what was read, or let go of."""
         self._total += more
         self._of[caller] += more
@@ -81,7 +81,7 @@ class Bodies:
 class Body:
     """The body of one exchange."""
 
-    def __init__(self, bodies: Bodies, caller: Guest) -> None:
+    def __init__(self, bodies: Bodies, caller: Caller) -> None:
         self._bodies, self._caller, self._size = bodies, caller, 0
         self._announced = 0
         self.text = b""

@@ -71,14 +71,14 @@ class Edge:
             principal=exchange.principal,
             transport=transport,
             standalone=self.new_stream(),
-            address=exchange.guest.address,
+            address=exchange.caller.address,
         )
 
     def turn(self, kind: Kind, exchange: HttpExchange, session_id: str | None) -> AbstractAsyncContextManager[None]:
         """A turn for a POST: see ``Admission.turn``."""
         limits = self.settings
         return self.admission.turn(
-            exchange.guest,
+            exchange.caller,
             session_id,
             exchange.connection.receive,
             kind=kind,

@@ -115,10 +115,10 @@ class Front(ABC):
         if self.methods and request.method not in self.methods:
             raise Refusal(405, "Method Not Allowed", headers={"allow": ", ".join(self.methods)})
         if request.method == "POST":
-            self._rates.post(exchange.guest)
+            self._rates.post(exchange.caller)
         if self.opens(exchange):
             self._rates.opening(exchange)
-        with self._bodies.body(exchange.guest) as body:
+        with self._bodies.body(exchange.caller) as body:
             try:
                 if request.method == "POST":
                     await exchange.read(body, limits.max_body, limits.read_timeout)

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 from pgmcp.clock import Clock
 from pgmcp.errors import NodeFull, SessionBusy
-from pgmcp.web.admission import Guest, RecentOthers
+from pgmcp.web.admission import Caller, RecentOthers
 
 
 class FairShares:
@@ -27,12 +27,12 @@ class FairShares:
 
     def __init__(self, most: int, what: str, clock: Clock) -> None:
         self._most, self._what = most, what
-        self._held: Counter[Guest] = Counter()
+        self._held: Counter[Caller] = Counter()
         self._total = 0
         self._others = RecentOthers(clock)
 
     @contextmanager
-    def held(self, caller: Guest) -> Iterator[None]:
+    def held(self, caller: Caller) -> Iterator[None]:
         """Hold a place for as long as the context lasts.
 
         Raises:

@@ -16,7 +16,7 @@ from starlette.responses import Response
 
 from pgmcp.errors import NodeFull
 from pgmcp.types import ANONYMOUS, Principal
-from pgmcp.web.admission import Guest
+from pgmcp.web.admission import Caller
 from pgmcp.web.bodies import Body
 from pgmcp.web.connection import Connection
 from pgmcp.web.wire import INTERNAL_ERROR, Refusal
@@ -81,10 +81,10 @@ class HttpExchange:
         return (isinstance(user, AuthenticatedUser) and user.access_token.expires_at) or math.inf
 
     @property
-    def guest(self) -> Guest:
+    def caller(self) -> Caller:
         """The caller, session or not: the principal or, where nobody is known, the address."""
         principal, client = self.principal, self.request.client
-        return Guest(principal, network(client.host) if principal == ANONYMOUS and client is not None else "")
+        return Caller(principal, network(client.host) if principal == ANONYMOUS and client is not None else "")
 
     async def read(self, body: Body, limit: int, seconds: float) -> None:
         """Read the body.

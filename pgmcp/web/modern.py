@@ -131,7 +131,7 @@ class Modern(Front):
             answer = _Answer(exchange, body.text, opened.scope.cancel)
             with opened.scope:
                 async with self._admission.turn(
-                    exchange.guest,
+                    exchange.caller,
                     None,
                     exchange.connection.receive,
                     kind="requests" if body.small else "large",
@@ -151,7 +151,7 @@ class Modern(Front):
         listens = exchange.header(METHOD) == LISTEN
         left = Expiry(self._clock, exchange.expires_at).within(math.inf)
         opened = _Open(anyio.CancelScope(deadline=anyio.current_time() + left), listens)
-        with (self._listens if listens else self._calls).held(exchange.guest):
+        with (self._listens if listens else self._calls).held(exchange.caller):
             self._open.add(opened)
             try:
                 yield opened

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from pgmcp.types import SessionKey, StreamAlias, StreamId, alias_of
-from pgmcp.web.admission import Guest
+from pgmcp.web.admission import Caller
 
 
 class OpenStream:
@@ -39,7 +39,7 @@ class OpenStreams:
     def __init__(self) -> None:
         self._by_stream: dict[StreamAlias, set[OpenStream]] = {}
         self._by_session: dict[SessionKey, set[OpenStream]] = {}
-        self._posts: Counter[tuple[Guest, str]] = Counter()
+        self._posts: Counter[tuple[Caller, str]] = Counter()
         self._leaving = False
 
     def __len__(self) -> int:
@@ -93,7 +93,7 @@ class OpenStreams:
                 del self._by_session[open_stream.session]
 
     @contextmanager
-    def post(self, caller: Guest, session_id: str, most: int) -> Iterator[bool]:
+    def post(self, caller: Caller, session_id: str, most: int) -> Iterator[bool]:
         """Count a session's POST as one of its open streams here; False when it has ``most`` of them.
 
         They count for the caller who sent them: whether the session is his, nobody knows yet.

@@ -85,7 +85,7 @@ class Posting:
             yield
             return
         most = self._edge.settings.max_streams
-        with self._edge.open_streams.post(self._exchange.guest, session_id, most) as room:
+        with self._edge.open_streams.post(self._exchange.caller, session_id, most) as room:
             if not room:
                 message = f"This session has {most} streams open; close one before you open another."
                 raise SessionBusy(message)

@@ -17,7 +17,7 @@ from collections import OrderedDict
 from pgmcp.clock import Clock
 from pgmcp.settings import Settings
 from pgmcp.types import ANONYMOUS
-from pgmcp.web.admission import Guest
+from pgmcp.web.admission import Caller
 from pgmcp.web.http_exchange import HttpExchange, network
 from pgmcp.web.wire import Refusal
 
@@ -41,12 +41,12 @@ class Bucket:
 
     def __init__(self, rate: float, clock: Clock) -> None:
         self._rate, self._most, self._clock = rate, max(1.0, rate * BURST), clock
-        self._left: OrderedDict[Guest, tuple[float, float]] = OrderedDict()
+        self._left: OrderedDict[Caller, tuple[float, float]] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._left)
 
-    def take(self, caller: Guest) -> float:
+    def take(self, caller: Caller) -> float:
         """Take one out; the seconds until there is one again, if there is none: 0 if it was taken."""
         if not self._rate:
             return 0.0
@@ -67,7 +67,7 @@ class Rates:
         self._settings, self._told = settings, False
         self._posts, self._openings = Bucket(settings.rate, clock), Bucket(settings.initialize_rate, clock)
 
-    def post(self, caller: Guest) -> None:
+    def post(self, caller: Caller) -> None:
         """Count a POST of any kind.
 
         Raises:
@@ -83,7 +83,7 @@ class Rates:
             Refusal: 429, there are too many.
         """
         self._tell_of_proxy(exchange)
-        if wait := self._openings.take(exchange.guest):
+        if wait := self._openings.take(exchange.caller):
             raise _refusal(f"You may open {self._settings.initialize_rate:g} sessions a second at a node", wait)
 
     def _tell_of_proxy(self, exchange: HttpExchange) -> None:

@@ -16,7 +16,7 @@ from mcp.server.auth.provider import AccessToken
 from mcp.server.mcpserver import Context, MCPServer
 from starlette.requests import Request
 
-from pgmcp.web.admission import Guest
+from pgmcp.web.admission import Caller
 from pgmcp.web.connection import Connection
 from pgmcp.web.http_exchange import HttpExchange
 from pgmcp.web.modern import is_modern
@@ -264,12 +264,12 @@ async def test_a_client_that_does_not_read_is_let_go(database):
 
 
 def test_each_caller_has_a_line_and_so_has_each_address_where_nobody_is_known():
-    def line(address: str | None, who: str = "") -> Guest:
+    def line(address: str | None, who: str = "") -> Caller:
         scope: dict[str, Any] = {"type": "http", "headers": [], "client": address and (address, 1)}
         if who:
             token = AccessToken(token="t", client_id="c", scopes=[], subject=who)
             scope["user"] = AuthenticatedUser(token)
-        return HttpExchange(Request(scope), Connection(None, None, 1)).guest
+        return HttpExchange(Request(scope), Connection(None, None, 1)).caller
 
     assert line("10.0.0.1") == line("10.0.0.1") != line("10.0.0.2")
     assert line("10.0.0.1", "ada") == line("10.0.0.2", "ada") != line("10.0.0.1", "bob")

@@ -9,7 +9,7 @@ import pytest
 
 from pgmcp.errors import NodeFull, SessionBusy
 from pgmcp.types import ANONYMOUS
-from pgmcp.web.admission import ALONE, Guest
+from pgmcp.web.admission import ALONE, Caller
 from pgmcp.web.fair_shares import FairShares
 from tests.harness.clock import FakeClock
 from tests.harness.cluster import cluster, eventually, everything
@@ -20,11 +20,11 @@ TOOLS = {"notifications": {"toolsListChanged": True}}
 SLOW = {"name": "slow", "arguments": {"seconds": 60, "steps": 6000}}
 
 
-def guest(number: int) -> Guest:
-    return Guest(ANONYMOUS, f"10.0.0.{number}")
+def caller(number: int) -> Caller:
+    return Caller(ANONYMOUS, f"10.0.0.{number}")
 
 
-def filled(shares: FairShares, stack: contextlib.ExitStack, caller: Guest) -> int:
+def filled(shares: FairShares, stack: contextlib.ExitStack, caller: Caller) -> int:
     """Hold places for a caller until it is refused; how many."""
     held = 0
     with contextlib.suppress(SessionBusy):
@@ -38,29 +38,29 @@ def test_alone_three_quarters_and_beside_others_a_quarter():
     clock = FakeClock()
     shares = FairShares(100, "things", clock)
     with contextlib.ExitStack() as stack:
-        assert filled(shares, stack, guest(1)) == 75
+        assert filled(shares, stack, caller(1)) == 75
         clock.jump(2 * ALONE)
-        assert filled(shares, stack, guest(2)) == 13  # no more than are free: the next ones find room, too
-        assert filled(shares, stack, guest(3)) == 6
-        assert filled(shares, stack, guest(4)) == 3
+        assert filled(shares, stack, caller(2)) == 13  # no more than are free: the next ones find room, too
+        assert filled(shares, stack, caller(3)) == 6
+        assert filled(shares, stack, caller(4)) == 3
     assert shares._held == {}
     with contextlib.ExitStack() as stack:
-        assert filled(shares, stack, guest(1)) == 25
+        assert filled(shares, stack, caller(1)) == 25
         clock.jump(ALONE)
-        assert filled(shares, stack, guest(1)) == 50  # nobody else has been there since
+        assert filled(shares, stack, caller(1)) == 50  # nobody else has been there since
     with contextlib.ExitStack() as stack:
-        stack.enter_context(shares.held(guest(2)))
+        stack.enter_context(shares.held(caller(2)))
         clock.jump(ALONE)
-        assert filled(shares, stack, guest(1)) == 25  # the other is still there
+        assert filled(shares, stack, caller(1)) == 25  # the other is still there
 
 
 def test_many_callers_find_room_until_there_is_none():
     shares = FairShares(10, "things", FakeClock())
     with contextlib.ExitStack() as stack:
         for number in range(10):
-            stack.enter_context(shares.held(guest(number)))
+            stack.enter_context(shares.held(caller(number)))
         with pytest.raises(NodeFull):
-            stack.enter_context(shares.held(guest(11)))
+            stack.enter_context(shares.held(caller(11)))
 
 
 async def test_listen_streams_and_calls_of_one_caller_leave_room_for_others(database):

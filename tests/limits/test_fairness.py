@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect
 from pgmcp.clock import Clock
 from pgmcp.errors import NodeNotReady, SessionBusy
 from pgmcp.types import ANONYMOUS, Accepted, Message
-from pgmcp.web.admission import ALONE, MOST, SHARE, SLOTS, Admission, Guest, Kind
+from pgmcp.web.admission import ALONE, MOST, SHARE, SLOTS, Admission, Caller, Kind
 from tests.harness.clients import RawSession
 from tests.harness.clock import FakeClock, settle
 from tests.harness.cluster import RunningNode, cluster, eventually
@@ -37,11 +37,11 @@ class Exchanges:
         """Begin exchanges of one caller; the session of ``a1`` is ``a``."""
         for name in names:
             self.gone[name] = asyncio.Event()
-            work = self._exchange(Guest(ANONYMOUS, of), name, kind=kind, most=most, patience=patience)
+            work = self._exchange(Caller(ANONYMOUS, of), name, kind=kind, most=most, patience=patience)
             self.tasks[name] = asyncio.create_task(work)
         await settle()
 
-    async def _exchange(self, caller: Guest, name: str, *, kind: Kind, most: int, patience: float) -> None:
+    async def _exchange(self, caller: Caller, name: str, *, kind: Kind, most: int, patience: float) -> None:
         async def receive() -> dict[str, str]:
             await self.gone[name].wait()
             return {"type": "http.disconnect"}
@@ -233,7 +233,7 @@ async def test_guests_wait_on_when_the_sessions_of_a_node_go_elsewhere():
         return {}
 
     async def exchange(session: str | None, name: str) -> None:
-        async with admission.turn(Guest(ANONYMOUS, "a"), session, never, kind="requests", most=100, patience=LONG):
+        async with admission.turn(Caller(ANONYMOUS, "a"), session, never, kind="requests", most=100, patience=LONG):
             turns.append(name)
             await let_go.wait()
 

@@ -8,7 +8,7 @@ from starlette.requests import Request
 from pgmcp.settings import Settings
 from pgmcp.types import ANONYMOUS, Principal
 from pgmcp.web import rates
-from pgmcp.web.admission import Guest
+from pgmcp.web.admission import Caller
 from pgmcp.web.connection import Connection
 from pgmcp.web.http_exchange import HttpExchange
 from pgmcp.web.rates import Bucket, Rates
@@ -17,7 +17,7 @@ from tests.harness.clock import FakeClock
 from tests.harness.cluster import cluster, everything, tables_of
 from tests.harness.modern import Modern
 
-ADA, BOB = Guest(Principal("c", None, "ada"), ""), Guest(ANONYMOUS, "10.0.0.1")
+ADA, BOB = Caller(Principal("c", None, "ada"), ""), Caller(ANONYMOUS, "10.0.0.1")
 LONG = 333.0
 """Seconds until a caller has another one, in the tests with nodes."""
 
@@ -62,7 +62,7 @@ def test_few_buckets_are_kept_and_those_of_whoever_asks_on(monkeypatch):
     bucket = Bucket(0.01, FakeClock())
     bucket.take(ADA)
     for number in range(100):
-        bucket.take(Guest(ANONYMOUS, f"10.0.0.{number}"))
+        bucket.take(Caller(ANONYMOUS, f"10.0.0.{number}"))
         assert bucket.take(ADA) > 0
     assert len(bucket) == 10
 

@@ -12,7 +12,7 @@ import pytest
 
 from pgmcp.errors import NodeFull
 from pgmcp.types import ANONYMOUS, Accepted, Message
-from pgmcp.web.admission import Guest
+from pgmcp.web.admission import Caller
 from pgmcp.web.bodies import SHARES, SMALL, Bodies
 from tests.harness.clients import RawSession
 from tests.harness.cluster import RunningNode, cluster, eventually
@@ -83,8 +83,8 @@ async def test_a_strangers_host_is_told_so_before_its_body(database, talker):
 # -- bodies in memory --------------------------------------------------------------------------------------------------
 
 
-def whose(name: str) -> Guest:
-    return Guest(ANONYMOUS, name)
+def whose(name: str) -> Caller:
+    return Caller(ANONYMOUS, name)
 
 
 def test_bodies_in_memory_are_bounded_for_all_and_for_each_caller():
