@@ -1,8 +1,8 @@
 """What it costs that the edge is not the owner, for each kind of wake-up of design section 5.
 
-Three node processes on one durable PostgreSQL run the real thing: endpoint (``Posting``), inbox, log, wake-ups, line,
-host and actor of pgmcp, with its own statements. Left out: HTTP and the MCP server. They are imitated by busy loops of
-``HTTP_WORK`` at the edge and ``SERVER_WORK`` at the owner. This process is the client: it sends each session's calls
+Three node processes on one durable PostgreSQL run the real thing: endpoint (``PostHandler``), inbox, log, wake-ups,
+line, host and actor of pgmcp, with its own statements. Left out: HTTP and the MCP server. Busy loops imitate them,
+of ``HTTP_WORK`` at the edge and ``SERVER_WORK`` at the owner. This process is the client: it sends each session's calls
 one after another over unix sockets and chooses the edge of each. A call is over when its answer would go to the client.
 
 The variants are small differences around the real code: a changed statement text, another ``Notifier``.
@@ -56,7 +56,7 @@ from pgmcp.store.secrets import CONTEXTS, KeyRing
 from pgmcp.types import ANONYMOUS, NewSession, NodeId, StreamId
 from pgmcp.web.admission import Admission
 from pgmcp.web.http_exchange import HttpExchange
-from pgmcp.web.posting import Posting
+from pgmcp.web.post_handler import PostHandler
 
 VARIANTS = ("tick", "separate-flush", "separate", "write-flush", "write", "direct-flush", "direct")
 PLACES = ("edge = owner", "edge ≠ owner", "round robin")
@@ -255,7 +255,7 @@ class BenchNode:
                 writer.write(b"%f\n" % took)
 
         try:
-            await Posting(self._here.edge, HttpExchange(Request(scope), receive, send)).answer(body)
+            await PostHandler(self._here.edge, HttpExchange(Request(scope), receive, send)).answer(body)
         except Exception as error:
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
             writer.write(b"-1\n")

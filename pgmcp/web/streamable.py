@@ -16,7 +16,7 @@ from pgmcp.web.bodies import Body
 from pgmcp.web.edge import Edge
 from pgmcp.web.endpoint import Endpoint, cursor
 from pgmcp.web.http_exchange import LAST_EVENT_ID, SESSION_ID, HttpExchange
-from pgmcp.web.posting import Posting
+from pgmcp.web.post_handler import PostHandler
 from pgmcp.web.wire import Refusal, accepts
 
 
@@ -33,7 +33,7 @@ class Streamable(Endpoint):
         """See ``Endpoint.answer``."""
         match exchange.request.method:
             case "POST":
-                await Posting(edge, exchange, body).answer()
+                await PostHandler(edge, exchange, body).answer()
             case "GET":
                 await _get(edge, exchange)
             case _:

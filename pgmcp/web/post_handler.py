@@ -30,7 +30,7 @@ def _error(rpc_id: str) -> bytes:
     return json.dumps({"jsonrpc": "2.0", "id": json.loads(rpc_id), "error": error}).encode()
 
 
-class Posting:
+class PostHandler:
     """Takes the messages of one POST and carries their answers.
 
     A small body is looked into before its turn, so that cancels and answers stand in a line of their own; a large one
