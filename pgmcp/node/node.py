@@ -48,7 +48,7 @@ from pgmcp.web.hosts import host_rules, unprotected
 from pgmcp.web.legacy import SseMessages, SseStream
 from pgmcp.web.modern import Eras, Modern
 from pgmcp.web.rates import Rates
-from pgmcp.web.reserved import Reserved
+from pgmcp.web.reserved_headers import ReservedHeaders
 from pgmcp.web.streamable import Streamable
 
 logger = logging.getLogger(__name__)
@@ -113,7 +113,7 @@ class Node:
             self.settings.sse_path: SseStream(edge, **shared, messages=messages),
             messages.rstrip("/"): SseMessages(edge, **shared),
         }
-        return {path: Reserved(self._target.protect(endpoint)) for path, endpoint in endpoints.items()}
+        return {path: ReservedHeaders(self._target.protect(endpoint)) for path, endpoint in endpoints.items()}
 
     def health(self) -> list[HTTPRouteHandler]:
         """The health routes."""

@@ -1,4 +1,4 @@
-"""Headers that only the node itself may give a handler: a client's own go at the door."""
+"""Headers that only the node itself may give a handler: a client's own are dropped."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pgmcp.session.adapters.sdk import RESTORED
 _NAME = RESTORED.encode()
 
 
-class Reserved:
+class ReservedHeaders:
     """An endpoint whose clients cannot pose as the node.
 
     Args:
