@@ -35,9 +35,9 @@ from pgmcp.web.bodies import Body
 from pgmcp.web.expiry import Expiry
 from pgmcp.web.http_exchange import SESSION_ID, HttpExchange
 from pgmcp.web.json_limits import json_limits_of
+from pgmcp.web.json_rpc import Post, parse_post
 from pgmcp.web.open_streams import OpenStream, OpenStreams
 from pgmcp.web.stream_response import StreamResponse
-from pgmcp.web.wire import Post, parse_post
 
 
 async def _nothing() -> Sequence[bytes]:

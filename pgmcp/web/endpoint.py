@@ -39,8 +39,8 @@ from pgmcp.web.bodies import Bodies, Body
 from pgmcp.web.connection import connection_of
 from pgmcp.web.edge import Edge
 from pgmcp.web.http_exchange import HttpExchange
+from pgmcp.web.json_rpc import INTERNAL_ERROR, INVALID_REQUEST, Refusal
 from pgmcp.web.rates import Rates
-from pgmcp.web.wire import INTERNAL_ERROR, INVALID_REQUEST, Refusal
 
 logger = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pgmcp.clock import Clock
-from pgmcp.web.wire import Refusal
+from pgmcp.web.json_rpc import Refusal
 
 GRACE = 5.0
 """Seconds for which a token that has expired is still good for what it has opened."""

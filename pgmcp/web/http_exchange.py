@@ -19,7 +19,7 @@ from pgmcp.types import ANONYMOUS, Principal
 from pgmcp.web.admission import Caller
 from pgmcp.web.bodies import Body
 from pgmcp.web.connection import Connection
-from pgmcp.web.wire import INTERNAL_ERROR, Refusal
+from pgmcp.web.json_rpc import INTERNAL_ERROR, Refusal
 
 OWNER = "pgmcp_node"
 """The affinity cookie: the name of the session's owner."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from pgmcp.settings import Settings
-from pgmcp.web.wire import PARSE_ERROR, Refusal
+from pgmcp.web.json_rpc import PARSE_ERROR, Refusal
 
 DIGITS = 20
 """Those of one number, on average, if all that a body may contain are numbers."""

@@ -25,8 +25,8 @@ from pgmcp.web.bodies import Bodies, Body
 from pgmcp.web.edge import Edge
 from pgmcp.web.endpoint import Endpoint, cursor
 from pgmcp.web.http_exchange import LAST_EVENT_ID, HttpExchange
+from pgmcp.web.json_rpc import Post, Refusal
 from pgmcp.web.rates import Rates
-from pgmcp.web.wire import Post, Refusal
 
 
 class SseStream(Endpoint):

@@ -38,8 +38,8 @@ from pgmcp.web.expiry import Expiry, expired
 from pgmcp.web.fair_shares import FairShares
 from pgmcp.web.http_exchange import VERSION, HttpExchange
 from pgmcp.web.json_limits import json_limits_of
+from pgmcp.web.json_rpc import Refusal
 from pgmcp.web.rates import Rates
-from pgmcp.web.wire import Refusal
 
 WAITING = 500
 """Exchanges of one caller that may wait for their turn."""

@@ -12,8 +12,8 @@ from pgmcp.web.admission import Kind
 from pgmcp.web.bodies import Body
 from pgmcp.web.edge import Edge
 from pgmcp.web.http_exchange import SESSION_ID, HttpExchange
+from pgmcp.web.json_rpc import INTERNAL_ERROR, Parsed, Post, Refusal, accepts
 from pgmcp.web.stream_response import StreamResponse
-from pgmcp.web.wire import INTERNAL_ERROR, Parsed, Post, Refusal, accepts
 
 BATCHES = "2025-03-26"
 """The only revision that has batches."""

@@ -19,7 +19,7 @@ from pgmcp.settings import Settings
 from pgmcp.types import ANONYMOUS
 from pgmcp.web.admission import Caller
 from pgmcp.web.http_exchange import HttpExchange, network
-from pgmcp.web.wire import Refusal
+from pgmcp.web.json_rpc import Refusal
 
 logger = logging.getLogger(__name__)
 

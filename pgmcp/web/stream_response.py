@@ -32,9 +32,9 @@ from pgmcp.settings import Settings
 from pgmcp.types import Event, Page, StreamId, StreamKind
 from pgmcp.web.connection import PIECE, Connection, Watch
 from pgmcp.web.expiry import Expiry, expired
+from pgmcp.web.json_rpc import INTERNAL_ERROR, Refusal
 from pgmcp.web.open_streams import OpenStream
 from pgmcp.web.stream_reader import Interrupted, StreamReader
-from pgmcp.web.wire import INTERNAL_ERROR, Refusal
 
 SSE_HEADERS = {
     "content-type": "text/event-stream",

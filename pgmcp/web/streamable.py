@@ -16,8 +16,8 @@ from pgmcp.web.bodies import Body
 from pgmcp.web.edge import Edge
 from pgmcp.web.endpoint import Endpoint, cursor
 from pgmcp.web.http_exchange import LAST_EVENT_ID, SESSION_ID, HttpExchange
+from pgmcp.web.json_rpc import Refusal, accepts
 from pgmcp.web.post_handler import PostHandler
-from pgmcp.web.wire import Refusal, accepts
 
 
 class Streamable(Endpoint):

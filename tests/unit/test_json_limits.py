@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pgmcp.web import json_limits
 from pgmcp.web.json_limits import JsonLimits
-from pgmcp.web.wire import PARSE_ERROR, Refusal
+from pgmcp.web.json_rpc import PARSE_ERROR, Refusal
 
 texts = st.text('\\"{[}]:,0a\u00e9\n', max_size=12)
 anything = st.recursive(
