@@ -32,12 +32,12 @@ from pgmcp.types import (
 )
 from pgmcp.web.admission import Admission, Kind
 from pgmcp.web.bodies import Body
-from pgmcp.web.expiry import Expiry
 from pgmcp.web.http_exchange import SESSION_ID, HttpExchange
 from pgmcp.web.json_limits import json_limits_of
 from pgmcp.web.json_rpc import Post, parse_post
 from pgmcp.web.open_streams import OpenStream, OpenStreams
 from pgmcp.web.stream_response import StreamResponse
+from pgmcp.web.token_expiry import TokenExpiry
 
 
 async def _nothing() -> Sequence[bytes]:
@@ -235,7 +235,7 @@ class Edge:
             connection=exchange.connection,
             priming=version is not None and is_version_at_least(version, RESUMES),
             notes_all=notes_all,
-            expiry=Expiry(self.clock, exchange.expires_at),
+            expiry=TokenExpiry(self.clock, exchange.expires_at),
             lost=lost,
             headers={SESSION_ID: session_id} | affinity,
         )

@@ -34,12 +34,12 @@ from pgmcp.web.admission import Admission
 from pgmcp.web.bodies import Bodies, Body
 from pgmcp.web.connection import Watch
 from pgmcp.web.endpoint import Front
-from pgmcp.web.expiry import Expiry, expired
 from pgmcp.web.fair_shares import FairShares
 from pgmcp.web.http_exchange import VERSION, HttpExchange
 from pgmcp.web.json_limits import json_limits_of
 from pgmcp.web.json_rpc import Refusal
 from pgmcp.web.rates import Rates
+from pgmcp.web.token_expiry import TokenExpiry, expired
 
 WAITING = 500
 """Exchanges of one caller that may wait for their turn."""
@@ -149,7 +149,7 @@ class Modern(Front):
     def _opened(self, exchange: HttpExchange) -> Iterator[_Open]:
         """Hold a place of the caller; a header that says another method than the body is refused by the SDK."""
         listens = exchange.header(METHOD) == LISTEN
-        left = Expiry(self._clock, exchange.expires_at).within(math.inf)
+        left = TokenExpiry(self._clock, exchange.expires_at).within(math.inf)
         opened = _Open(anyio.CancelScope(deadline=anyio.current_time() + left), listens)
         with (self._listens if listens else self._calls).held(exchange.caller):
             self._open.add(opened)

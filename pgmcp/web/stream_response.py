@@ -31,10 +31,10 @@ from pgmcp.ports import Log
 from pgmcp.settings import Settings
 from pgmcp.types import Event, Page, StreamId, StreamKind
 from pgmcp.web.connection import PIECE, Connection, Watch
-from pgmcp.web.expiry import Expiry, expired
 from pgmcp.web.json_rpc import INTERNAL_ERROR, Refusal
 from pgmcp.web.open_streams import OpenStream
 from pgmcp.web.stream_reader import Interrupted, StreamReader
+from pgmcp.web.token_expiry import TokenExpiry, expired
 
 SSE_HEADERS = {
     "content-type": "text/event-stream",
@@ -93,7 +93,7 @@ class StreamResponse:
         connection: Connection,
         priming: bool,
         notes_all: bool,
-        expiry: Expiry,
+        expiry: TokenExpiry,
         lost: Callable[[], Awaitable[Sequence[bytes]]],
         headers: dict[str, str],
     ) -> None:

@@ -11,7 +11,7 @@ from mcp.server.auth.settings import AuthSettings
 from mcp.server.mcpserver import Context, MCPServer
 
 from pgmcp.clock import Clock
-from pgmcp.web.expiry import GRACE
+from pgmcp.web.token_expiry import GRACE
 from tests.harness.clients import RawExchange, RawSession
 from tests.harness.cluster import cluster, eventually, tables_of
 from tests.harness.modern import Modern

@@ -11,7 +11,7 @@ GRACE = 5.0
 TEXT = "The access token has expired; get another one and send the same request again"
 
 
-class Expiry:
+class TokenExpiry:
     """The end of the token that opened an exchange.
 
     Args:
