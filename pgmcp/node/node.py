@@ -25,7 +25,7 @@ from pgmcp.node.incarnation import Incarnation
 from pgmcp.node.signals import Signals
 from pgmcp.node.supervisor import REJOIN, Supervisor
 from pgmcp.node.watchdog import Watchdog, watched
-from pgmcp.ops.access import AccessLog
+from pgmcp.ops.access_log import AccessLog
 from pgmcp.ops.health import health_routes
 from pgmcp.ops.logs import mask_session_ids
 from pgmcp.service import Faults, Rounds, Service, failure
