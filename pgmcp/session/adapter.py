@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from starlette.types import Receive, Scope, Send
 
-from pgmcp.boxes import StateBox
+from pgmcp.secret_box import StateBox
 from pgmcp.session.state import Hooks, SessionState
 
 

@@ -17,10 +17,10 @@ import logging
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from pgmcp.boxes import SecretBox
 from pgmcp.clock import Clock, Ids
 from pgmcp.errors import ClusterFull, Fenced, PgmcpError, TooManySessions, told, unknown
 from pgmcp.ports import Inbox, Log, Takeovers
+from pgmcp.secret_box import SecretBox
 from pgmcp.service import Faults, Looks, Service, Tasks
 from pgmcp.session import timeline
 from pgmcp.session.actor import Actor

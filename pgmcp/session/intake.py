@@ -17,10 +17,10 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
-from pgmcp.boxes import SecretBox
 from pgmcp.clock import Clock
 from pgmcp.errors import DatabaseUnavailable, Fenced, PgmcpError, told, unknown
 from pgmcp.ports import Inbox
+from pgmcp.secret_box import SecretBox
 from pgmcp.service import Tasks
 from pgmcp.session.actor import Actor
 from pgmcp.session.request_context import RequestContext, place_of_context

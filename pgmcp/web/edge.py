@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 from mcp_types.version import is_version_at_least
 
-from pgmcp.boxes import SecretBox
 from pgmcp.clock import Clock, Ids
 from pgmcp.cluster.lease import Lease
 from pgmcp.cluster.takeover import Takeover
 from pgmcp.cluster.wakeups import Wakeups
 from pgmcp.ports import Inbox, Log
+from pgmcp.secret_box import SecretBox
 from pgmcp.session.adapter import Adapter
 from pgmcp.session.host import Host
 from pgmcp.session.request_context import RequestContext, place_of_context

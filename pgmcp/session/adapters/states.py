@@ -28,8 +28,8 @@ from mcp.server.request_state import (
 from mcp_types import INTERNAL_ERROR, INVALID_PARAMS
 from mcp_types.methods import INPUT_REQUIRED_METHODS
 
-from pgmcp.boxes import StateBox
 from pgmcp.errors import DatabaseUnavailable, PgmcpError
+from pgmcp.secret_box import StateBox
 
 logger = logging.getLogger(__name__)
 
