@@ -114,7 +114,7 @@ class Tasks:
             await asyncio.wait(tasks)
 
 
-class Looks(Service):
+class OnDemand(Service):
     """Looks that others want: the first at once, and the next after a pause, however often they are wanted.
 
     Args:
@@ -153,7 +153,7 @@ def _always() -> bool:
     return True
 
 
-class Rounds(Service):
+class Periodic(Service):
     """A service that does one piece of work again and again.
 
     Args:

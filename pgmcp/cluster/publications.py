@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 from pgmcp.clock import Clock
 from pgmcp.errors import PgmcpError
 from pgmcp.ports import Publications
-from pgmcp.service import Faults, Looks, Service
+from pgmcp.service import Faults, OnDemand, Service
 from pgmcp.types import LISTS, Change, Horizon, Publication
 
 KEPT = 300.0
@@ -55,7 +55,7 @@ class PublicationReader(Service):
         self._horizon: Horizon | None = None
         self._looked_at = 0.0
         self._gap = False
-        self._looks = Looks(self._look_or_note, clock, PAUSE)
+        self._looks = OnDemand(self._look_or_note, clock, PAUSE)
 
     async def start(self) -> None:
         """Look for the first time: from now on publications are told.

@@ -5,7 +5,7 @@ Invariants:
   sessions that are over, one for publications, and the grouped reads of the streams that are open.
 - The streams are read ``SOME`` at a time, spread over ``SPREAD`` seconds: a node that was behind is not given all of it
   at once, and nodes whose lines were lost together do not ask together.
-- However often it is wanted, it takes a bounded share of the node's time (``Looks``).
+- However often it is wanted, it takes a bounded share of the node's time (``OnDemand``).
 - A node that is deaf looks several times a second for what somebody is likely to wait for: two statements, whatever
   lives here. A call over another node takes as long as two such looks then.
 
@@ -21,7 +21,7 @@ from pgmcp.clock import Clock, Ids
 from pgmcp.cluster.publications import PublicationReader
 from pgmcp.cluster.takeover import Takeover
 from pgmcp.errors import PgmcpError
-from pgmcp.service import Looks, Service
+from pgmcp.service import OnDemand, Service
 from pgmcp.session.host import Host
 from pgmcp.web.open_streams import OpenStreams
 
@@ -59,7 +59,7 @@ class CatchUp(Service):
             takeover,
         )
         self._clock, self._ids = clock, ids
-        self._looks = Looks(self._read, clock)
+        self._looks = OnDemand(self._read, clock)
         self._not_before = float("-inf")
 
     @property

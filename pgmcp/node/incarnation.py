@@ -26,7 +26,7 @@ from pgmcp.node.catch_up import HURRY, CatchUp
 from pgmcp.node.reported_changes import ReportedChanges
 from pgmcp.node.timeline import TimelineChange
 from pgmcp.ports import Publications
-from pgmcp.service import Faults, Rounds, Service, failure
+from pgmcp.service import Faults, Periodic, Service, failure
 from pgmcp.session import change_notices
 from pgmcp.session.adapter import Adapter
 from pgmcp.session.adapters.bus import PostgresSubscriptionBus
@@ -178,18 +178,18 @@ class Incarnation(Service):
             "the publication reader": self.publication_reader,
             "the reported changes": self._reported_changes,
             "the catch-up": self._catch_up,
-            "the look for messages": self._rounds(settings.poll, self.host.poll),
-            "the look while deaf": self._rounds(settings.poll, self._look_while_deaf),
-            "the hurry while deaf": self._rounds(HURRY, self._hurry_while_deaf),
-            "the look for publications": self._rounds(settings.poll, self.publication_reader.poll),
-            "the survey": self._rounds(settings.idle_poll, self.host.survey),
-            "the look at streams": self._rounds(settings.idle_poll, abandoned.let_go),
-            "the retention": self._rounds(EVERY, self._sweep),
-            "the look at the schema": self._rounds(settings.idle_poll, self._look_at_schema),
+            "the look for messages": self._periodic(settings.poll, self.host.poll),
+            "the look while deaf": self._periodic(settings.poll, self._look_while_deaf),
+            "the hurry while deaf": self._periodic(HURRY, self._hurry_while_deaf),
+            "the look for publications": self._periodic(settings.poll, self.publication_reader.poll),
+            "the survey": self._periodic(settings.idle_poll, self.host.survey),
+            "the look at streams": self._periodic(settings.idle_poll, abandoned.let_go),
+            "the retention": self._periodic(EVERY, self._sweep),
+            "the look at the schema": self._periodic(settings.idle_poll, self._look_at_schema),
         }
 
-    def _rounds(self, seconds: float, work: Callable[[], Awaitable[None]]) -> Rounds:
-        return Rounds(seconds, work, self._clock, self._ids, allowed=lambda: self.lease.trusted)
+    def _periodic(self, seconds: float, work: Callable[[], Awaitable[None]]) -> Periodic:
+        return Periodic(seconds, work, self._clock, self._ids, allowed=lambda: self.lease.trusted)
 
     async def start(self) -> None:
         """Enter the cluster: row, line, first renewal, ready.

@@ -28,7 +28,7 @@ from pgmcp.node.watchdog import Watchdog, watched
 from pgmcp.ops.access_log import AccessLog
 from pgmcp.ops.health import health_routes
 from pgmcp.ops.logs import mask_session_ids
-from pgmcp.service import Faults, Rounds, Service, failure
+from pgmcp.service import Faults, Periodic, Service, failure
 from pgmcp.session.adapter import Shared
 from pgmcp.session.adapters.target import target_of
 from pgmcp.settings import Settings
@@ -196,8 +196,8 @@ class Node:
         stack.push_async_callback(self._supervisor.stop)
         services: dict[str, Service] = {
             "the supervisor": self._supervisor,
-            "the look for commands": Rounds(self.settings.poll, self._obey, self._clock, self._ids),
-            "the look for keys": Rounds(REFRESH, self._refresh, self._clock, self._ids),
+            "the look for commands": Periodic(self.settings.poll, self._obey, self._clock, self._ids),
+            "the look for keys": Periodic(REFRESH, self._refresh, self._clock, self._ids),
         }
         tasks = [asyncio.create_task(self._begun_again(*each), name=each[0]) for each in services.items()]
         stack.push_async_callback(asyncio.wait, tasks)

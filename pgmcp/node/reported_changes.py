@@ -6,7 +6,7 @@ own now.
 Invariants:
 - Nothing is dropped, ended or taken on but what the tables say, in a statement that began after the wake-up was heard.
 - What is said of sessions of which nothing is here costs nothing. The rest is looked up together, one statement at a
-  time, with a pause between two (``Looks``).
+  time, with a pause between two (``OnDemand``).
 
 Failure handling: what cannot be looked up now is looked up later. What is forgotten, because too much is said, is found
 by the survey.
@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from pgmcp.clock import Clock
 from pgmcp.errors import PgmcpError
 from pgmcp.ports import Inbox
-from pgmcp.service import Looks, Service
+from pgmcp.service import OnDemand, Service
 from pgmcp.session.host import Host
 from pgmcp.types import NodeId, Ownership, SessionKey
 from pgmcp.web.open_streams import OpenStreams
@@ -41,7 +41,7 @@ class ReportedChanges(Service):
     def __init__(self, node: NodeId, host: Host, open_streams: OpenStreams, inbox: Inbox, clock: Clock) -> None:
         self._node, self._host, self._open_streams, self._inbox, self._clock = node, host, open_streams, inbox, clock
         self._ended, self._handed = set[SessionKey](), set[Ownership]()
-        self._looks = Looks(self._look, clock)
+        self._looks = OnDemand(self._look, clock)
 
     def hear(self, *, ended: Iterable[SessionKey] = (), handed: Iterable[Ownership] = ()) -> None:
         """Look these sessions up soon, where something of them is here."""

@@ -21,7 +21,7 @@ from pgmcp.clock import Clock, Ids
 from pgmcp.errors import ClusterFull, Fenced, PgmcpError, TooManySessions, told, unknown
 from pgmcp.ports import Inbox, Log, Takeovers
 from pgmcp.secret_box import SecretBox
-from pgmcp.service import Faults, Looks, Service, Tasks
+from pgmcp.service import Faults, OnDemand, Service, Tasks
 from pgmcp.session import timeline
 from pgmcp.session.actor import Actor
 from pgmcp.session.actor_factory import ActorFactory
@@ -76,7 +76,7 @@ class Host(Service):
         self._trusted, self._heard, self._ended = trusted, heard, ended
         self._residents: dict[SessionKey, Resident] = {}
         self._restoring: set[SessionKey] = set()
-        self._looks = Looks(self.poll, clock)
+        self._looks = OnDemand(self.poll, clock)
         self._missing: set[Ownership] = set()
         self._again: set[Ownership] = set()
         self.unsettled = False
