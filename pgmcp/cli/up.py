@@ -9,8 +9,8 @@ from typing import Any
 
 import click
 
-from pgmcp.cli.footing import example, local_cluster
 from pgmcp.cli.local import LocalCluster
+from pgmcp.cli.local_setup import example, local_cluster
 from pgmcp.cli.options import settings_options
 
 SNIPPET = """\

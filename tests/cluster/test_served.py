@@ -15,7 +15,7 @@ from mcp.server import Server
 from mcp.server.mcpserver import MCPServer
 
 from pgmcp.cli import EXIT_CODES, main
-from pgmcp.cli.footing import local_cluster, of_its_own
+from pgmcp.cli.local_setup import local_cluster, of_its_own
 from pgmcp.cli.options import load
 from pgmcp.cli.workers import HOPELESS
 from pgmcp.clock import Clock

@@ -238,7 +238,7 @@ def test_the_wheel_that_it_builds_is_whole(commands: Path, tmp_path: Path) -> No
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    where = "import pgmcp, pgmcp.cli.footing as f; print(pgmcp.__file__); print(f.example('everything'))"
+    where = "import pgmcp, pgmcp.cli.local_setup as f; print(pgmcp.__file__); print(f.example('everything'))"
     package, example = run(str(commands / "python"), "-c", where).split()
     assert Path(package).is_relative_to(commands.parent)
     assert Path(example.partition(":")[0]).is_relative_to(commands.parent)
