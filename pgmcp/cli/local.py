@@ -24,7 +24,7 @@ from typing import Any, TextIO
 import httpx
 import uvicorn
 
-from pgmcp.cli.entry import Entry
+from pgmcp.cli.round_robin_proxy import RoundRobinProxy
 from pgmcp.clock import Clock
 from pgmcp.embedded import bound_to_parent
 from pgmcp.settings import Settings
@@ -80,11 +80,11 @@ class LocalCluster:
     clock: Clock = field(default_factory=Clock)
     nodes: list[Node] = field(default_factory=list)
     leaving: asyncio.Event = field(default_factory=asyncio.Event)
-    entry: Entry = field(init=False)
+    entry: RoundRobinProxy = field(init=False)
 
     def __post_init__(self) -> None:
         names = {f"node-{number}": port for number, port in enumerate(self.ports, start=1)}
-        self.entry = Entry(names, self.clock, self.report)
+        self.entry = RoundRobinProxy(names, self.clock, self.report)
 
     @property
     def url(self) -> str:
@@ -241,7 +241,7 @@ class _Server(uvicorn.Server):
         yield
 
 
-def _entry_config(entry: Entry) -> uvicorn.Config:
+def _entry_config(entry: RoundRobinProxy) -> uvicorn.Config:
     # What goes wrong at the entry port is the nodes' or the clients' matter and is told to the client.
     return uvicorn.Config(
         entry,

@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 from pgmcp.cli import main
-from pgmcp.cli.entry import Entry
+from pgmcp.cli.round_robin_proxy import RoundRobinProxy
 from pgmcp.clock import Clock
 from pgmcp.errors import SettingsError
 from pgmcp.settings import Settings
@@ -141,7 +141,7 @@ class Seen:
 @asynccontextmanager
 async def behind_entry(seen: Seen) -> AsyncIterator[str]:
     async with serving(seen, lifespan="off") as base:
-        entry = Entry({"n1": int(base.rpartition(":")[2])}, Clock(), print)
+        entry = RoundRobinProxy({"n1": int(base.rpartition(":")[2])}, Clock(), print)
         async with serving(entry, lifespan="off") as url:
             yield url
         await entry.aclose()

@@ -60,7 +60,7 @@ PATIENCE = 3  # looks in vain after which a node's exchanges are broken off
 Headers = list[tuple[bytes, bytes]]
 
 
-class Entry:
+class RoundRobinProxy:
     """An ASGI application that spreads requests over nodes.
 
     Args:

@@ -11,8 +11,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from pgmcp.cli.entry import Entry, _end_to_end
 from pgmcp.cli.local import _entry_config, _Server
+from pgmcp.cli.round_robin_proxy import RoundRobinProxy, _end_to_end
 from pgmcp.clock import Clock
 from tests.harness.clients import RawSession
 from tests.harness.processes import NodeProcess, nodes
@@ -31,7 +31,7 @@ class Port:
 
     def __init__(self, members: list[NodeProcess]) -> None:
         self.reports: list[str] = []
-        self.entry = Entry({node.name: node.port for node in members}, Clock(), self.reports.append)
+        self.entry = RoundRobinProxy({node.name: node.port for node in members}, Clock(), self.reports.append)
         self.url = ""
         self._watching: asyncio.Task[None] | None = None
 
