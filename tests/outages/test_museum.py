@@ -22,7 +22,7 @@ from tests.harness.clients import RawSession
 from tests.harness.cluster import cluster, eventually
 from tests.harness.proxy import proxied
 from tests.harness.stores import Watcher, opened, request, store
-from tests.weather.ledger import run, sessions
+from tests.outages.ledger import run, sessions
 
 ELSEWHERE = {
     "01 River: never pinged": "tests/store/test_line.py::test_a_black_hole_is_noticed_in_eight_seconds",
@@ -42,9 +42,9 @@ ELSEWHERE = {
         "tests/cluster/test_publications.py::test_what_woke_nobody_is_found_by_the_poll"
     ),
     "06 socket.io: stored, not announced": (
-        "tests/weather/test_connections.py::test_without_any_wake_up_polls_are_enough"
+        "tests/outages/test_connections.py::test_without_any_wake_up_polls_are_enough"
     ),
-    "07 Hatchet: another path for large messages": ("tests/weather/test_sizes.py::test_every_size_takes_the_same_path"),
+    "07 Hatchet: another path for large messages": ("tests/outages/test_sizes.py::test_every_size_takes_the_same_path"),
     "08 DBOS: one bad payload drops the rest": (
         "tests/unit/test_wakeups.py::test_words_that_only_look_like_ours_cost_nobody_theirs"
     ),
@@ -61,9 +61,9 @@ ELSEWHERE = {
     "12 asyncpg: lost between LISTEN and register": (
         "tests/store/test_line.py::test_the_reset_comes_when_listen_is_in_force"
     ),
-    "13 Oban: the wall clock decides": "tests/weather/test_isolation.py::test_a_wrong_wall_clock_changes_nothing",
-    "14 Oban: peers by name": "tests/weather/test_isolation.py::test_nodes_may_have_the_same_name",
-    "15 DBOS: replicas share an id": "tests/weather/test_isolation.py::test_nodes_may_have_the_same_name",
+    "13 Oban: the wall clock decides": "tests/outages/test_isolation.py::test_a_wrong_wall_clock_changes_nothing",
+    "14 Oban: peers by name": "tests/outages/test_isolation.py::test_nodes_may_have_the_same_name",
+    "15 DBOS: replicas share an id": "tests/outages/test_isolation.py::test_nodes_may_have_the_same_name",
     "16 procrastinate: a heartbeat that hits no row": (
         "tests/cluster/test_trust.py::test_a_node_that_was_declared_dead_stops_and_joins_again"
     ),
@@ -90,16 +90,16 @@ ELSEWHERE = {
     ),
     "27 Patroni: frozen past the lease, then back": "tests/cluster/test_trust.py::test_a_zombie_can_store_nothing",
     "29 River: channels without the schema": (
-        "tests/weather/test_isolation.py::test_two_clusters_in_one_postgres_do_not_hear_each_other"
+        "tests/outages/test_isolation.py::test_two_clusters_in_one_postgres_do_not_hear_each_other"
     ),
     "29 River: publications without the schema": (
         "tests/cluster/test_publications.py::test_two_schemas_of_one_database_do_not_hear_each_other"
     ),
     "31 graphile: a blocked listener pins xmin": (
-        "tests/weather/test_isolation.py::test_a_line_that_does_not_read_pins_no_snapshot_for_long"
+        "tests/outages/test_isolation.py::test_a_line_that_does_not_read_pins_no_snapshot_for_long"
     ),
     "32 recall.ai: NOTIFY serialises the instance": (
-        "tests/weather/test_isolation.py::test_a_storm_of_wake_ups_is_one_notify_at_a_time"
+        "tests/outages/test_isolation.py::test_a_storm_of_wake_ups_is_one_notify_at_a_time"
     ),
     "33 DBOS: a migration that was cut off": (
         "tests/store/test_migrations.py::test_a_run_that_is_cut_off_leaves_nothing_and_can_be_repeated"

@@ -16,7 +16,7 @@ from pgmcp.clock import Clock
 from tests.harness.clients import RawSession
 from tests.harness.cluster import RunningNode, Tables, cluster, eventually, running_node
 from tests.harness.proxy import Proxy, proxied
-from tests.weather.ledger import Ledger, load, run, sessions
+from tests.outages.ledger import Ledger, load, run, sessions
 
 UPDATED = "notifications/resources/updated"
 BY_NOTIFY = 5.0

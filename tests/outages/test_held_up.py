@@ -13,7 +13,7 @@ from pgmcp.web.connection import Connection
 from tests.harness.clients import RawSession
 from tests.harness.cluster import eventually, running_node, serving
 from tests.harness.proxy import proxied
-from tests.weather.ledger import CALL
+from tests.outages.ledger import CALL
 
 RUN = {"jsonrpc": "2.0", "id": 7, "method": "tools/call", "params": {"name": "run", "arguments": {"text": "once"}}}
 FREED = "select count(*) from pgmcp.requests where rpc_id = '7' and finished_at is not null and not open"

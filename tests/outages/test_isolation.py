@@ -18,7 +18,7 @@ from pgmcp.types import StreamId
 from tests.harness.clients import RawSession
 from tests.harness.cluster import RunningNode, cluster, eventually, running_node
 from tests.harness.proxy import proxied
-from tests.weather.ledger import Ledger, load, run, sessions
+from tests.outages.ledger import Ledger, load, run, sessions
 
 
 def heard_by(nodes: Sequence[RunningNode]) -> list[str]:

@@ -15,7 +15,7 @@ import pytest
 
 from tests.harness.clients import RawExchange, RawSession
 from tests.harness.cluster import RunningNode, cluster, eventually
-from tests.weather.ledger import run, sessions
+from tests.outages.ledger import run, sessions
 
 SIZES = [100, 7_999, 8_000, 1_000_000]
 PATH = {"accept", "claim", "append"}

@@ -9,7 +9,7 @@ from pytest_postgresql.executors import NoopExecutor
 
 from tests.conftest import _temporary
 from tests.harness.cluster import Tables, tables_of
-from tests.weather.ledger import Ledger
+from tests.outages.ledger import Ledger
 
 
 @pytest.fixture
