@@ -68,7 +68,7 @@ class Drain:
         sessions: what is to be given away.
         table: who may be given sessions.
         waiting: how many exchanges of this node cannot be resumed elsewhere.
-        told: called with each session that has moved, for its new owner to be woken.
+        wake_new_owner: called with each session that has moved, for its new owner to be woken.
     """
 
     def __init__(
@@ -78,10 +78,10 @@ class Drain:
         clock: Clock,
         *,
         waiting: Callable[[], int],
-        told: Callable[[NodeId, Ownership], None],
+        wake_new_owner: Callable[[NodeId, Ownership], None],
     ) -> None:
         self._sessions, self._table, self._clock = sessions, table, clock
-        self._waiting, self._told = waiting, told
+        self._waiting, self._wake_new_owner = waiting, wake_new_owner
         self._alone = False
         self._shut: Callable[[], Awaitable[None]] | None = None
 
@@ -138,7 +138,7 @@ class Drain:
         owned[to] += 1
         moved = await self._sessions.hand_over(session, to, busy=busy)
         if moved is not None:
-            self._told(to, moved)
+            self._wake_new_owner(to, moved)
         else:
             owned.pop(to, None)  # it may have stopped being ready; the next look tells
 

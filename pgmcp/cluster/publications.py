@@ -36,8 +36,8 @@ class PublicationReader(Service):
 
     Args:
         table: where they are.
-        tell: takes publications, each once.
-        missed: called after a gap, with the lists of which changes may have been missed.
+        on_publications: takes publications, each once.
+        on_gap: called after a gap, with the lists of which changes may have been missed.
         faults: counts the times that a listener broke it.
     """
 
@@ -46,12 +46,12 @@ class PublicationReader(Service):
         table: Publications,
         clock: Clock,
         *,
-        tell: Callable[[Sequence[Publication]], Awaitable[None]],
-        missed: Callable[[Collection[Change]], Awaitable[None]],
+        on_publications: Callable[[Sequence[Publication]], Awaitable[None]],
+        on_gap: Callable[[Collection[Change]], Awaitable[None]],
         faults: Faults,
     ) -> None:
         self._faults = faults
-        self._table, self._clock, self._tell, self._missed = table, clock, tell, missed
+        self._table, self._clock, self._on_publications, self._on_gap = table, clock, on_publications, on_gap
         self._horizon: Horizon | None = None
         self._looked_at = 0.0
         self._gap = False
@@ -103,6 +103,6 @@ class PublicationReader(Service):
             raise
         self._horizon, self._looked_at = batch.horizon, now
         if since is None or batch.more:
-            await self._missed(LISTS if batch.more else LISTS & {each.change for each in batch.publications})
+            await self._on_gap(LISTS if batch.more else LISTS & {each.change for each in batch.publications})
         else:
-            await self._tell(batch.publications)
+            await self._on_publications(batch.publications)

@@ -49,9 +49,9 @@ class Takeover(Service):
         table: deaths and changes of owner.
         lease: whether this node may act, and declare others dead.
         room: how many more sessions this node may own.
-        tell: tells every other node that there are orphans.
-        wake: tells the owner of a session that it has messages.
-        own: called with each session that this node has taken.
+        tell_orphans: tells every other node that there are orphans.
+        wake_owner: tells the owner of a session that it has messages.
+        take_on: called with each session that this node has taken.
         sweep_every: seconds between sweeps that nobody asked for.
         faults: counts unexpected errors of a single session.
     """
@@ -65,14 +65,14 @@ class Takeover(Service):
         ids: Ids,
         *,
         room: Callable[[], int],
-        tell: Callable[[], None],
-        wake: Callable[[NodeId, SessionKey], None],
-        own: Callable[[Ownership], None],
+        tell_orphans: Callable[[], None],
+        wake_owner: Callable[[NodeId, SessionKey], None],
+        take_on: Callable[[Ownership], None],
         sweep_every: float,
         faults: Faults,
     ) -> None:
         self._node, self._table, self._lease, self._clock, self._ids = node, table, lease, clock, ids
-        self._room, self._tell, self._wake, self._own = room, tell, wake, own
+        self._room, self._tell_orphans, self._wake_owner, self._take_on = room, tell_orphans, wake_owner, take_on
         self._sweep_every = sweep_every
         self._orphans = asyncio.Event()
         self._touched: set[SessionKey] = set()
@@ -102,7 +102,7 @@ class Takeover(Service):
             why = "its lease ran out" if node.cause == "lease" else "it is silent and its connection is gone"
             logger.warning("node %s (%s) is dead: %s", node.name, node.node, why)
         if dead:
-            self._tell()
+            self._tell_orphans()
             self._orphans.set()
 
     def orphaned(self) -> None:
@@ -130,10 +130,10 @@ class Takeover(Service):
         while self._lease.trusted and (room := self._room()) > 0:
             taken = await self._table.take_orphans(min(SOME, room))
             for ownership in taken:
-                self._own(ownership)
+                self._take_on(ownership)
             if len(taken) < SOME:
                 return
-            self._tell()  # there may be more than one node should have
+            self._tell_orphans()  # there may be more than one node should have
             await self._clock.sleep(self._ids.jitter(SHARE))
 
     def touch(self, session: SessionKey) -> None:
@@ -151,17 +151,17 @@ class Takeover(Service):
                 if facts is None:
                     return
                 if not facts.orphaned:
-                    self._own_or_wake(facts)
+                    self._take_on_or_wake(facts)
                     return
-            self._tell()
+            self._tell_orphans()
         except PgmcpError as error:
             logger.warning("session %s could not be taken over: %s", session, error)
 
-    def _own_or_wake(self, facts: SessionFacts) -> None:
+    def _take_on_or_wake(self, facts: SessionFacts) -> None:
         if facts.owner == self._node:
-            self._own(Ownership(facts.session, facts.epoch))
+            self._take_on(Ownership(facts.session, facts.epoch))
         else:
-            self._wake(facts.owner, facts.session)
+            self._wake_owner(facts.owner, facts.session)
 
     async def stop(self) -> None:
         """Take nothing more."""

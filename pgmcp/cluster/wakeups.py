@@ -64,25 +64,25 @@ class Wakeups(Service):
     Args:
         node: this node; what is meant for itself never leaves the process.
         notifier: carries payloads to other nodes.
-        hear: this node's own ears.
+        wake_self: called with what this node tells itself.
     """
 
-    def __init__(self, node: NodeId, notifier: Notifier, clock: Clock, hear: Callable[[Wake], None]) -> None:
-        self._node, self._notifier, self._clock, self._hear = node, notifier, clock, hear
+    def __init__(self, node: NodeId, notifier: Notifier, clock: Clock, wake_self: Callable[[Wake], None]) -> None:
+        self._node, self._notifier, self._clock, self._wake_self = node, notifier, clock, wake_self
         self._dirty: dict[NodeId | None, _Dirty] = {}
         self._marked = asyncio.Event()
 
     def inbox(self, node: NodeId, session: SessionKey) -> None:
         """Tell an owner that a session's inbox has messages."""
         if node == self._node:
-            self._hear(Wake(inboxes=frozenset({session})))
+            self._wake_self(Wake(inboxes=frozenset({session})))
         else:
             self._mark(node, f"i{session}")
 
     def stream(self, node: NodeId, stream: StreamId) -> None:
         """Tell a sink (also a former one) to look at a stream."""
         if node == self._node:
-            self._hear(Wake(streams=frozenset({alias_of(stream)})))
+            self._wake_self(Wake(streams=frozenset({alias_of(stream)})))
         elif knows_aliases(node):
             self._mark(node, f"t{alias_of(stream)}")
         else:
@@ -90,7 +90,7 @@ class Wakeups(Service):
 
     def ended(self, session: SessionKey) -> None:
         """Tell every node that a session is over."""
-        self._hear(Wake(ended=frozenset({session})))
+        self._wake_self(Wake(ended=frozenset({session})))
         self._mark(None, f"e{session}")
 
     def handed(self, node: NodeId, ownership: Ownership) -> None:
@@ -103,7 +103,7 @@ class Wakeups(Service):
 
     def published(self) -> None:
         """Tell every node that there are publications."""
-        self._hear(Wake(published=True))
+        self._wake_self(Wake(published=True))
         self._mark(None, PUBLISHED)
 
     def _mark(self, node: NodeId | None, word: str) -> None:

@@ -97,8 +97,8 @@ class Incarnation(Service):
             self.node_id,
             clock,
             ids,
-            on_payload=self._heard,
-            on_broadcast=self._heard_by_all,
+            on_payload=self._on_payload,
+            on_broadcast=self._on_broadcast,
             on_reset=self._on_line_open,
             on_lost=self._on_line_lost,
             database=database,
@@ -108,13 +108,13 @@ class Incarnation(Service):
         acting = self._timeline_change.acting
         self.open_streams = OpenStreams()
         self._retention = Retention(database, ids)
-        self.wakeups = Wakeups(self.node_id, TableNotifier(database), clock, self._hear)
+        self.wakeups = Wakeups(self.node_id, TableNotifier(database), clock, self._wake_self)
         self.inbox = TableInbox(database, self.node_id, clock, ids, acting, payloads)
         self.log = TableLog(database, self.node_id, clock, acting, payloads)
         takeovers = TableTakeovers(database, self.node_id, acting, payloads)
         self._bus = bus
         self.publication_reader = PublicationReader(
-            publications, clock, tell=self._tell, missed=self._missed, faults=faults
+            publications, clock, on_publications=self._tell, on_gap=self._missed, faults=faults
         )
         self.host = Host(
             adapter,
@@ -126,8 +126,8 @@ class Incarnation(Service):
             clock=clock,
             ids=ids,
             trusted=acting,
-            heard=self.wakeups.stream,
-            ended=self.wakeups.ended,
+            wake_sink=self.wakeups.stream,
+            tell_ended=self.wakeups.ended,
             faults=faults,
         )
         self._timeline_change.watch(self.host, self.publication_reader)
@@ -138,9 +138,9 @@ class Incarnation(Service):
             clock,
             ids,
             room=lambda: CAPACITY - self.host.sessions,
-            tell=self.wakeups.orphans,
-            wake=self.wakeups.inbox,
-            own=self.host.take_on,
+            tell_orphans=self.wakeups.orphans,
+            wake_owner=self.wakeups.inbox,
+            take_on=self.host.take_on,
             sweep_every=settings.poll,
             faults=faults,
         )
@@ -161,7 +161,11 @@ class Incarnation(Service):
             term=lambda: database.timeline.term,
         )
         self._drain = Drain(
-            self.host, takeovers, clock, waiting=lambda: self.open_streams.patient + busy(), told=self.wakeups.handed
+            self.host,
+            takeovers,
+            clock,
+            waiting=lambda: self.open_streams.patient + busy(),
+            wake_new_owner=self.wakeups.handed,
         )
         self._reported_changes = ReportedChanges(self.node_id, self.host, self.open_streams, self.inbox, clock)
         self._catch_up = CatchUp(self.host, self.open_streams, self.publication_reader, self.takeover, clock, ids)
@@ -295,7 +299,7 @@ class Incarnation(Service):
         await change_notices.missed(self.host.change_notices, changed)
         await self._bus.missed()
 
-    def _hear(self, wake: Wake) -> None:
+    def _wake_self(self, wake: Wake) -> None:
         """Hear what this node tells itself: that was committed."""
         if wake.published:
             self.publication_reader.look()
@@ -305,7 +309,7 @@ class Incarnation(Service):
         if wake.ended:
             self._reported_changes.end(wake.ended)
 
-    def _heard(self, payload: str) -> None:
+    def _on_payload(self, payload: str) -> None:
         """Look at what somebody says to this node."""
         wake = self._read(payload)
         for session in wake.inboxes:
@@ -314,7 +318,7 @@ class Incarnation(Service):
         if wake.handed:
             self._reported_changes.hear(handed=wake.handed)
 
-    def _heard_by_all(self, payload: str) -> None:
+    def _on_broadcast(self, payload: str) -> None:
         """Look at what somebody says to all nodes."""
         wake = self._read(payload)
         if wake.published:

@@ -72,7 +72,7 @@ class Actor:
         ownership: the right under which everything is stored.
         state: what the server's code knows and keeps of the session.
         standalone: the session's standalone stream and its next number.
-        heard: called with sink and stream after an event was stored there.
+        wake_sink: called with sink and stream after an event was stored there.
         version: the number of the newest write of the session's journal; None for a new session.
         on_over: called once, when it has come to an end by itself.
     """
@@ -89,7 +89,7 @@ class Actor:
         clock: Clock,
         ids: Ids,
         message_limit: MessageLimit,
-        heard: Callable[[NodeId, StreamId], None],
+        wake_sink: Callable[[NodeId, StreamId], None],
         version: int | None,
         on_over: Callable[[Actor, ActorEnd], None],
     ) -> None:
@@ -97,9 +97,9 @@ class Actor:
         self.writer = FencedWriter(ownership, clock, lambda: not self._muted)
         self.journal_writer = JournalWriter(inbox, self.writer, version)
         self._adapter, self._log, self._clock = adapter, log, clock
-        self._message_limit, self._heard, self._on_over = message_limit, heard, on_over
+        self._message_limit, self._wake_sink, self._on_over = message_limit, wake_sink, on_over
         self.outbox = Outbox(Stream(*standalone))
-        self.appender = EventAppender(self.outbox, self.writer, log, heard, self._refused)
+        self.appender = EventAppender(self.outbox, self.writer, log, wake_sink, self._refused)
         self._standalone, self._streams = self.outbox.standalone, self.outbox.streams
         self._running: dict[str, RunningRequest] = {}
         self._working: set[RequestKey] = set()
@@ -388,4 +388,4 @@ class Actor:
         with contextlib.suppress(PgmcpError):
             dropped = await self.writer.use(lambda: self._log.drop_sink(self.ownership, stream))
             if dropped is not None and dropped[1] is not None:
-                self._heard(dropped[1], dropped[0])
+                self._wake_sink(dropped[1], dropped[0])

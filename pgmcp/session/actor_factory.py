@@ -24,7 +24,7 @@ class ActorFactory:
     log: Log
     clock: Clock
     ids: Ids
-    heard: Callable[[NodeId, StreamId], None]
+    wake_sink: Callable[[NodeId, StreamId], None]
     on_over: Callable[[Actor, ActorEnd], None]
     message_limit: MessageLimit
 
@@ -52,7 +52,7 @@ class ActorFactory:
             clock=self.clock,
             ids=self.ids,
             message_limit=self.message_limit,
-            heard=self.heard,
+            wake_sink=self.wake_sink,
             version=None if left is None else left.version,
             on_over=self.on_over,
         )

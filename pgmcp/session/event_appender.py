@@ -38,7 +38,7 @@ class EventAppender:
 
     Args:
         outbox: gives the numbers.
-        heard: called with sink and stream after an event was stored.
+        wake_sink: called with sink and stream after an event was stored.
         refused: called when the database refuses an event.
     """
 
@@ -47,11 +47,11 @@ class EventAppender:
         outbox: Outbox,
         writer: FencedWriter,
         log: Log,
-        heard: Callable[[NodeId, StreamId], None],
+        wake_sink: Callable[[NodeId, StreamId], None],
         refused: Callable[[PgmcpError], None],
     ) -> None:
         self._outbox, self._writer, self._log = outbox, writer, log
-        self._heard, self._refused = heard, refused
+        self._wake_sink, self._refused = wake_sink, refused
         self._tasks: dict[asyncio.Task[None], PendingEvent] = {}
         self._turn, self._less = asyncio.Lock(), asyncio.Event()
 
@@ -93,7 +93,7 @@ class EventAppender:
             self._outbox.end(pending, stored=stored)
             self._less.set()
         if sink is not None:
-            self._heard(sink, pending.stream.id)
+            self._wake_sink(sink, pending.stream.id)
 
     async def _in_turn(self, pending: PendingEvent) -> NodeId | None:
         try:

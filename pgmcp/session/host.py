@@ -50,8 +50,8 @@ class Host(Service):
 
     Args:
         trusted: asked before messages are handed over; returns when the node may act, raises ``Fenced``.
-        heard: called with sink and stream after an event was stored.
-        ended: called with each session that this host has ended, whoever owned it.
+        wake_sink: called with sink and stream after an event was stored.
+        tell_ended: called with each session that this host has ended, whoever owned it.
         faults: counts unexpected errors of a single session; the rounds find what was left undone.
     """
 
@@ -67,13 +67,13 @@ class Host(Service):
         clock: Clock,
         ids: Ids,
         trusted: Callable[[], Coroutine[Any, Any, None]],
-        heard: Callable[[NodeId, StreamId], None],
-        ended: Callable[[SessionKey], None],
+        wake_sink: Callable[[NodeId, StreamId], None],
+        tell_ended: Callable[[SessionKey], None],
         faults: Faults,
     ) -> None:
         self._hooks, self._inbox, self._log = adapter.hooks, inbox, log
         self._takeovers, self._settings, self._clock = takeovers, settings, clock
-        self._trusted, self._heard, self._ended = trusted, heard, ended
+        self._trusted, self._wake_sink, self._tell_ended = trusted, wake_sink, tell_ended
         self._residents: dict[SessionKey, Resident] = {}
         self._restoring: set[SessionKey] = set()
         self._looks = OnDemand(self.poll, clock)
@@ -82,7 +82,7 @@ class Host(Service):
         self.unsettled = False
         """Whether the database follows another timeline, and what lives here was not yet brought in line with it."""
         self._actor_factory = ActorFactory(
-            adapter, inbox, log, clock, ids, heard, self._over, MessageLimit(settings.max_message)
+            adapter, inbox, log, clock, ids, wake_sink, self._over, MessageLimit(settings.max_message)
         )
         self._room = asyncio.Semaphore(RESTORES)
         self._tasks = Tasks("work for one session", faults)
@@ -125,7 +125,7 @@ class Host(Service):
                 return await self._inbox.open_session(new)
             except (ClusterFull, TooManySessions):
                 for ended in await self._inbox.make_room(new.principal, new.address):
-                    self._ended(ended)
+                    self._tell_ended(ended)
         return await self._inbox.open_session(new)
 
     def _settle(self, actor: Actor, *, taking: bool = False) -> Resident:
@@ -177,7 +177,7 @@ class Host(Service):
             takeovers=self._takeovers,
             rerun=self._settings.rerun,
             hooks=self._hooks,
-            hand_over=self._intake.deliver,
+            deliver=self._intake.deliver,
         )
         try:
             await restore.run()
@@ -189,7 +189,7 @@ class Host(Service):
             await actor.appender.settled()  # the next attempt reads what this one has said
             raise
         for sink, stream in left.sinks:
-            self._heard(sink, stream)  # whoever wrote there last may have died before it said so
+            self._wake_sink(sink, stream)  # whoever wrote there last may have died before it said so
         actor.change_notices.missed(left.changed)
         resident.taking = False
         self.wake(ownership.session)
@@ -370,4 +370,4 @@ class Host(Service):
         self._again.add(actor.ownership)  # with the next poll: one that is refused at once again is no storm
 
     async def _end(self, ownership: Ownership) -> None:
-        await end_session(ownership, self._inbox, self._clock, self._settings.poll, self._ended)
+        await end_session(ownership, self._inbox, self._clock, self._settings.poll, self._tell_ended)

@@ -63,7 +63,7 @@ class Restore:
         left: what the earlier owners left.
         rerun: tools that the operator allows to run again.
         hooks: what the server does with its own memory.
-        hand_over: gives a claimed message to the actor, after a last look at trust.
+        deliver: gives a claimed message to the actor, after a last look at trust.
     """
 
     def __init__(
@@ -74,10 +74,10 @@ class Restore:
         takeovers: Takeovers,
         rerun: Sequence[str],
         hooks: Hooks,
-        hand_over: Callable[[Actor, Claimed], Awaitable[None]],
+        deliver: Callable[[Actor, Claimed], Awaitable[None]],
     ) -> None:
         self._actor, self._left, self._takeovers = actor, left, takeovers
-        self._rerun, self._hooks, self._hand_over = rerun, hooks, hand_over
+        self._rerun, self._hooks, self._deliver = rerun, hooks, deliver
 
     async def run(self) -> None:
         """Bring the session to where it was.
@@ -194,7 +194,7 @@ class Restore:
         match what:
             case Fate.AGAIN:
                 self._actor.silence_until(item.rpc_id, self._progress(item))
-                await self._hand_over(self._actor, claimed)
+                await self._deliver(self._actor, claimed)
             case Fate.CANCELLED:
                 await self._actor.cancel(claimed)
             case Fate.LOST:

@@ -14,13 +14,13 @@ logger = logging.getLogger(__name__)
 
 
 async def end_session(
-    ownership: Ownership, inbox: Inbox, clock: Clock, again: float, ended: Callable[[SessionKey], None]
+    ownership: Ownership, inbox: Inbox, clock: Clock, again: float, tell_ended: Callable[[SessionKey], None]
 ) -> None:
     """End a session for its client too, unless it goes on elsewhere.
 
     Args:
         again: seconds after which an end that could not be stored is tried again.
-        ended: called with the session when it has ended.
+        tell_ended: called with the session when it has ended.
     """
     while True:
         try:
@@ -32,5 +32,5 @@ async def end_session(
             logger.info("session %s was not ended here: %s", ownership.session, error)
             return
         else:
-            ended(ownership.session)
+            tell_ended(ownership.session)
             return

@@ -37,13 +37,13 @@ class Application:
         self._endpoints, self._routes, self._litestar = dict(endpoints), list(routes), litestar
         self.lifespan = lifespan
         self._others = Starlette(routes=self._routes)
-        self._whole = around(self._hand_over)
+        self._whole = around(self._dispatch)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer an exchange, or run the lifespan."""
         await self._whole(scope, receive, send)
 
-    async def _hand_over(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _dispatch(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._choose(scope)(scope, receive, send)
 
     def _choose(self, scope: Scope) -> ASGIApp:

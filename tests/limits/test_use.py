@@ -179,7 +179,7 @@ async def test_wake_ups_that_bring_nothing_are_no_use(database, talker):
         await age(tables, HOUR + LATER)
         incarnation = nodes[0].incarnation
         [resident] = incarnation.host._residents.values()
-        looks = (lambda: incarnation._heard("*"), lambda: incarnation._on_line_open(crashed=False))
+        looks = (lambda: incarnation._on_payload("*"), lambda: incarnation._on_line_open(crashed=False))
         for look in looks:
             look()
             await eventually(lambda: not resident.taking, "it has looked")

@@ -139,7 +139,7 @@ class SimNode:
         self.store.wire.takes["renew"] = ROUND_TRIP  # what else happens at once comes before
         self.keys, self.faults = Keys(self.clock), Faults()
         self.lease = Lease(self.store.lease, settings, self.clock, self._on_fenced)
-        self.wakeups = Wakeups(self.node, self.store.notifier, self.clock, self._hear)
+        self.wakeups = Wakeups(self.node, self.store.notifier, self.clock, self._wake_self)
         self.host = Host(
             Tools(
                 self.clock,
@@ -155,8 +155,8 @@ class SimNode:
             clock=self.clock,
             ids=ids,
             trusted=self._acting,
-            heard=self.wakeups.stream,
-            ended=self.wakeups.ended,
+            wake_sink=self.wakeups.stream,
+            tell_ended=self.wakeups.ended,
             faults=self.faults,
         )
         self.takeover = Takeover(
@@ -166,9 +166,9 @@ class SimNode:
             self.clock,
             ids,
             room=lambda: ROOM - self.host.sessions,
-            tell=self.wakeups.orphans,
-            wake=self.wakeups.inbox,
-            own=self.host.take_on,
+            tell_orphans=self.wakeups.orphans,
+            wake_owner=self.wakeups.inbox,
+            take_on=self.host.take_on,
             sweep_every=settings.poll,
             faults=self.faults,
         )
@@ -214,7 +214,7 @@ class SimNode:
 
     async def _look_while_deaf(self) -> None:
         if not self._line_up:
-            self._hear(Wake(everything=True))
+            self._wake_self(Wake(everything=True))
 
     def _on_fenced(self) -> None:
         self.over.set()
@@ -239,7 +239,7 @@ class SimNode:
 
     # -- wake-ups and the line ---------------------------------------------------------------------------------------
 
-    def _hear(self, wake: Wake) -> None:
+    def _wake_self(self, wake: Wake) -> None:
         if wake.everything:
             self.host.look()
             self._spawn(self._drop_strangers())
@@ -261,7 +261,7 @@ class SimNode:
     async def _heard_when_running(self, payload: str) -> None:
         await self.clock.running()
         if self.alive:
-            self._hear(parse(payload))
+            self._wake_self(parse(payload))
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         self._tasks = [task for task in self._tasks if not task.done()]
@@ -294,7 +294,7 @@ class SimNode:
             except PgmcpError:
                 continue
             self._listen()
-            self._hear(Wake(everything=True))
+            self._wake_self(Wake(everything=True))
 
     # -- what befalls it ---------------------------------------------------------------------------------------------
 

@@ -47,7 +47,7 @@ class Scene:
             cast("Takeovers", self),
             self.clock,
             waiting=lambda: self.waiting,
-            told=lambda node, ownership: self.told.append((node, ownership)),
+            wake_new_owner=lambda node, ownership: self.told.append((node, ownership)),
         )
         self.task: asyncio.Task[None] | None = None
 

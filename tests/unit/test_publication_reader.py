@@ -50,7 +50,7 @@ class Scene:
         self.gaps: list[set[Change]] = []
         self.broken, self.faults = False, Faults()
         self.publication_reader = PublicationReader(
-            self.table, self.clock, tell=self.tell, missed=self.missed, faults=self.faults
+            self.table, self.clock, on_publications=self.tell, on_gap=self.missed, faults=self.faults
         )
 
     async def tell(self, publications: Sequence[Publication]) -> None:
