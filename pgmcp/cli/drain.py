@@ -10,7 +10,7 @@ import click
 from pgmcp.cli.options import load, settings_options
 from pgmcp.store import node_commands
 
-WAIT = 60.0
+WAIT_SECONDS = 60.0
 """Seconds: more than a node's notice and limit take by default."""
 
 
@@ -18,7 +18,10 @@ WAIT = 60.0
 @click.argument("node")
 @click.option("--wait/--no-wait", default=True, help="Return when the node has left, or at once. [default: wait]")
 @click.option(
-    "--timeout", type=click.FloatRange(min=0, min_open=True), default=WAIT, help=f"Seconds to wait. [default {WAIT:g}]"
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=WAIT_SECONDS,
+    help=f"Seconds to wait. [default {WAIT_SECONDS:g}]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
 @settings_options(only=("database_url", "database_url_file", "schema_name"))

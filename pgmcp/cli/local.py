@@ -29,10 +29,10 @@ from pgmcp.clock import Clock
 from pgmcp.embedded import bound_to_parent
 from pgmcp.settings import Settings
 
-START_LIMIT = 60.0  # seconds for the nodes to become ready
-DRAIN_LIMIT = 60.0  # seconds for the nodes to leave, before they are killed
-LAST_BYTES = 2.0  # seconds for the entry port to deliver what the nodes have said
-LAST_WORDS = 5.0  # seconds for the work to end, once it was told to
+START_SECONDS = 60.0  # seconds for the nodes to become ready
+DRAIN_SECONDS = 60.0  # seconds for the nodes to leave, before they are killed
+LAST_DELIVERY_SECONDS = 2.0  # seconds for the entry port to deliver what the nodes have said
+LAST_WORK_SECONDS = 5.0  # seconds for the work to end, once it was told to
 
 
 @dataclass(slots=True)
@@ -148,7 +148,7 @@ class LocalCluster:
         left = asyncio.ensure_future(self.leaving.wait())
         started = asyncio.ensure_future(_all_true(waits))
         tasks: set[asyncio.Future[Any]] = {started, left}
-        await asyncio.wait(tasks, timeout=START_LIMIT, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(tasks, timeout=START_SECONDS, return_when=asyncio.FIRST_COMPLETED)
         ready = started.done() and started.result()
         for task in (left, started, *waits):
             task.cancel()
@@ -159,7 +159,7 @@ class LocalCluster:
             if node.process.returncode is not None:
                 self.report(f"{node.name} ended with code {node.process.returncode} before it was ready")
             elif wait.cancelled():
-                self.report(f"{node.name} was not ready within {START_LIMIT:.0f} s")
+                self.report(f"{node.name} was not ready within {START_SECONDS:.0f} s")
         codes = [node.process.returncode for node in self.nodes]
         return next((code for code in codes if code is not None and 0 < code <= 4), 1)
 
@@ -191,10 +191,10 @@ class LocalCluster:
             self.leaving.set()
             for task in (working, watch):
                 task.cancel()
-            await asyncio.wait({working, watch}, timeout=LAST_WORDS)
+            await asyncio.wait({working, watch}, timeout=LAST_WORK_SECONDS)
             server.should_exit = True
             await self._drain()
-            await asyncio.wait({serving}, timeout=LAST_BYTES)
+            await asyncio.wait({serving}, timeout=LAST_DELIVERY_SECONDS)
             server.force_exit = True
             await asyncio.gather(serving, left, deaths)
             await self.entry.aclose()
@@ -220,7 +220,7 @@ class LocalCluster:
         self._signal_nodes(signal.SIGCONT)  # a frozen one hears of it only then
         ended = [asyncio.ensure_future(node.process.wait()) for node in self.nodes]
         if ended:
-            await asyncio.wait(ended, timeout=DRAIN_LIMIT)
+            await asyncio.wait(ended, timeout=DRAIN_SECONDS)
         self._signal_nodes(signal.SIGKILL)
         await asyncio.gather(*ended)
 

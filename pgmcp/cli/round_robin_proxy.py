@@ -53,9 +53,9 @@ FOR_THE_NODE = frozenset(
 """What nodes decide by, beside ``X-Forwarded-`` and ``Mcp-``: no ``Connection`` takes it away (RFC 9110 section 7.6.1
 leaves no client the right to name what is meant for all recipients)."""
 TIMEOUTS = {"connect": 5.0, "read": None, "write": None, "pool": None}  # seconds
-LOOK = 0.5  # seconds between two looks at a node
-ANSWER = 1.0  # seconds within which a node answers that it lives
-PATIENCE = 3  # looks in vain after which a node's exchanges are broken off
+LOOK_SECONDS = 0.5  # seconds between two looks at a node
+ANSWER_SECONDS = 1.0  # seconds within which a node answers that it lives
+LOOKS_IN_VAIN = 3  # looks in vain after which a node's exchanges are broken off
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -175,16 +175,16 @@ class RoundRobinProxy:
                 if name not in self._silent:
                     self._silent.add(name)
                     self._report(f"{name} does not answer and gets no requests")
-                if in_vain >= PATIENCE:
+                if in_vain >= LOOKS_IN_VAIN:
                     self._break_off(name)
-            await self._clock.sleep(LOOK)
+            await self._clock.sleep(LOOK_SECONDS)
 
     async def _answers(self, port: int) -> bool:
         """Whether the node says that it lives; one that refuses the connection does answer, and is not asked."""
-        extensions = {"timeout": dict.fromkeys(TIMEOUTS, ANSWER)}
+        extensions = {"timeout": dict.fromkeys(TIMEOUTS, ANSWER_SECONDS)}
         request = httpx.Request("GET", f"http://127.0.0.1:{port}/livez", extensions=extensions)
         try:
-            async with asyncio.timeout(ANSWER):
+            async with asyncio.timeout(ANSWER_SECONDS):
                 response = await self._upstream.handle_async_request(request)
                 await response.aclose()
         except httpx.ConnectError:

@@ -26,12 +26,12 @@ from pgmcp.errors import PgmcpError
 from pgmcp.store import views
 
 CALLS = 6
-STEPS, STEP = 8, 0.4  # of the slow tool: how many, and seconds for each
+STEPS, STEP_SECONDS = 8, 0.4  # of the slow tool: how many, and seconds for each
 STRIKE = 3  # the step after which its node is struck
-CHARGING = 5.0  # seconds for which a charge goes on after the money was taken
-WAIT = 60.0  # seconds after which the client gives up on a call
-DETECTION, RESTORE = 1.8, 3.0  # seconds: a killed node is dead, and its session goes on (G4)
-FROZEN = 2.0  # seconds beyond the lease
+CHARGING_SECONDS = 5.0  # seconds for which a charge goes on after the money was taken
+WAIT_SECONDS = 60.0  # seconds after which the client gives up on a call
+DETECTION_SECONDS, RESTORE_SECONDS = 1.8, 3.0  # seconds: a killed node is dead, and its session goes on (G4)
+FROZEN_SECONDS = 2.0  # seconds beyond the lease
 
 
 @dataclass
@@ -66,7 +66,7 @@ class Scenes:
         who = Implementation(name=self.name, version="1")
         try:
             async with Client(
-                self.cluster.url, mode="legacy", client_info=who, read_timeout_seconds=WAIT, cache=None
+                self.cluster.url, mode="legacy", client_info=who, read_timeout_seconds=WAIT_SECONDS, cache=None
             ) as client:
                 await self._guarded(client)
         except (MCPError, OSError, TimeoutError, ExceptionGroup) as error:
@@ -113,7 +113,7 @@ class Scenes:
             f"the counter that the server kept goes on ({answer['kept']}), the one in its memory starts anew "
             f"({answer['memory']})"
         )
-        promised = DETECTION + RESTORE + (STRIKE + 1) * STEP
+        promised = DETECTION_SECONDS + RESTORE_SECONDS + (STRIKE + 1) * STEP_SECONDS
         self.story.find(
             Finding("owner killed in a safe call", "a pause, then the rest and the result", pause, promised)
         )
@@ -129,7 +129,7 @@ class Scenes:
             struck = self.cluster.clock.boottime()
             owner.signal(signal.SIGKILL)
 
-        arguments = {"order": self.name, "seconds": CHARGING}
+        arguments = {"order": self.name, "seconds": CHARGING_SECONDS}
         try:
             await client.call_tool("charge", arguments, progress_callback=strike)
         except MCPError as error:
@@ -143,7 +143,7 @@ class Scenes:
         self.story.say("the ledger says that it ran once")
         await self._count(client)
         seen = "an error: the outcome is unknown; it ran once"
-        self.story.find(Finding("owner killed in an unsafe call", seen, waited, DETECTION + RESTORE))
+        self.story.find(Finding("owner killed in an unsafe call", seen, waited, DETECTION_SECONDS + RESTORE_SECONDS))
 
     async def _frozen(self, client: Client) -> None:
         self.story.scene("SIGSTOP of the owner, in the middle of a slow call, for longer than its lease")
@@ -180,7 +180,7 @@ class Scenes:
         new = await self._session()
         self.story.say(f"{new['node_name']} owns the session now, epoch {new['epoch']}")
         self.story.find(
-            Finding("owner frozen in a safe call", "a pause until its lease was over", waited, ttl + FROZEN)
+            Finding("owner frozen in a safe call", "a pause until its lease was over", waited, ttl + FROZEN_SECONDS)
         )
         await self._thawed(client, owner, old, new)
 
@@ -221,7 +221,7 @@ class Scenes:
             if progress == STRIKE:
                 strike()
 
-        arguments = {"steps": STEPS, "seconds": STEP}
+        arguments = {"steps": STEPS, "seconds": STEP_SECONDS}
         result = await client.call_tool("survey", arguments, progress_callback=step)
         times.append(clock.boottime())
         content = result.structured_content or {}
@@ -267,10 +267,10 @@ async def within(what: str) -> AsyncIterator[None]:
         Lost: it took longer than a client waits.
     """
     try:
-        async with asyncio.timeout(WAIT):
+        async with asyncio.timeout(WAIT_SECONDS):
             yield
     except TimeoutError:
-        raise Lost(f"in vain for {WAIT:g} s: {what}") from None
+        raise Lost(f"in vain for {WAIT_SECONDS:g} s: {what}") from None
 
 
 def only_forward(reports: list[float], last: int) -> None:

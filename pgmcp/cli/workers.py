@@ -29,8 +29,8 @@ from pgmcp.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-PAUSES = (0.2, 0.5, 1.0, 2.0, 5.0)
-STEADY = 10.0
+PAUSE_SECONDS = (0.2, 0.5, 1.0, 2.0, 5.0)
+STEADY_SECONDS = 10.0
 """Seconds of life after which a worker's death counts as the first one again."""
 
 HOPELESS = frozenset({2, 3, 4, 6})
@@ -75,9 +75,9 @@ class Workers:
                 self._code = code
                 self._stop()
                 return
-            deaths = 0 if self._clock.boottime() - born > STEADY else deaths
+            deaths = 0 if self._clock.boottime() - born > STEADY_SECONDS else deaths
             logger.warning("worker %s-%d ended with code %d and is started again", self._name, number, code)
-            await self._clock.wait(self._stopping, PAUSES[min(deaths, len(PAUSES) - 1)])
+            await self._clock.wait(self._stopping, PAUSE_SECONDS[min(deaths, len(PAUSE_SECONDS) - 1)])
             deaths += 1
 
     async def _live(self, number: int) -> int:

@@ -34,9 +34,9 @@ from pgmcp.errors import EmbeddedError
 
 Part = TypeVar("Part")
 
-_POLL = 0.01  # seconds between looks at the pid file
-_PATIENCE = 5.0  # seconds for a server to stop whose starter was killed
-_SOCKET_BASE = 70  # bytes that the socket's base folder may have, of the 107 of a socket's path
+_POLL_SECONDS = 0.01  # seconds between looks at the pid file
+_PATIENCE_SECONDS = 5.0  # seconds for a server to stop whose starter was killed
+_SOCKET_BASE_BYTES = 70  # bytes that the socket's base folder may have, of the 107 of a socket's path
 _VOLATILE = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
 _PASSING = ("Address already in use", "pre-existing shared memory block")
 
@@ -200,7 +200,7 @@ class EmbeddedPostgres:
 
     def _make_socket_dir(self) -> Path:
         base = self._reachable(tempfile.gettempdir(), "/tmp")  # noqa: S108 - used by mkdtemp
-        if len(os.fsencode(base)) > _SOCKET_BASE:
+        if len(os.fsencode(base)) > _SOCKET_BASE_BYTES:
             base = self._reachable("/tmp")  # noqa: S108
         folder = Path(tempfile.mkdtemp(prefix="pgmcp-", dir=base))
         self._account.own(folder)
@@ -322,7 +322,7 @@ def _await_ready(process: subprocess.Popen[bytes], data: Path, deadline: float) 
         if len(lines) > 7 and lines[0] == str(process.pid) and lines[7] == "ready":
             return True
         try:
-            process.wait(_POLL)
+            process.wait(_POLL_SECONDS)
         except subprocess.TimeoutExpired:
             continue
         return False
@@ -331,12 +331,12 @@ def _await_ready(process: subprocess.Popen[bytes], data: Path, deadline: float) 
 
 def _await_predecessor(data: Path, deadline: float) -> None:
     """Wait for a server whose starter was killed: the kernel has told it to stop, which takes a moment."""
-    patience = min(deadline, time.monotonic() + _PATIENCE)
+    patience = min(deadline, time.monotonic() + _PATIENCE_SECONDS)
     while (pid := _server_of(data)) is not None:
         if time.monotonic() > patience:
             message = f"{data} is in use by a live server, process {pid}. Stop it or choose another folder."
             raise EmbeddedError(message)
-        time.sleep(_POLL)
+        time.sleep(_POLL_SECONDS)
 
 
 def _server_of(data: Path) -> int | None:
