@@ -30,13 +30,13 @@ from pgmcp.types import Candidate, NodeId, Ownership, SessionKey
 
 logger = logging.getLogger(__name__)
 
-PAUSE = 0.05
+PAUSE_SECONDS = 0.05
 """Seconds between two looks at what has become idle."""
 
 TOGETHER = 16
 """Sessions that are handed over at the same time."""
 
-LAST = 2.0
+LAST_SECONDS = 2.0
 """Seconds for handing over what still works at the limit, or came in late; whatever is left then, others take over."""
 
 
@@ -95,9 +95,9 @@ class Drain:
         await self._give(begun + limit, late=begun + limit / 2)
         if self._sessions.sessions and not self._alone:
             logger.warning("%d sessions still work at the limit and move as they are", self._sessions.sessions)
-            await self._tried(self._clock.boottime() + LAST, busy=True)
+            await self._tried(self._clock.boottime() + LAST_SECONDS, busy=True)
         await self._close()
-        await self._give(self._clock.boottime() + LAST)  # what came in until the port was closed
+        await self._give(self._clock.boottime() + LAST_SECONDS)  # what came in until the port was closed
 
     async def _give(self, end: float, late: float = math.inf) -> None:
         while (self._sessions.sessions or self._waiting()) and self._clock.boottime() < end:
@@ -105,7 +105,7 @@ class Drain:
             idle = len(self._sessions.movable(busy=False))
             if self._alone and not self._waiting() and idle == self._sessions.sessions:
                 return
-            await self._clock.sleep(PAUSE)
+            await self._clock.sleep(PAUSE_SECONDS)
 
     async def _close(self) -> None:
         shut, self._shut = self._shut, None

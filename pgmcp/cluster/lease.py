@@ -32,10 +32,10 @@ from pgmcp.ports import LeaseTable
 from pgmcp.service import Service
 from pgmcp.settings import Settings
 
-AGAIN = 0.2
+RETRY_SECONDS = 0.2
 """Seconds after which a renewal that failed is tried again."""
 
-DRIFT = 1.0
+DRIFT_SECONDS = 1.0
 """Seconds by which database time may move against this node's clock between two renewals."""
 
 
@@ -132,7 +132,7 @@ class Lease(Service):
         passed = start - before
         if self._run_since is not None and (
             passed > self._settings.renew + 2 * self._settings.deadline
-            or abs(database_time - database_before - passed) > DRIFT + self._settings.deadline
+            or abs(database_time - database_before - passed) > DRIFT_SECONDS + self._settings.deadline
         ):
             self.interrupt()
         if self._run_since is None:
@@ -192,7 +192,7 @@ class Lease(Service):
                 await self.renew()
                 pause = self._settings.renew
             except DatabaseUnavailable:
-                pause = min(AGAIN, self._settings.renew)
+                pause = min(RETRY_SECONDS, self._settings.renew)
 
     def _announce(self) -> None:
         self._changed.set()

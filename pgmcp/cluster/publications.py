@@ -21,13 +21,13 @@ from pgmcp.ports import Publications
 from pgmcp.service import Faults, OnDemand, Service
 from pgmcp.types import LISTS, Change, Horizon, Publication
 
-KEPT = 300.0
+KEPT_SECONDS = 300.0
 """Seconds for which publications are kept, for nodes that could not look."""
 
-ABSENT = KEPT / 2
+ABSENT_SECONDS = KEPT_SECONDS / 2
 """Seconds without a look after which publications may have been missed."""
 
-PAUSE = 0.02
+PAUSE_SECONDS = 0.02
 """Seconds between two looks, at least."""
 
 
@@ -55,7 +55,7 @@ class PublicationReader(Service):
         self._horizon: Horizon | None = None
         self._looked_at = 0.0
         self._gap = False
-        self._looks = OnDemand(self._look_or_note, clock, PAUSE)
+        self._looks = OnDemand(self._look_or_note, clock, PAUSE_SECONDS)
 
     async def start(self) -> None:
         """Look for the first time: from now on publications are told.
@@ -94,7 +94,7 @@ class PublicationReader(Service):
 
     async def _look(self) -> None:
         now = self._clock.boottime()
-        since = None if self._gap or now - self._looked_at > ABSENT else self._horizon
+        since = None if self._gap or now - self._looked_at > ABSENT_SECONDS else self._horizon
         self._gap = False
         try:
             batch = await self._table.read(since)

@@ -25,10 +25,10 @@ from pgmcp.types import NodeId, Ownership, SessionFacts, SessionKey
 
 logger = logging.getLogger(__name__)
 
-WATCH = 0.2
+WATCH_SECONDS = 0.2
 """Seconds between two looks for dead nodes."""
 
-SPREAD = 0.1
+SPREAD_SECONDS = 0.1
 """Seconds within which the nodes begin to sweep when one has died, so that each gets some of its sessions."""
 
 TRIES = 3
@@ -37,7 +37,7 @@ TRIES = 3
 SOME = 16
 """Sessions that one sweep statement takes."""
 
-SHARE = 0.05
+SHARE_SECONDS = 0.05
 """Seconds that a sweep pauses after so many, for other nodes to take theirs."""
 
 
@@ -87,7 +87,7 @@ class Takeover(Service):
     async def _watch(self) -> None:
         """Look for dead nodes, for ever."""
         while True:
-            await self._clock.sleep(self._ids.jitter(WATCH))
+            await self._clock.sleep(self._ids.jitter(WATCH_SECONDS))
             try:
                 await self._condemn()
             except PgmcpError as error:
@@ -114,7 +114,7 @@ class Takeover(Service):
         while True:
             if await self._clock.wait(self._orphans, self._ids.jitter(self._sweep_every)):
                 self._orphans.clear()
-                await self._clock.sleep(self._ids.jitter(SPREAD) - SPREAD / 2)
+                await self._clock.sleep(self._ids.jitter(SPREAD_SECONDS) - SPREAD_SECONDS / 2)
             try:
                 await self.sweep()
             except PgmcpError as error:
@@ -134,7 +134,7 @@ class Takeover(Service):
             if len(taken) < SOME:
                 return
             self._tell_orphans()  # there may be more than one node should have
-            await self._clock.sleep(self._ids.jitter(SHARE))
+            await self._clock.sleep(self._ids.jitter(SHARE_SECONDS))
 
     def touch(self, session: SessionKey) -> None:
         """A client needs this orphan here, now."""

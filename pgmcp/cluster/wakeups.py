@@ -10,7 +10,7 @@ Invariants:
 - What is heard may come from anybody who may connect to the database: it only ever causes a look at the tables.
 
 Failure handling: a lost wake-up delays a message until the next poll, and never loses it. While the database is away
-dirty ids are kept, at most ``BOUND`` for a node, then they turn into ``*``.
+dirty ids are kept, at most ``MAX_DIRTY`` for a node, then they turn into ``*``.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _HANDED = re.compile("h([0-9]{1,19})[.]([0-9]{1,19})")
 _BEYOND = 2**63
 """What PostgreSQL's numbers are less than."""
 
-LIMIT = 7_900
-BOUND = 10_000
-RETRY = 0.2
-LAST = 1.0
+PAYLOAD_BYTES = 7_900
+MAX_DIRTY = 10_000
+RETRY_SECONDS = 0.2
+LAST_SECONDS = 1.0
 """Seconds that the last wake-ups of a leaving node may take."""
 
 
@@ -48,14 +48,14 @@ class _Dirty:
     def add(self, word: str) -> None:
         if EVERYTHING in self.words:
             return
-        if word == EVERYTHING or len(self.words) >= BOUND:
+        if word == EVERYTHING or len(self.words) >= MAX_DIRTY:
             self.words.clear()
             word = EVERYTHING
         self.words[word] = None
 
     def payload(self) -> str:
         text = ",".join(self.words)
-        return text if len(text) <= LIMIT else EVERYTHING
+        return text if len(text) <= PAYLOAD_BYTES else EVERYTHING
 
 
 class Wakeups(Service):
@@ -124,7 +124,7 @@ class Wakeups(Service):
                 await self._notifier.notify([(node, dirty.payload()) for node, dirty in going.items()])
             except PgmcpError:
                 self._put_back(going)
-                await self._clock.sleep(RETRY)
+                await self._clock.sleep(RETRY_SECONDS)
             except BaseException:
                 self._put_back(going)  # the last ones are sent when it stops
                 raise
@@ -138,7 +138,7 @@ class Wakeups(Service):
     async def stop(self) -> None:
         """Send what is dirty, as far as it goes within a second."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(LAST):
+            async with asyncio.timeout(LAST_SECONDS):
                 await self._flush()
 
 

@@ -18,7 +18,7 @@ from litestar.handlers import HTTPRouteHandler
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pgmcp.clock import Clock, Ids
-from pgmcp.cluster.drain import PAUSE
+from pgmcp.cluster.drain import PAUSE_SECONDS
 from pgmcp.cluster.lease import LeaseState
 from pgmcp.errors import NodeNotReady, PgmcpError, SettingsError
 from pgmcp.node.incarnation import Incarnation
@@ -263,7 +263,7 @@ class Node:
         """Finish what is answered without a session; the node is not part of the cluster, and owns nothing."""
         end = self._clock.boottime() + self.settings.drain_limit
         while self._modern.busy and self._clock.boottime() < end:
-            await self._clock.sleep(PAUSE)
+            await self._clock.sleep(PAUSE_SECONDS)
 
     def stop_streams(self) -> None:
         """End every exchange at once with its final chunk, so that the HTTP server can stop."""

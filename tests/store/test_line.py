@@ -13,7 +13,7 @@ import pytest
 import uvloop
 
 from pgmcp.clock import Clock, Ids
-from pgmcp.cluster.wakeups import LIMIT
+from pgmcp.cluster.wakeups import PAYLOAD_BYTES
 from pgmcp.errors import DatabaseUnavailable
 from pgmcp.settings import Settings
 from pgmcp.store import nodes
@@ -137,7 +137,7 @@ async def test_payloads_come_in_order(listening: Ears, hand: asyncpg.Connection)
 async def test_a_notifier_reaches_every_line(database: str, listening: Ears) -> None:
     async with store(database) as other:
         notifier = TableNotifier(other.database)
-        longest = "s" * LIMIT
+        longest = "s" * PAYLOAD_BYTES
         await notifier.notify([(listening.node, longest), (None, "for all"), (NodeId(IDS.uuid()), "for another")])
         await listening.until_heard("for all")
     assert listening.heard == [longest, "for all"]

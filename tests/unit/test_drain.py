@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 
 from pgmcp.clock import Ids
-from pgmcp.cluster.drain import LAST, PAUSE, Drain, newest
+from pgmcp.cluster.drain import LAST_SECONDS, PAUSE_SECONDS, Drain, newest
 from pgmcp.errors import DatabaseUnavailable
 from pgmcp.ports import Takeovers
 from pgmcp.types import Candidate, NodeId, Ownership, SessionKey
@@ -102,7 +102,7 @@ async def scene() -> AsyncIterator[Scene]:
 
 async def test_idle_sessions_go_at_once_and_their_owners_are_told(scene: Scene) -> None:
     scene.start()
-    await scene.clock.advance(PAUSE)
+    await scene.clock.advance(PAUSE_SECONDS)
     assert scene.over
     assert scene.moved == {key(number): FIRST for number in (1, 2, 3)}
     assert sorted(ownership.session for _, ownership in scene.told) == [1, 2, 3]
@@ -139,7 +139,7 @@ async def test_the_least_loaded_comes_first_and_gets_heavier(scene: Scene) -> No
     scene.here = {key(number) for number in range(1, 101)}
     scene.ready = [Candidate(FIRST, "1.0", 70), Candidate(SECOND, "1.0", 30), Candidate(THIRD, "0.9", 0)]
     scene.start()
-    await scene.clock.advance(PAUSE)
+    await scene.clock.advance(PAUSE_SECONDS)
     assert scene.over
     given = list(scene.moved.values())
     assert {node: given.count(node) for node in (FIRST, SECOND, THIRD)} == {FIRST: 30, SECOND: 70, THIRD: 0}
@@ -151,7 +151,7 @@ async def test_busy_sessions_wait_until_they_are_idle(scene: Scene) -> None:
     await scene.clock.advance(5)
     assert set(scene.moved) == {1, 3}
     scene.busy.clear()
-    await scene.clock.advance(2 * PAUSE)
+    await scene.clock.advance(2 * PAUSE_SECONDS)
     assert scene.over
     assert all(not busy for _, _, busy in scene.asked)
 
@@ -160,12 +160,12 @@ async def test_busy_sessions_wait_until_they_are_idle(scene: Scene) -> None:
 async def test_nothing_new_begins_in_the_second_half(scene: Scene, what: str) -> None:
     scene.busy, scene.waiting = ({key(2)}, 0) if what == "session" else (set(), 1)
     scene.start()
-    await scene.clock.advance(LIMIT / 2 - PAUSE)
+    await scene.clock.advance(LIMIT / 2 - PAUSE_SECONDS)
     assert (scene.held, scene.shuts) == (False, [])
-    await scene.clock.advance(3 * PAUSE)
+    await scene.clock.advance(3 * PAUSE_SECONDS)
     assert scene.held
-    assert scene.shuts == [pytest.approx(LIMIT / 2, abs=2 * PAUSE)]
-    await scene.clock.advance(LIMIT / 2 + LAST)
+    assert scene.shuts == [pytest.approx(LIMIT / 2, abs=2 * PAUSE_SECONDS)]
+    await scene.clock.advance(LIMIT / 2 + LAST_SECONDS)
     assert scene.over
     assert len(scene.shuts) == 1
 
@@ -173,7 +173,7 @@ async def test_nothing_new_begins_in_the_second_half(scene: Scene, what: str) ->
 async def test_what_came_in_until_the_port_was_closed_is_given_away_too(scene: Scene) -> None:
     scene.came_late = key(4)
     scene.start()
-    await scene.clock.advance(3 * PAUSE)
+    await scene.clock.advance(3 * PAUSE_SECONDS)
     assert scene.over
     assert scene.moved[key(4)] == FIRST
 
@@ -181,9 +181,9 @@ async def test_what_came_in_until_the_port_was_closed_is_given_away_too(scene: S
 async def test_at_the_limit_busy_sessions_move_as_they_are(scene: Scene) -> None:
     scene.busy = {key(2)}
     scene.start()
-    await scene.clock.advance(LIMIT - 2 * PAUSE)
+    await scene.clock.advance(LIMIT - 2 * PAUSE_SECONDS)
     assert not scene.over
-    await scene.clock.advance(3 * PAUSE)
+    await scene.clock.advance(3 * PAUSE_SECONDS)
     assert scene.over
     assert scene.asked[-1] == (2, FIRST, True)
     assert set(scene.moved) == {1, 2, 3}
@@ -192,7 +192,7 @@ async def test_at_the_limit_busy_sessions_move_as_they_are(scene: Scene) -> None
 async def test_what_cannot_move_at_all_ends_the_drain_at_the_limit(scene: Scene) -> None:
     scene.stuck = {key(2)}
     scene.start()
-    await scene.clock.advance(LIMIT + LAST + 2 * PAUSE)
+    await scene.clock.advance(LIMIT + LAST_SECONDS + 2 * PAUSE_SECONDS)
     assert scene.over
     assert scene.here == {2}
 
@@ -201,7 +201,7 @@ async def test_a_slow_hand_over_does_not_outlast_the_limit(scene: Scene) -> None
     scene.here = {key(number) for number in range(1, 1001)}
     scene.takes = 1.0  # sixteen at a time
     scene.start()
-    await scene.clock.advance(LIMIT + 2 * LAST + 2)
+    await scene.clock.advance(LIMIT + 2 * LAST_SECONDS + 2)
     assert scene.over
     assert 320 <= len(scene.moved) <= 400
 
@@ -212,7 +212,7 @@ async def test_exchanges_that_cannot_resume_are_waited_for_up_to_the_limit(scene
     await scene.clock.advance(LIMIT - 1)
     assert not scene.over
     assert scene.sessions == 0
-    await scene.clock.advance(1 + LAST + 2 * PAUSE)
+    await scene.clock.advance(1 + LAST_SECONDS + 2 * PAUSE_SECONDS)
     assert scene.over
 
 
@@ -226,7 +226,7 @@ async def test_without_a_ready_node_it_leaves_when_nothing_works(scene: Scene) -
     await scene.clock.advance(1)
     assert not scene.over
     scene.waiting = 0
-    await scene.clock.advance(PAUSE)
+    await scene.clock.advance(PAUSE_SECONDS)
     assert scene.over
     assert scene.sessions == 3
     assert scene.asked == []
@@ -238,7 +238,7 @@ async def test_a_node_that_comes_meanwhile_is_given_sessions(scene: Scene) -> No
     await scene.clock.advance(3)
     assert scene.moved == {}
     scene.ready = ready
-    await scene.clock.advance(2 * PAUSE)
+    await scene.clock.advance(2 * PAUSE_SECONDS)
     assert set(scene.moved) == {2, 3}
 
 
@@ -252,7 +252,7 @@ async def test_who_refuses_is_not_asked_again_while_others_are_ready(scene: Scen
     cast("Any", scene).hand_over = leaving
     scene.here = {key(number) for number in range(1, 41)}
     scene.start()
-    await scene.clock.advance(3 * PAUSE)
+    await scene.clock.advance(3 * PAUSE_SECONDS)
     assert scene.over
     assert set(scene.moved.values()) == {SECOND}
     assert sum(to == FIRST for _, to, _ in scene.asked) <= 16, "those that were on their way"
@@ -265,7 +265,7 @@ async def test_while_the_database_is_away_it_waits_and_goes_on(scene: Scene) -> 
     assert not scene.over
     assert not scene.held
     scene.away = False
-    await scene.clock.advance(2 * PAUSE)
+    await scene.clock.advance(2 * PAUSE_SECONDS)
     assert scene.over
     assert set(scene.moved) == {1, 2, 3}
 
@@ -273,6 +273,6 @@ async def test_while_the_database_is_away_it_waits_and_goes_on(scene: Scene) -> 
 async def test_a_database_that_stays_away_does_not_keep_the_node(scene: Scene) -> None:
     scene.away = True
     scene.start()
-    await scene.clock.advance(LIMIT + LAST + 2 * PAUSE)
+    await scene.clock.advance(LIMIT + LAST_SECONDS + 2 * PAUSE_SECONDS)
     assert scene.over
     assert scene.sessions == 3

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Collection, Sequence
 
 import pytest
 
-from pgmcp.cluster.publications import ABSENT, PAUSE, PublicationReader
+from pgmcp.cluster.publications import ABSENT_SECONDS, PAUSE_SECONDS, PublicationReader
 from pgmcp.errors import DatabaseUnavailable
 from pgmcp.service import Faults
 from pgmcp.types import LISTS, Change, Horizon, Publication, PublicationBatch
@@ -65,7 +65,7 @@ class Scene:
         for publication in publications:
             await self.table.publish(publication)
         self.publication_reader.look()
-        await self.clock.advance(PAUSE)
+        await self.clock.advance(PAUSE_SECONDS)
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ async def test_a_lost_line_is_one_gap(scene: Scene) -> None:
     await scene.table.publish(TOOLS)
     scene.publication_reader.look(gap=True)
     scene.publication_reader.look()
-    await scene.clock.advance(PAUSE)
+    await scene.clock.advance(PAUSE_SECONDS)
     assert (scene.told, scene.gaps) == ([], [{Change.TOOLS}])
     await scene.publish(PROMPTS)
     assert (scene.told, len(scene.gaps)) == ([PROMPTS], 1)
@@ -121,7 +121,7 @@ async def test_an_outage_delays(scene: Scene) -> None:
     assert scene.told == []
     scene.table.away = False
     await scene.publication_reader.poll()
-    await scene.clock.advance(PAUSE)
+    await scene.clock.advance(PAUSE_SECONDS)
     assert (scene.told, scene.gaps) == ([TOOLS], [])
 
 
@@ -130,18 +130,18 @@ async def test_a_gap_outlives_an_outage(scene: Scene, order: str) -> None:
     scene.table.away = True
     for gap in (True, False) if order == "gap first" else (False, True):
         scene.publication_reader.look(gap=gap)
-        await scene.clock.advance(PAUSE)
+        await scene.clock.advance(PAUSE_SECONDS)
     scene.table.away = False
     await scene.publication_reader.poll()
-    await scene.clock.advance(PAUSE)
+    await scene.clock.advance(PAUSE_SECONDS)
     assert len(scene.gaps) == 1
 
 
 async def test_an_absence_is_a_gap(scene: Scene) -> None:
-    scene.clock.jump(ABSENT)
+    scene.clock.jump(ABSENT_SECONDS)
     await scene.publish(TOOLS)
     assert scene.told == [TOOLS]
-    scene.clock.jump(ABSENT + 1)
+    scene.clock.jump(ABSENT_SECONDS + 1)
     await scene.publish(PROMPTS)
     assert (scene.told, scene.gaps) == ([TOOLS], [{Change.TOOLS, Change.PROMPTS}])
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pgmcp.clock import Ids
 from pgmcp.cluster import wakeups as module
-from pgmcp.cluster.wakeups import BOUND, EVERYTHING, LIMIT, Wakeups, parse
+from pgmcp.cluster.wakeups import EVERYTHING, MAX_DIRTY, PAYLOAD_BYTES, Wakeups, parse
 from pgmcp.errors import DatabaseUnavailable
 from pgmcp.types import NodeId, SessionKey, StreamId, Wake, alias_of, node_id
 from tests.harness.clock import FakeClock, settle
@@ -122,7 +122,7 @@ async def test_what_is_dirty_stays_dirty_until_it_went_out(scene: Scene) -> None
     await scene.clock.advance(10)
     assert scene.notes.sent == []
     scene.notes.away = False
-    await scene.clock.advance(module.RETRY)
+    await scene.clock.advance(module.RETRY_SECONDS)
     (sent,) = scene.notes.sent
     assert {node: set(payload.split(",")) for node, payload in sent} == {OTHER: {"i1", "i2"}, THIRD: {"i3"}}
 
@@ -131,7 +131,7 @@ async def test_too_much_for_one_payload_becomes_everything(scene: Scene) -> None
     scene.notes.free.clear()
     scene.wakeups.inbox(OTHER, SessionKey(0))
     await settle()
-    for _ in range(LIMIT // 34 + 1):
+    for _ in range(PAYLOAD_BYTES // 34 + 1):
         scene.wakeups.stream(OTHER, StreamId(IDS.uuid()))
     scene.wakeups.inbox(THIRD, SessionKey(1))
     scene.notes.free.set()
@@ -141,10 +141,10 @@ async def test_too_much_for_one_payload_becomes_everything(scene: Scene) -> None
 
 async def test_an_outage_keeps_a_bounded_number_of_ids(scene: Scene) -> None:
     scene.notes.away = True
-    for key in range(BOUND + 100):
+    for key in range(MAX_DIRTY + 100):
         scene.wakeups.inbox(OTHER, SessionKey(key))
     await settle()
-    assert sum(len(dirty.words) for dirty in scene.wakeups._dirty.values()) <= BOUND
+    assert sum(len(dirty.words) for dirty in scene.wakeups._dirty.values()) <= MAX_DIRTY
     scene.notes.away = False
     await scene.clock.advance(1)
     assert scene.notes.sent == [[(OTHER, EVERYTHING)]]
@@ -157,7 +157,7 @@ async def test_the_last_ones_go_out_before_it_closes(scene: Scene) -> None:
 
 
 async def test_it_closes_though_the_database_is_away(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "LAST", 0.05)
+    monkeypatch.setattr(module, "LAST_SECONDS", 0.05)
     scene.notes.free.clear()
     scene.wakeups.inbox(OTHER, SessionKey(1))
     async with asyncio.timeout(5):
