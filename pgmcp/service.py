@@ -22,10 +22,10 @@ from pgmcp.errors import PgmcpError
 
 logger = logging.getLogger(__name__)
 
-PAUSE = 0.05
+PAUSE_SECONDS = 0.05
 """Seconds between two looks that others want: anybody may want them, as often as he likes."""
 
-PAUSES, LONGEST_PAUSE = 3, 1.0
+PAUSE_FACTOR, LONGEST_PAUSE_SECONDS = 3, 1.0
 """Times as long as a look took is the pause after it, and how many seconds that is at most."""
 
 
@@ -122,7 +122,7 @@ class OnDemand(Service):
         pause: seconds between two looks, at least; longer where looks take long, so that they cost a bounded share.
     """
 
-    def __init__(self, look: Callable[[], Awaitable[None]], clock: Clock, pause: float = PAUSE) -> None:
+    def __init__(self, look: Callable[[], Awaitable[None]], clock: Clock, pause: float = PAUSE_SECONDS) -> None:
         self._look, self._clock, self._pause = look, clock, pause
         self._wanted = asyncio.Event()
 
@@ -146,7 +146,7 @@ class OnDemand(Service):
             except PgmcpError as error:
                 logger.info("%s is tried again later: %s", self._look.__name__, error)
             took = self._clock.boottime() - begun
-            await self._clock.sleep(max(self._pause, min(PAUSES * took, LONGEST_PAUSE)))
+            await self._clock.sleep(max(self._pause, min(PAUSE_FACTOR * took, LONGEST_PAUSE_SECONDS)))
 
 
 def _always() -> bool:

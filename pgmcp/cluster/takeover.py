@@ -20,7 +20,7 @@ from pgmcp.clock import Clock, Ids
 from pgmcp.cluster.lease import Lease
 from pgmcp.errors import PgmcpError
 from pgmcp.ports import Takeovers
-from pgmcp.service import PAUSE, Faults, Service, Tasks
+from pgmcp.service import PAUSE_SECONDS, Faults, Service, Tasks
 from pgmcp.types import NodeId, Ownership, SessionFacts, SessionKey
 
 logger = logging.getLogger(__name__)
@@ -119,7 +119,7 @@ class Takeover(Service):
                 await self.sweep()
             except PgmcpError as error:
                 logger.info("orphans are looked for again later: %s", error)
-            await self._clock.sleep(PAUSE)
+            await self._clock.sleep(PAUSE_SECONDS)
 
     async def sweep(self) -> None:
         """Take orphans that somebody waits for, until there are none or this node is full.

@@ -2,6 +2,6 @@
 
 from pgmcp.node.incarnation import Incarnation
 from pgmcp.node.node import Node
-from pgmcp.node.server import KEEP_ALIVE, serve, shared_socket
+from pgmcp.node.server import KEEP_ALIVE_SECONDS, serve, shared_socket
 
-__all__ = ["KEEP_ALIVE", "Incarnation", "Node", "serve", "shared_socket"]
+__all__ = ["KEEP_ALIVE_SECONDS", "Incarnation", "Node", "serve", "shared_socket"]

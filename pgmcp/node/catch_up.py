@@ -3,8 +3,8 @@
 Invariants:
 - It costs statements by what has moved, not by what lives here: one for the inboxes of all sessions, one for the
   sessions that are over, one for publications, and the grouped reads of the streams that are open.
-- The streams are read ``SOME`` at a time, spread over ``SPREAD`` seconds: a node that was behind is not given all of it
-  at once, and nodes whose lines were lost together do not ask together.
+- The streams are read ``STREAMS_TOGETHER`` at a time, spread over ``SPREAD_SECONDS``: a node that was behind is not
+  given all of it at once, and nodes whose lines were lost together do not ask together.
 - However often it is wanted, it takes a bounded share of the node's time (``OnDemand``).
 - A node that is deaf looks several times a second for what somebody is likely to wait for: two statements, whatever
   lives here. A call over another node takes as long as two such looks then.
@@ -27,16 +27,16 @@ from pgmcp.web.open_streams import OpenStreams
 
 logger = logging.getLogger(__name__)
 
-SOME = 100
+STREAMS_TOGETHER = 100
 """Streams that are read together."""
 
-HURRY = 0.1
+HURRY_SECONDS = 0.1
 """Seconds between two looks of a deaf node for what somebody is likely to wait for, at most."""
 
-LATER = 2.0
+LATER_SECONDS = 2.0
 """Seconds for which it does not, when it could not."""
 
-SPREAD = 1.0
+SPREAD_SECONDS = 1.0
 """Seconds over which the reads of many streams are spread, at most."""
 
 
@@ -84,12 +84,12 @@ class CatchUp(Service):
         now = self._clock.boottime()
         if now < self._not_before:
             return
-        for open_stream in self._open_streams.newest(SOME):
+        for open_stream in self._open_streams.newest(STREAMS_TOGETHER):
             open_stream.moved.set()
         try:
             await self._host.poll()
         except PgmcpError:
-            self._not_before = now + LATER
+            self._not_before = now + LATER_SECONDS
             raise
 
     async def _read(self) -> None:
@@ -104,9 +104,11 @@ class CatchUp(Service):
 
     async def _wake_streams(self) -> None:
         open_streams = list(self._open_streams)
-        groups = [open_streams[start : start + SOME] for start in range(0, len(open_streams), SOME)]
+        groups = [
+            open_streams[start : start + STREAMS_TOGETHER] for start in range(0, len(open_streams), STREAMS_TOGETHER)
+        ]
         for number, group in enumerate(groups):
             if number:
-                await self._clock.sleep(self._ids.jitter(SPREAD / len(groups)))
+                await self._clock.sleep(self._ids.jitter(SPREAD_SECONDS / len(groups)))
             for open_stream in group:
                 open_stream.moved.set()

@@ -22,7 +22,7 @@ from pgmcp.cluster.publications import PublicationReader
 from pgmcp.cluster.takeover import Takeover
 from pgmcp.cluster.wakeups import Wakeups, parse
 from pgmcp.errors import DatabaseUnavailable, PgmcpError
-from pgmcp.node.catch_up import HURRY, CatchUp
+from pgmcp.node.catch_up import HURRY_SECONDS, CatchUp
 from pgmcp.node.reported_changes import ReportedChanges
 from pgmcp.node.timeline import TimelineChange
 from pgmcp.ports import Publications
@@ -52,7 +52,7 @@ logger = logging.getLogger(__name__)
 CAPACITY = 10_000
 """Sessions that a node may own."""
 
-LIMIT = 10.0
+STOP_SECONDS = 10.0
 """Seconds that one service may take to stop."""
 
 
@@ -184,7 +184,7 @@ class Incarnation(Service):
             "the catch-up": self._catch_up,
             "the look for messages": self._periodic(settings.poll, self.host.poll),
             "the look while deaf": self._periodic(settings.poll, self._look_while_deaf),
-            "the hurry while deaf": self._periodic(HURRY, self._hurry_while_deaf),
+            "the hurry while deaf": self._periodic(HURRY_SECONDS, self._hurry_while_deaf),
             "the look for publications": self._periodic(settings.poll, self.publication_reader.poll),
             "the survey": self._periodic(settings.idle_poll, self.host.survey),
             "the look at streams": self._periodic(settings.idle_poll, abandoned.let_go),
@@ -250,7 +250,7 @@ class Incarnation(Service):
         """Stop services in reverse; one that cannot be stopped is in nobody's way."""
         for duty, service in reversed(services.items()):
             try:
-                async with asyncio.timeout(LIMIT):
+                async with asyncio.timeout(STOP_SECONDS):
                     await service.stop()
             except Exception as error:  # noqa: BLE001 - it is noted
                 self.faults.note(f"the end of {duty}", error)

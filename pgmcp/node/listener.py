@@ -19,7 +19,7 @@ import struct
 from collections.abc import Sequence
 
 SO_ATTACH_FILTER = 26
-DEAF = 0.2
+DEAF_SECONDS = 0.2
 """Seconds from deaf to closed: for handshakes under way, and for what was accepted to be read."""
 
 _SYN, _ACK, _FLAGS = 0x02, 0x10, 13
@@ -49,6 +49,6 @@ async def close(servers: Sequence[asyncio.Server]) -> None:
         for listener in server.sockets:
             with contextlib.suppress(OSError), socket.socket(fileno=os.dup(listener.fileno())) as own:
                 deafen(own)
-    await asyncio.sleep(DEAF)
+    await asyncio.sleep(DEAF_SECONDS)
     for server in servers:
         server.close()

@@ -23,7 +23,7 @@ from pgmcp.cluster.lease import LeaseState
 from pgmcp.errors import NodeNotReady, PgmcpError, SettingsError
 from pgmcp.node.incarnation import Incarnation
 from pgmcp.node.signals import Signals
-from pgmcp.node.supervisor import REJOIN, Supervisor
+from pgmcp.node.supervisor import REJOIN_SECONDS, Supervisor
 from pgmcp.node.watchdog import Watchdog, watched
 from pgmcp.ops.access_log import AccessLog
 from pgmcp.ops.health import health_routes
@@ -207,7 +207,7 @@ class Node:
     async def _begun_again(self, duty: str, service: Service) -> None:
         while (error := await failure(service)) is not None:
             self.faults.note(duty, error)
-            await self._clock.sleep(REJOIN)
+            await self._clock.sleep(REJOIN_SECONDS)
 
     def _new_incarnation(self) -> Incarnation:
         return Incarnation(

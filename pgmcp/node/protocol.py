@@ -1,9 +1,9 @@
 """HTTP/1.1 as a node speaks it: uvicorn's protocol over httptools, which has no limits of its own before the body.
 
 Invariants:
-- Nothing that is not a body takes more than ``HEAD`` bytes and what is read at once: not headers, not what follows a
+- Nothing that is not a body takes more than ``HEAD_BYTES`` and what is read at once: not headers, not what follows a
   chunked body, not blanks between two requests.
-- Headers are complete ``HEADERS`` seconds after their first byte, and so is the rest of a body after its answer.
+- Headers are complete ``HEADERS_SECONDS`` after their first byte, and so is the rest of a body after its answer.
 - One address has ``max_connections`` connections at most. Proxies whose ``X-Forwarded-For`` is believed have as many
   as they want, since they bring everybody; so do Unix sockets.
 - What follows a chunked body (trailers) changes no header of the request.
@@ -30,13 +30,13 @@ from pgmcp.web.http_exchange import network
 
 logger = logging.getLogger(__name__)
 
-HEAD = 64 * 1024
+HEAD_BYTES = 64 * 1024
 """Bytes of a request's line and headers."""
 
-HEADERS = 10.0
+HEADERS_SECONDS = 10.0
 """Seconds from their first byte until they are complete."""
 
-LINGER = 1.0
+LINGER_SECONDS = 1.0
 """Seconds for which the connection of somebody whose headers were too large is kept, unread."""
 
 FILES = 65_536
@@ -94,7 +94,7 @@ class LimitedProtocol(HttpToolsProtocol):
             self._hurry()
         self._quiet += len(data)
         super().data_received(data)
-        if self._quiet > HEAD and not self.transport.is_closing():
+        if self._quiet > HEAD_BYTES and not self.transport.is_closing():
             self._refuse(431, "The headers are too large.")
 
     def _expect_request(self) -> None:
@@ -113,7 +113,7 @@ class LimitedProtocol(HttpToolsProtocol):
         """Its headers are there."""
         self._in_time()
         self._inside, self._quiet = True, 0
-        if len(self.url) + sum([len(name) + len(value) for name, value in self.headers]) > HEAD:
+        if len(self.url) + sum([len(name) + len(value) for name, value in self.headers]) > HEAD_BYTES:
             self._large = True
             raise _TooLarge
         super().on_headers_complete()
@@ -141,7 +141,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def _hurry(self) -> None:
         if self._timer is None:
-            self._timer = self.loop.call_later(HEADERS, self._late)
+            self._timer = self.loop.call_later(HEADERS_SECONDS, self._late)
 
     def _in_time(self) -> None:
         if self._timer is not None:
@@ -153,7 +153,7 @@ class LimitedProtocol(HttpToolsProtocol):
         if self.flow.read_paused:
             self._hurry()  # it is not the client who is late
         elif not self.transport.is_closing():
-            self._refuse(408, f"The request did not arrive within {HEADERS:g} s.")
+            self._refuse(408, f"The request did not arrive within {HEADERS_SECONDS:g} s.")
 
     def send_400_response(self, msg: str) -> None:
         """Answer what the parser has refused."""
@@ -172,7 +172,7 @@ class LimitedProtocol(HttpToolsProtocol):
             self.transport.write(STATUS_LINE[status] + head % (len(text), again) + text.encode())
         if idle and status == 431:
             self.transport.pause_reading()
-            self.loop.call_later(LINGER, self.transport.close)
+            self.loop.call_later(LINGER_SECONDS, self.transport.close)
         else:
             self.transport.close()
         self._gone()

@@ -27,7 +27,7 @@ from pgmcp.web.open_streams import OpenStreams
 MOST = 1000
 """Sessions that were said to come here and are looked up together; a drain hands over some dozens at a time."""
 
-LATER = 0.5
+RETRY_SECONDS = 0.5
 """Seconds after which what could not be looked up is looked up again."""
 
 
@@ -64,7 +64,7 @@ class ReportedChanges(Service):
         except PgmcpError:
             self._ended |= ended
             self._handed |= handed
-            await self._clock.sleep(LATER)
+            await self._clock.sleep(RETRY_SECONDS)
             self._looks.want()
             raise
         if self._host.unsettled:

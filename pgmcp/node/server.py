@@ -18,7 +18,7 @@ from pgmcp.ops.logs import configure
 from pgmcp.session.adapters.target import load
 from pgmcp.settings import Settings
 
-KEEP_ALIVE = 75
+KEEP_ALIVE_SECONDS = 75
 """Seconds for which an idle HTTP connection stays: longer than in balancers, or they POST into one that just closes."""
 
 
@@ -68,7 +68,7 @@ def serve(settings: Settings, target: str, *, shared_port: bool = False) -> int:
         access_log=False,
         log_config=None,
         forwarded_allow_ips=settings.forwarded_allow_ips,
-        timeout_keep_alive=KEEP_ALIVE,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=5,
     )
     server = uvicorn.Server(config)

@@ -18,13 +18,13 @@ from pgmcp.service import Faults, Service
 
 logger = logging.getLogger(__name__)
 
-REJOIN = 0.5
+REJOIN_SECONDS = 0.5
 """Seconds between attempts to join again."""
 
-LONGEST = 30.0
+LONGEST_PAUSE_SECONDS = 30.0
 """Seconds that a node stays away at most when it has failed several times in a row."""
 
-STEADY = 60.0
+STEADY_SECONDS = 60.0
 """Seconds after which an incarnation has lived long enough for those before it not to count any more."""
 
 SEVERAL = 3
@@ -80,16 +80,16 @@ class Supervisor(Service):
             except PgmcpError as error:
                 self.absent = "schema" if isinstance(error, SchemaError) else "joining"
                 logger.warning("joining again failed: %s", error)
-                await self._clock.sleep(REJOIN)
+                await self._clock.sleep(REJOIN_SECONDS)
             except Exception as error:  # noqa: BLE001 - it is noted
                 self._faults.note("joining again", error)
                 self._count(failed=True)
-                await self._clock.sleep(REJOIN)
+                await self._clock.sleep(REJOIN_SECONDS)
 
     async def _pause(self) -> None:
         """Give the other nodes time after a failure: whoever joins takes sessions, and three restores end one."""
         if self._failures and not self._leaving():
-            await self._clock.sleep(min(REJOIN * 2 ** (self._failures - 1), LONGEST))
+            await self._clock.sleep(min(REJOIN_SECONDS * 2 ** (self._failures - 1), LONGEST_PAUSE_SECONDS))
 
     async def stop(self) -> None:
         """Leave the cluster."""
@@ -104,7 +104,7 @@ class Supervisor(Service):
 
     @property
     def _steady(self) -> bool:
-        return self.present is not None and self._clock.boottime() - self._joined_at >= STEADY
+        return self.present is not None and self._clock.boottime() - self._joined_at >= STEADY_SECONDS
 
     def _count(self, *, failed: bool) -> None:
         before = 0 if self._steady or not failed else self._failures

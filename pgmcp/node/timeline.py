@@ -20,10 +20,10 @@ from pgmcp.store.timeline import JUMP, Timeline
 
 logger = logging.getLogger(__name__)
 
-AGAIN = 0.2
+RETRY_SECONDS = 0.2
 """Seconds after which it is tried again."""
 
-LOOK = 1.0
+LOOK_SECONDS = 1.0
 """Seconds after which a writer that waits looks again."""
 
 
@@ -52,7 +52,7 @@ class TimelineChange(Service):
         """
         await self._lease.acting()
         while not self._settled.is_set():
-            await self._clock.wait(self._settled, LOOK)
+            await self._clock.wait(self._settled, LOOK_SECONDS)
             await self._lease.acting()
 
     def watch(self, host: Host, publication_reader: PublicationReader) -> None:
@@ -80,7 +80,7 @@ class TimelineChange(Service):
                     return
                 except PgmcpError as error:
                     logger.info("sessions wait for the new primary: %s", error)
-                    await self._clock.sleep(AGAIN)
+                    await self._clock.sleep(RETRY_SECONDS)
 
     async def _go_on(self, term: int) -> None:
         await self._lease.acting()

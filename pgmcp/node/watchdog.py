@@ -25,13 +25,13 @@ from pgmcp.clock import Clock
 
 logger = logging.getLogger(__name__)
 
-TICK = 0.25
+TICK_SECONDS = 0.25
 """Seconds between two ticks of the loop, and between two looks of the thread."""
 
-BLOCKED = 1.0
+BLOCKED_SECONDS = 1.0
 """Seconds without a tick after which the loop counts as blocked."""
 
-EVERY = 60.0
+LOG_SECONDS = 60.0
 """Seconds between two stacks in the log, at least."""
 
 _of_loop: WeakKeyDictionary[asyncio.AbstractEventLoop, Watchdog] = WeakKeyDictionary()
@@ -44,7 +44,7 @@ class Watchdog:
         self._loop, self._clock = loop, clock
         self._watched = threading.get_ident()
         self._ticked_at = clock.boottime()
-        self._said_at = -EVERY
+        self._said_at = -LOG_SECONDS
         self._stopped = threading.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._reported = False
@@ -70,20 +70,20 @@ class Watchdog:
             self._reported = False
             logger.warning("the event loop goes on after %.1f s", now - self._ticked_at)
         self._ticked_at = now
-        self._timer = self._loop.call_later(TICK, self._tick)
+        self._timer = self._loop.call_later(TICK_SECONDS, self._tick)
 
     def _watch(self) -> None:
         looked_at, seen, stood_until = self._clock.boottime(), 0.0, 0.0
-        while not self._stopped.wait(TICK):
+        while not self._stopped.wait(TICK_SECONDS):
             before, looked_at = looked_at, self._clock.boottime()
             ticked_at = self._ticked_at
-            if looked_at - before > BLOCKED:
+            if looked_at - before > BLOCKED_SECONDS:
                 stood_until = looked_at  # the whole process stood, and its loop has not had its turn yet
-            if looked_at - max(ticked_at, stood_until) < BLOCKED or ticked_at == seen:
+            if looked_at - max(ticked_at, stood_until) < BLOCKED_SECONDS or ticked_at == seen:
                 continue
             seen = ticked_at  # each time that it is blocked counts once
             self.blocked += 1
-            if looked_at - self._said_at >= EVERY:
+            if looked_at - self._said_at >= LOG_SECONDS:
                 self._said_at = looked_at
                 self._say(looked_at - ticked_at)
 

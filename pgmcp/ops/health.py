@@ -13,7 +13,7 @@ from typing import Protocol
 from litestar import Response, get
 from litestar.handlers import HTTPRouteHandler
 
-STALLED = 5.0
+STALLED_SECONDS = 5.0
 """Seconds without a tick of the renew loop after which the process counts as stuck."""
 
 
@@ -39,7 +39,7 @@ def health_routes(pulse: Callable[[], Pulse]) -> list[HTTPRouteHandler]:
     @get("/livez", sync_to_thread=False, include_in_schema=False)
     def livez() -> Response[dict[str, str]]:
         seconds = pulse().stalled()
-        if seconds > STALLED:
+        if seconds > STALLED_SECONDS:
             return Response({"status": f"the renew loop has not ticked for {seconds:.1f} s"}, status_code=503)
         if pulse().failing():
             return Response({"status": "the node fails again and again; its log says why"}, status_code=503)

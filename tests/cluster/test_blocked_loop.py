@@ -39,12 +39,12 @@ def dog(node: RunningNode) -> Watchdog:
 async def test_a_tool_that_blocks_is_named(
     database: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(watchdog, "EVERY", 0.0)  # on a busy machine an import may come first
+    monkeypatch.setattr(watchdog, "LOG_SECONDS", 0.0)  # on a busy machine an import may come first
     async with cluster(database, lambda: served(MCPServer), 2) as nodes, RawSession() as session:
         assert dog(nodes[0]) is dog(nodes[1]), "one for each event loop"
         await session.open(nodes[0].url)
         blocked = dog(nodes[0]).blocked
-        await session.call_tool(nodes[1].url, "blocks", 20, seconds=watchdog.BLOCKED + 1)
+        await session.call_tool(nodes[1].url, "blocks", 20, seconds=watchdog.BLOCKED_SECONDS + 1)
         assert dog(nodes[0]).blocked > blocked
         said = [record.getMessage() for record in caplog.records if "in blocks\n" in record.getMessage()]
         assert "time.sleep(seconds)" in said[0]

@@ -114,7 +114,7 @@ async def test_a_deaf_node_costs_by_what_has_moved(database: str, monkeypatch: p
 
 
 async def test_many_streams_are_read_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(catch_up, "SOME", 10)
+    monkeypatch.setattr(catch_up, "STREAMS_TOGETHER", 10)
     clock, open_streams, looks = FakeClock(), OpenStreams(), Mock()
     reading = CatchUp(looks.host, open_streams, looks.publication_reader, looks.takeover, clock, Ids())
     looks.host.drop_strangers = AsyncMock()
@@ -124,7 +124,7 @@ async def test_many_streams_are_read_in_groups(monkeypatch: pytest.MonkeyPatch) 
         reading.begin()
         await settle()
         assert sum(ear.moved.is_set() for ear in ears) == 10
-        await clock.advance(catch_up.SPREAD)
+        await clock.advance(catch_up.SPREAD_SECONDS)
         assert all(ear.moved.is_set() for ear in ears)
         running.cancel()
         await asyncio.wait({running})

@@ -180,8 +180,8 @@ async def test_a_duty_of_the_node_goes_on(
 
 
 async def test_several_failures_in_a_row_ask_for_a_new_process(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervisor, "REJOIN", 0.05)
-    monkeypatch.setattr(supervisor, "STEADY", 2.0)
+    monkeypatch.setattr(supervisor, "REJOIN_SECONDS", 0.05)
+    monkeypatch.setattr(supervisor, "STEADY_SECONDS", 2.0)
     async with cluster(database, everything, 1, **SOON) as (node,):
         breaks(monkeypatch, incarnation_module, "outgrown", supervisor.SEVERAL)
         await eventually(node.node.failing, "it says so", 20)
@@ -193,7 +193,7 @@ async def test_several_failures_in_a_row_ask_for_a_new_process(database: str, mo
 
 @pytest.mark.parametrize("trouble", ["dead", "away", "draining"])
 async def test_what_is_no_fault_is_not_counted(database: str, trouble: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervisor, "REJOIN", 0.05)
+    monkeypatch.setattr(supervisor, "REJOIN_SECONDS", 0.05)
     async with cluster(database, everything, 1, **SOON) as (node,), tables_of(database) as tables:
         if trouble == "draining":
             await node.leave()

@@ -14,7 +14,7 @@ import asyncpg
 import uvicorn
 
 from pgmcp.clock import Clock, Ids
-from pgmcp.node import KEEP_ALIVE, Incarnation, Node
+from pgmcp.node import KEEP_ALIVE_SECONDS, Incarnation, Node
 from pgmcp.node.protocol import limited
 from pgmcp.session.adapters.target import load
 from pgmcp.settings import Settings
@@ -93,7 +93,7 @@ async def serving(
         access_log=access_log,
         log_level=log_level,
         lifespan=lifespan,
-        timeout_keep_alive=KEEP_ALIVE,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=2,
     )
     server = uvicorn.Server(config)

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from pgmcp.node import protocol
-from pgmcp.node.protocol import HEAD, Proxies
+from pgmcp.node.protocol import HEAD_BYTES, Proxies
 from tests.harness.clients import RawSession
 from tests.harness.cluster import RunningNode, cluster, eventually
 
@@ -20,7 +20,7 @@ Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    monkeypatch.setattr(protocol, "HEADERS", 0.3)
+    monkeypatch.setattr(protocol, "HEADERS_SECONDS", 0.3)
 
 
 @contextlib.asynccontextmanager
@@ -61,20 +61,20 @@ async def test_endless_headers(database, talker, start):
     async with cluster(database, talker, 1) as [node], connected(node, start) as (reader, writer):
         answer = asyncio.create_task(to_the_end(reader))
         with contextlib.suppress(ConnectionError):
-            while not answer.done() and sent < 100 * HEAD:
+            while not answer.done() and sent < 100 * HEAD_BYTES:
                 writer.write(b"x" * 10_000)
                 sent += 10_000
                 await writer.drain()
                 await asyncio.sleep(0)
         await answer
-        assert sent < 100 * HEAD
+        assert sent < 100 * HEAD_BYTES
         async with RawSession() as session:
             await session.open(node.url)
 
 
 @pytest.mark.parametrize("count", [8, 5000], ids=["large", "many"])
 async def test_headers_that_are_too_large(database, talker, count):
-    line = b"x: " + b"y" * (2 * HEAD // count) + b"\r\n"
+    line = b"x: " + b"y" * (2 * HEAD_BYTES // count) + b"\r\n"
     async with cluster(database, talker, 1) as [node], connected(node) as (reader, writer):
         writer.write(b"GET /livez HTTP/1.1\r\nhost: x\r\n" + line * count + b"\r\n")
         assert b" 431 " in (await to_the_end(reader)).split(b"\r\n")[0]

@@ -16,8 +16,8 @@ from tests.harness.cluster import eventually
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watchdog, "TICK", 0.05)
-    monkeypatch.setattr(watchdog, "BLOCKED", 0.5)
+    monkeypatch.setattr(watchdog, "TICK_SECONDS", 0.05)
+    monkeypatch.setattr(watchdog, "BLOCKED_SECONDS", 0.5)
 
 
 def stand(seconds: float) -> None:
