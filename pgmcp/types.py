@@ -31,7 +31,7 @@ PAGE, PAGE_BYTES = 64, 1024 * 1024
 """Events that one look at a stream returns at most, and their bytes unless the first alone has more."""
 
 
-REPLACEMENTS, REPLACED_WITHIN = 3, 10.0
+REPLACEMENTS, REPLACED_WITHIN_SECONDS = 3, 10.0
 """How often, within how many seconds, listeners may take a standalone stream from one that a living node carries."""
 
 

@@ -61,7 +61,7 @@ logger = logging.getLogger(__name__)
 
 REQUEST_CANCELLED = -32800
 INTERNAL_ERROR, INVALID_REQUEST = -32603, -32600
-STOP = 2.0
+STOP_SECONDS = 2.0
 """Seconds that a stopped server session may take to unwind."""
 
 
@@ -150,7 +150,7 @@ class Actor:
         if self._task is None or self._task.done():
             return
         self._task.cancel()
-        await asyncio.wait({self._task}, timeout=STOP)
+        await asyncio.wait({self._task}, timeout=STOP_SECONDS)
 
     def speaks(self, version: str) -> None:
         """Note the protocol version that the handshake settled."""

@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-AGAIN = 1.0
+RETRY_SECONDS = 1.0
 """Seconds after which a write that ran out of patience is tried again."""
 
 
@@ -63,4 +63,4 @@ class FencedWriter:
                 if not self._wanted():
                     raise
                 logger.warning("session %s waits for PostgreSQL: %s", self.ownership.session, error)
-                await self._clock.sleep(AGAIN)
+                await self._clock.sleep(RETRY_SECONDS)

@@ -29,7 +29,7 @@ from pgmcp.types import Claimed, SessionKey
 
 logger = logging.getLogger(__name__)
 
-AGAIN = 1.0
+RETRY_SECONDS = 1.0
 """Seconds after which a key that could not be read is asked for again."""
 
 
@@ -134,5 +134,5 @@ class Intake:
                 return await self._box.open(claimed.context, place_of_context(actor.session_id, claimed.key))
             except DatabaseUnavailable as error:
                 logger.info("session %s waits for a key: %s", claimed.ownership.session, error)
-            await self._clock.sleep(AGAIN)
+            await self._clock.sleep(RETRY_SECONDS)
         return None

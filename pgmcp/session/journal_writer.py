@@ -20,7 +20,7 @@ from pgmcp.types import Established, JournalEntry
 JUMP = 1_000_000
 """How far the numbers jump at a restore."""
 
-TURN = 25.0
+TURN_SECONDS = 25.0
 """Seconds for which a value waits for the writes before it."""
 
 
@@ -70,7 +70,7 @@ class JournalWriter:
     @asynccontextmanager
     async def _numbered(self) -> AsyncIterator[int]:
         try:
-            async with asyncio.timeout(TURN):
+            async with asyncio.timeout(TURN_SECONDS):
                 await self._turn.acquire()
         except TimeoutError:
             message = "What was to be stored before this waits for PostgreSQL; try again."

@@ -16,7 +16,7 @@ from pgmcp.errors import PgmcpError
 from pgmcp.session.adapter import Incoming
 from pgmcp.session.server_requests import dump
 
-ANSWER = 5.0
+ANSWER_SECONDS = 5.0
 """Seconds that a server session may take to answer the node itself."""
 
 
@@ -36,14 +36,14 @@ class NodeRequests:
         """Send a request; its answer.
 
         Raises:
-            TimeoutError: it took longer than ``ANSWER`` seconds.
+            TimeoutError: it took longer than ``ANSWER_SECONDS``.
         """
         rpc_id = f"pgmcp-{self._ids.token()}"
         answer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._waiting[json.dumps(rpc_id)] = answer
         self._tell(Incoming(dump(request | {"id": rpc_id}), can_ask=False))
         try:
-            async with asyncio.timeout(ANSWER):
+            async with asyncio.timeout(ANSWER_SECONDS):
                 return await answer
         finally:
             self._waiting.pop(json.dumps(rpc_id), None)

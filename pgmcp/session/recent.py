@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pgmcp.clock import Clock
 
-KEPT = 30.0
+KEPT_SECONDS = 30.0
 """Seconds for which an id is kept."""
 
 REMEMBERED = 256
@@ -23,7 +23,7 @@ class Recent:
         self._until.pop(rpc_id, None)
         if len(self._until) >= REMEMBERED:
             del self._until[next(iter(self._until))]
-        self._until[rpc_id] = self._clock.boottime() + KEPT
+        self._until[rpc_id] = self._clock.boottime() + KEPT_SECONDS
 
     def __contains__(self, rpc_id: str) -> bool:
         return self._clock.boottime() < self._until.get(rpc_id, 0.0)

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 ATTEMPTS = 3
 """Restores that may fail before the session ends."""
 
-IMPORT = 5.0
+IMPORT_SECONDS = 5.0
 """Seconds that a server may take to import its memory of a session."""
 
 PAGES = 50
@@ -125,10 +125,10 @@ class Restore:
 
     async def _import(self, restore: Callable[[SessionState, Any], Awaitable[None]], exported: bytes | None) -> None:
         try:
-            async with asyncio.timeout(IMPORT):
+            async with asyncio.timeout(IMPORT_SECONDS):
                 await restore(self._actor.state, None if exported is None else json.loads(exported))
         except TimeoutError:
-            message = f"The server did not import its memory of the session within {IMPORT} s"
+            message = f"The server did not import its memory of the session within {IMPORT_SECONDS} s"
             raise RestoreFailed(message) from None
 
     def _claimed_initialized(self) -> bytes | None:

@@ -19,7 +19,7 @@ SAID = 10_000
 SAID_BYTES = 64 * 1024 * 1024
 """Bytes that they may have."""
 
-PACE = 1.0
+PACE_SECONDS = 1.0
 """Seconds between the notifications that are kept after that: progress still tells that somebody works."""
 
 SUBSCRIBE = "resources/subscribe"
@@ -53,7 +53,7 @@ def gives_way(request: RunningRequest, outgoing: Outgoing, now: float) -> bool:
     stream = request.stream
     if outgoing.kind is not Kind.NOTIFICATION or outgoing.method == "notifications/cancelled" or not stream.unfinished:
         return False  # the standalone stream, which HTTP+SSE uses for all, has a bound of its own
-    if _full(stream) and now - stream.said_at < PACE:
+    if _full(stream) and now - stream.said_at < PACE_SECONDS:
         return True
     stream.said, stream.said_bytes, stream.said_at = stream.said + 1, stream.said_bytes + len(outgoing.message), now
     return False

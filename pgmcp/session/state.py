@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 KIND, EXPORT = "state", "export"
 KEYS, KEY_LENGTH, VALUE_BYTES = 64, 200, 64 * 1024
 
-EXPORT_LIMIT = 2.0
+EXPORT_SECONDS = 2.0
 """Seconds that a server may take to export its memory of a session."""
 
 Write = Callable[[JournalEntry], Awaitable[None]]
@@ -84,7 +84,7 @@ class SessionState:
         if hooks.export is None:
             return
         try:
-            async with asyncio.timeout(EXPORT_LIMIT):
+            async with asyncio.timeout(EXPORT_SECONDS):
                 await self._write(JournalEntry(EXPORT, "", _encoded(await hooks.export(self))))
         except Fenced:
             return  # it has ended, or has another owner

@@ -28,7 +28,7 @@ from pgmcp.types import (
     CARRIED,
     PAGE,
     PAGE_BYTES,
-    REPLACED_WITHIN,
+    REPLACED_WITHIN_SECONDS,
     REPLACEMENTS,
     Attachment,
     Cursor,
@@ -51,7 +51,8 @@ LAST_EVENTS, LAST_BYTES = 1024, 64 * 1024
 
 TAKEN = (
     f"Other connections that listen to this session have replaced each other {REPLACEMENTS} times within "
-    f"{REPLACED_WITHIN:g} s. Listen with one connection only, or end the one that has the stream and come back later."
+    f"{REPLACED_WITHIN_SECONDS:g} s. Listen with one connection only, or end the one that has the stream and come "
+    "back later."
 )
 
 
@@ -186,7 +187,7 @@ class TableLog:
             while True:
                 seen = await self._database.fetch("sink_epoch", session_id, stream)
                 most, epoch = self._settings.max_streams, seen[0]["sink_epoch"] if seen else None
-                bounds = (most, epoch, REPLACEMENTS, REPLACED_WITHIN, self._settings.use_precision)
+                bounds = (most, epoch, REPLACEMENTS, REPLACED_WITHIN_SECONDS, self._settings.use_precision)
                 rows = await self._database.fetch("attach", session_id, *who, stream, self._node, *bounds)
                 if not rows or rows[0]["full"] or not rows[0]["moved"]:
                     return rows  # else another one attached in between, and this one is the newer

@@ -54,7 +54,7 @@ async def test_subscriptions_of_a_session(database, monkeypatch):
 async def test_what_an_unfinished_request_says(database, talker, monkeypatch, name, bound):
     """What is too much gives way; the answer does not, nor does a question."""
     monkeypatch.setattr(session_limits, name, bound)
-    monkeypatch.setattr(session_limits, "PACE", 3600.0)
+    monkeypatch.setattr(session_limits, "PACE_SECONDS", 3600.0)
     async with (
         cluster(database, talker, 2) as nodes,
         tables_of(database) as tables,

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from fastmcp import FastMCP
 
-from pgmcp.session.adapters.fastmcp import FRESH, Catalogue
+from pgmcp.session.adapters.fastmcp import FRESH_SECONDS, Catalogue
 from pgmcp.session.adapters.target import target_of
 from tests.harness.clock import FakeClock, settle
 
@@ -37,7 +37,7 @@ async def test_a_tool_that_comes_later_is_found_when_the_list_is_read_anew(serve
     assert set((catalogue.schema("add") or {})["properties"]) == {"a", "b"}
     served.tool(add, name="later")
     assert await looked(catalogue, "later") is None
-    await clock.advance(FRESH)
+    await clock.advance(FRESH_SECONDS)
     assert await looked(catalogue, "later") is not None
 
 
@@ -52,7 +52,7 @@ async def test_a_list_that_cannot_be_read_leaves_what_was_known(
         raise OSError("away")
 
     monkeypatch.setattr("pgmcp.session.adapters.fastmcp.Provider.list_tools", broken)
-    await clock.advance(FRESH)
+    await clock.advance(FRESH_SECONDS)
     assert await looked(catalogue, "add") is not None
     assert "could not be read" in caplog.text
 

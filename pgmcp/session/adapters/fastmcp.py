@@ -25,7 +25,7 @@ from pgmcp.session.state import Hooks
 
 logger = logging.getLogger(__name__)
 
-FRESH, LIMIT = 5.0, 5.0
+FRESH_SECONDS, READ_SECONDS = 5.0, 5.0
 """Seconds after which the catalogue is read anew, and those that this may take."""
 
 
@@ -68,7 +68,7 @@ class Catalogue:
     """The input schemas of a server's tools, for the SDK to check ``Mcp-Param-*`` headers against.
 
     Without it the SDK lists all tools before each call of a tool. A lookup answers from memory, and has the list read
-    anew when that is older than ``FRESH`` seconds: a tool that came just now is unknown, and not checked, for a moment.
+    anew when that is older than ``FRESH_SECONDS``: a tool that came just now is unknown, and not checked, for a moment.
     """
 
     def __init__(self, served: FastMCP[Any], clock: Clock) -> None:
@@ -90,14 +90,14 @@ class Catalogue:
     async def read(self) -> None:
         """Read the list; what was known stays when that fails."""
         try:
-            async with asyncio.timeout(LIMIT):
+            async with asyncio.timeout(READ_SECONDS):
                 tools = await Provider.list_tools(self._served)  # of all callers: before what each may see
             self._schemas = {tool.name: tool.parameters for tool in sorted(tools, key=version_sort_key)}
         except Exception:
             logger.warning(
                 "the list of tools could not be read; headers are checked against the one before", exc_info=True
             )
-        self._due = self._clock.boottime() + FRESH
+        self._due = self._clock.boottime() + FRESH_SECONDS
 
     def close(self) -> None:
         """Stop reading."""

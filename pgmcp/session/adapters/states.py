@@ -37,7 +37,7 @@ Answer = TypeVar("Answer")
 
 PREFIX, PLACE, AUDIENCE = "pgmcp1.", b"request-state", "pgmcp"
 
-SKEW = 60.0
+SKEW_SECONDS = 60.0
 """Seconds by which the clocks of two nodes may differ."""
 
 _chosen: WeakSet[RequestStateSecurity] = WeakSet()
@@ -89,7 +89,7 @@ class SharedStates:
     """
 
     def __init__(self, box: StateBox, like: RequestStateSecurity, *, once: bool) -> None:
-        self._box, self._once, self._life = box, once, like.ttl + SKEW
+        self._box, self._once, self._life = box, once, like.ttl + SKEW_SECONDS
         security = RequestStateSecurity(
             codec=_Codec(box), ttl=like.ttl, bind_principal=like.bind_principal, audience=like.audience
         )

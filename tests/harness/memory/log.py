@@ -9,7 +9,7 @@ from pgmcp.types import (
     CARRIED,
     PAGE,
     PAGE_BYTES,
-    REPLACED_WITHIN,
+    REPLACED_WITHIN_SECONDS,
     REPLACEMENTS,
     Attachment,
     Cursor,
@@ -175,7 +175,7 @@ class MemoryLog:
         if stream.kind is not StreamKind.STANDALONE or stream.sink is None or not self._cluster.lives(stream.sink):
             return
         now = self._cluster.now()
-        lately = [at for at in stream.replaced_at if at > now - REPLACED_WITHIN]
+        lately = [at for at in stream.replaced_at if at > now - REPLACED_WITHIN_SECONDS]
         if len(lately) >= REPLACEMENTS:
             raise StreamTaken
         stream.replaced_at = [*lately, now]
