@@ -38,7 +38,7 @@ from pgmcp.store.line import Line, TableNotifier
 from pgmcp.store.log import TableLog
 from pgmcp.store.nodes import join, no_older, outgrown, own_state
 from pgmcp.store.payloads import Payloads
-from pgmcp.store.retention import EVERY, Retention
+from pgmcp.store.retention import EVERY_SECONDS, Retention
 from pgmcp.store.secrets import KeyRing
 from pgmcp.store.takeover import TableTakeovers
 from pgmcp.types import VERSION, Change, NodeRecord, NodeState, Publication, Wake, node_id
@@ -188,7 +188,7 @@ class Incarnation(Service):
             "the look for publications": self._periodic(settings.poll, self.publication_reader.poll),
             "the survey": self._periodic(settings.idle_poll, self.host.survey),
             "the look at streams": self._periodic(settings.idle_poll, abandoned.let_go),
-            "the retention": self._periodic(EVERY, self._sweep),
+            "the retention": self._periodic(EVERY_SECONDS, self._sweep),
             "the look at the schema": self._periodic(settings.idle_poll, self._look_at_schema),
         }
 

@@ -36,7 +36,7 @@ from pgmcp.store.database import Database
 from pgmcp.store.key_wrapping import wrapping_of
 from pgmcp.store.payloads import Payloads
 from pgmcp.store.publications import TablePublications
-from pgmcp.store.secrets import CONTEXTS, REFRESH, KeyRing, StateRing
+from pgmcp.store.secrets import CONTEXTS, REFRESH_SECONDS, KeyRing, StateRing
 from pgmcp.types import Publication
 from pgmcp.web.admission import Admission
 from pgmcp.web.application import Application
@@ -197,7 +197,7 @@ class Node:
         services: dict[str, Service] = {
             "the supervisor": self._supervisor,
             "the look for commands": Periodic(self.settings.poll, self._obey, self._clock, self._ids),
-            "the look for keys": Periodic(REFRESH, self._refresh, self._clock, self._ids),
+            "the look for keys": Periodic(REFRESH_SECONDS, self._refresh, self._clock, self._ids),
         }
         tasks = [asyncio.create_task(self._begun_again(*each), name=each[0]) for each in services.items()]
         stack.push_async_callback(asyncio.wait, tasks)

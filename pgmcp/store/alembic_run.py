@@ -30,13 +30,13 @@ from pgmcp.store.connection_settings import pin
 from pgmcp.store.pooler import refuse_transaction_pooler
 from pgmcp.store.schema import metadata
 
-LOCK_WAIT = 60.0  # seconds for another run to end
+LOCK_WAIT_SECONDS = 60.0  # seconds for another run to end
 # Everybody else queues behind a waiting ALTER TABLE: it waits for less time than a renewal may take (1.5 s), but for
 # longer than PostgreSQL waits until it sends an autovacuum away (deadlock_timeout, 1 s). Then others have their turn.
-TABLE_LOCK = 1.2  # seconds for a lock on a table
-PAUSE = 1.0  # seconds between runs, at most
+TABLE_LOCK_SECONDS = 1.2  # seconds for a lock on a table
+PAUSE_SECONDS = 1.0  # seconds between runs, at most
 TRIES = 20  # runs in all when a table stays locked
-STATEMENT = 600.0  # seconds for any statement
+STATEMENT_SECONDS = 600.0  # seconds for any statement
 
 # An administrator's limits for forgotten transactions must not end the one that holds the lock.
 _LOCK = """
@@ -88,7 +88,7 @@ def _limits() -> tuple[str, ...]:
     """The limits of a run's connection."""
     return tuple(
         f"set {name} = '{int(seconds * 1000)}ms'"
-        for name, seconds in (("lock_timeout", TABLE_LOCK), ("statement_timeout", STATEMENT))
+        for name, seconds in (("lock_timeout", TABLE_LOCK_SECONDS), ("statement_timeout", STATEMENT_SECONDS))
     )
 
 
@@ -99,7 +99,7 @@ def scripts() -> ScriptDirectory:
 
 
 async def on_own_connection(database_url: str, work: Callable[[Connection], Any]) -> None:
-    """Run ``work`` on a fresh connection that waits for a table lock for ``TABLE_LOCK`` seconds at most.
+    """Run ``work`` on a fresh connection that waits for a table lock for ``TABLE_LOCK_SECONDS`` at most.
 
     Raises:
         Exception: as asyncpg raised it, without what SQLAlchemy makes of it.
@@ -126,7 +126,8 @@ async def guarded(database_url: str, schema: str, work: Callable[[Connection], A
     """Run ``work`` while nobody else migrates this schema; try again when a table stays locked.
 
     Raises:
-        SchemaError: another run did not end within ``LOCK_WAIT``, or the way leads through a transaction pooler.
+        SchemaError: another run did not end within ``LOCK_WAIT_SECONDS``, or the way leads through a transaction
+        pooler.
     """
     holder = await connect(database_url)
     try:
@@ -142,10 +143,10 @@ async def _lock(holder: asyncpg.Connection, database_url: str, schema: str) -> N
     digest = hashlib.sha256(f"pgmcp migrations of {schema}".encode()).digest()
     key = int.from_bytes(digest[:8], "big", signed=True)
     try:
-        await holder.execute(_LOCK.format(wait=int(LOCK_WAIT * 1000), key=key))
+        await holder.execute(_LOCK.format(wait=int(LOCK_WAIT_SECONDS * 1000), key=key))
     except asyncpg.LockNotAvailableError as error:
         message = (
-            f"Somebody else has been migrating schema {schema} of {place(database_url)} for {LOCK_WAIT:g} s. "
+            f"Somebody else has been migrating schema {schema} of {place(database_url)} for {LOCK_WAIT_SECONDS:g} s. "
             f"Run the command again when that is done; pg_locks (locktype advisory) shows who it is."
         )
         raise SchemaError(message) from error
@@ -158,7 +159,7 @@ async def _tried(database_url: str, work: Callable[[Connection], Any]) -> None:
         except asyncpg.LockNotAvailableError:
             if not tries_left:
                 raise
-        await Clock().sleep(Ids().jitter(PAUSE))
+        await Clock().sleep(Ids().jitter(PAUSE_SECONDS))
     return None
 
 

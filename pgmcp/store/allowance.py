@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pgmcp.clock import Clock
 
-WINDOW = 0.05
+WINDOW_SECONDS = 0.05
 """Seconds for which one allowance is meant."""
 
 FLOOD = 10
 """Times as much as one window allows that is a flood when it comes beyond that; a quieter window takes one back."""
 
-QUIET = 1.0
+QUIET_SECONDS = 1.0
 """Seconds with nothing to read after which there was no flood."""
 
 
@@ -40,8 +40,8 @@ class Allowance:
     def take(self, payload: str) -> bool:
         """Whether a payload is to be read."""
         now = self._clock.boottime()
-        if now - self._began >= WINDOW:
-            if now - self._began >= QUIET:
+        if now - self._began >= WINDOW_SECONDS:
+            if now - self._began >= QUIET_SECONDS:
                 self._excess = 0.0
             elif self._within():
                 self._excess = max(0.0, self._excess - 1)

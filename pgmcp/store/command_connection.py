@@ -21,7 +21,7 @@ from pgmcp.store.encoding import read_unescaped
 
 T = TypeVar("T")
 
-CONNECT = 5.0  # seconds
+CONNECT_SECONDS = 5.0  # seconds
 SCHEMA_NAME = re.compile(r"[a-z_][a-z0-9_]{0,40}")
 LOCK_NOT_AVAILABLE = "55P03"
 NODES_IN_THE_WAY = "MCP01"  # raised by migrations/env.py
@@ -50,7 +50,7 @@ def checked(schema: str) -> str:
 
 
 async def connect(database_url: str) -> asyncpg.Connection:
-    """Open a connection within ``CONNECT`` seconds.
+    """Open a connection within ``CONNECT_SECONDS``.
 
     Raises:
         SettingsError: the URL is empty or malformed.
@@ -60,7 +60,9 @@ async def connect(database_url: str) -> asyncpg.Connection:
         message = "No database given. Set --database-url or PGMCP_DATABASE_URL to postgresql://user:password@host/db."
         raise SettingsError(message)
     try:
-        return await primary.connect(database_url, timeout=CONNECT, check=read_unescaped, statement_cache_size=0)
+        return await primary.connect(
+            database_url, timeout=CONNECT_SECONDS, check=read_unescaped, statement_cache_size=0
+        )
     except AddressUnread as error:
         raise SettingsError(f"No database: {error}.") from error
     except (asyncpg.exceptions.ClientConfigurationError, ValueError):
@@ -68,7 +70,7 @@ async def connect(database_url: str) -> asyncpg.Connection:
         message = "The database URL is malformed. Write it as postgresql://user:password@host:5432/db, %-escaped."
         raise SettingsError(message) from None
     except (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError) as error:
-        reason = str(error) or f"no answer within {CONNECT:g} s"
+        reason = str(error) or f"no answer within {CONNECT_SECONDS:g} s"
         message = f"{place(database_url)} cannot be used: {reason}. Check that it runs, and the URL's host and login."
         raise DatabaseUnavailable(message) from error
 

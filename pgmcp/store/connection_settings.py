@@ -71,7 +71,7 @@ PLANS = WAYS | {
 BEHIND = CORRECT | WAYS | {"statement_timeout": "60000", "transaction_timeout": "60000", "lock_timeout": "1000"}
 """What a backend behind a pooler must have; of a limit, how many milliseconds at least."""
 
-AGAIN = 30.0
+LOOK_AGAIN_SECONDS = 30.0
 """Seconds after which a pooler's backends are looked at again."""
 
 _PRIVILEGE = (
@@ -116,7 +116,7 @@ class Frame:
         await connection.execute(_begin({"statement_timeout"}))
         rows = await connection.fetch(statement("unpinned", ""), list(BEHIND), list(BEHIND.values()))
         await connection.execute("commit")
-        self._again = self._clock.boottime() + AGAIN
+        self._again = self._clock.boottime() + LOOK_AGAIN_SECONDS
         new = {row["name"]: row["setting"] for row in rows if row["name"] not in self._lacking}
         if not new:
             return

@@ -60,16 +60,16 @@ CONTENTION = (
 LOCK_WAIT: ContextVar[str] = ContextVar("LOCK_WAIT", default="250ms")
 """How long the grouped writes of a task wait for a lock."""
 
-LARGE = 1024 * 1024
+LARGE_BYTES = 1024 * 1024
 """Bytes from which a statement's rows are large."""
 
 LARGE_CONNECTIONS = 2
 """Connections for large rows, besides the pool's."""
 
-FLOOR = 2 * 1024 * 1024
+FLOOR_BYTES_PER_SECOND = 2 * 1024 * 1024
 """Bytes a second that PostgreSQL stores and reads at least, however busy it is."""
 
-BACKOFF = (0.02, 0.05, 0.1, 0.2, 0.5)
+BACKOFF_SECONDS = (0.02, 0.05, 0.1, 0.2, 0.5)
 
 
 class _Connection(asyncpg.Connection):
@@ -199,7 +199,7 @@ class Database:
         Raises:
             Exception: as in ``fetch``.
         """
-        if size <= LARGE:
+        if size <= LARGE_BYTES:
             return await self.fetch(name, *args)
         return await self._fetch(name, args, self._large_turns, self.settings.statement_timeout + extra(size))
 
@@ -318,13 +318,13 @@ class Database:
             except asyncpg.PostgresError as error:
                 message = f"PostgreSQL refused a statement: {error_text(error)}"
                 raise PgmcpError(message) from error
-            await self.clock.sleep(BACKOFF[min(tries, len(BACKOFF) - 1)])
+            await self.clock.sleep(BACKOFF_SECONDS[min(tries, len(BACKOFF_SECONDS) - 1)])
             tries += 1
 
 
 def extra(size: int) -> float:
     """Seconds that rows of so many bytes take at most, besides what any statement does."""
-    return size / FLOOR if size > LARGE else 0.0
+    return size / FLOOR_BYTES_PER_SECOND if size > LARGE_BYTES else 0.0
 
 
 def unavailable(url: str, error: BaseException) -> PgmcpError:

@@ -3,7 +3,7 @@
 Invariants:
 - One statement of a group is in flight at a time, apart from those of parked keys; rows of one key are committed in the
   order in which they came.
-- A row of more than ``LARGE`` bytes has a statement of its own, beside which those of other keys go on.
+- A row of more than ``LARGE_BYTES`` has a statement of its own, beside which those of other keys go on.
 - A row that was put in is sent, also when its caller has gone. One without a patience is never dropped, so that rows
   of one key leave no gap: what has a number waits for as long as the database is away.
 - A statement that failed for want of the database is repeated whole. One that failed for a row's sake is repeated row
@@ -30,7 +30,7 @@ import asyncpg
 
 from pgmcp.clock import Clock
 from pgmcp.errors import DatabaseUnavailable, PgmcpError
-from pgmcp.store.database import BACKOFF, CONTENTION, LOCK_WAIT, TROUBLE
+from pgmcp.store.database import BACKOFF_SECONDS, CONTENTION, LOCK_WAIT, TROUBLE
 from pgmcp.store.error_text import error_text
 
 logger = logging.getLogger(__name__)
@@ -40,10 +40,10 @@ Result = TypeVar("Result")
 
 ROWS = 256
 BYTES = 4 * 1024 * 1024
-BOUND = 4096
+QUEUE_ROWS = 4096
 UNEXPECTED = "The write failed; look at the node's log."
 LATE = "PostgreSQL did not take the write in time; try again."
-LARGE = 256 * 1024
+LARGE_BYTES = 256 * 1024
 """Bytes from which a row goes alone: PostgreSQL takes some 10 ms for a megabyte, and the group would wait for it."""
 
 PARKED = 2
@@ -84,7 +84,7 @@ class GroupCommit(Generic[Row, Result]):
         self._waiting: deque[_Waiting[Row, Result]] = deque()
         self._rest: deque[_Waiting[Row, Result]] = deque()  # of a batch that is sent row by row
         self._parked: dict[Hashable, deque[_Waiting[Row, Result]]] = {}
-        self._room, self._retries = asyncio.Semaphore(BOUND), asyncio.Semaphore(PARKED)
+        self._room, self._retries = asyncio.Semaphore(QUEUE_ROWS), asyncio.Semaphore(PARKED)
         self._runner: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -144,7 +144,7 @@ class GroupCommit(Generic[Row, Result]):
             waiting = self._waiting.popleft()
             if waiting.done.done():
                 continue
-            if waiting.size > LARGE:
+            if waiting.size > LARGE_BYTES:
                 if any(before.key == waiting.key for before in batch):
                     self._waiting.appendleft(waiting)  # those go first
                     break
@@ -174,7 +174,7 @@ class GroupCommit(Generic[Row, Result]):
                 self._park(batch[0], tries=1)
                 return
             batch = self._patient(batch, error)
-            await self._clock.sleep(BACKOFF[min(tries, len(BACKOFF) - 1)])
+            await self._clock.sleep(BACKOFF_SECONDS[min(tries, len(BACKOFF_SECONDS) - 1)])
             tries += 1
 
     async def _attempt(self, batch: list[_Waiting[Row, Result]], *, confirm: bool) -> Exception | None:
@@ -233,7 +233,7 @@ class GroupCommit(Generic[Row, Result]):
                     rows.popleft()
                     tries = 0
                     continue
-                await self._clock.sleep(BACKOFF[min(tries, len(BACKOFF) - 1)])
+                await self._clock.sleep(BACKOFF_SECONDS[min(tries, len(BACKOFF_SECONDS) - 1)])
                 tries += 1
         except Exception:
             logger.exception("a parked write failed in a way that nobody expected; those after it go on")

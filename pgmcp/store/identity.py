@@ -17,14 +17,14 @@ from pgmcp.store.command_connection import checked, connect, finish
 from pgmcp.store.encoding import encoding_of
 from pgmcp.store.statements import statement
 
-LIMIT = 10.0  # seconds
+LIMIT_SECONDS = 10.0  # seconds
 
 
 def served(database_url: str, schema: str) -> str | None:
     """What the cluster serves; None before its first node.
 
     Raises:
-        DatabaseUnavailable: no answer within ``LIMIT`` seconds.
+        DatabaseUnavailable: no answer within ``LIMIT_SECONDS``.
         SchemaError: there are no tables of pgmcp, or older ones.
     """
     row = _asked(database_url, schema, "cluster")
@@ -35,7 +35,7 @@ def rename(database_url: str, schema: str, name: str) -> None:
     """Let the cluster serve something else from now on. Its sessions stay: they are the new one's.
 
     Raises:
-        DatabaseUnavailable: no answer within ``LIMIT`` seconds.
+        DatabaseUnavailable: no answer within ``LIMIT_SECONDS``.
         SchemaInUse: nodes live there; nothing was changed.
         SchemaError: there are no tables of pgmcp, or older ones.
     """
@@ -53,7 +53,7 @@ def rename(database_url: str, schema: str, name: str) -> None:
         finally:
             connection.terminate()
 
-    if living := finish(work, database_url, LIMIT):
+    if living := finish(work, database_url, LIMIT_SECONDS):
         message = f"The cluster of schema {schema} has living nodes: {living}. Stop them, then run the command again."
         raise SchemaInUse(message)
 
@@ -62,7 +62,7 @@ def exists(database_url: str, schema: str) -> bool:
     """Whether there is a schema of this name, whoever made it.
 
     Raises:
-        DatabaseUnavailable: no answer within ``LIMIT`` seconds.
+        DatabaseUnavailable: no answer within ``LIMIT_SECONDS``.
     """
     return _asked(database_url, schema, "schema_exists", schema) is not None
 
@@ -71,7 +71,7 @@ def note_maker(database_url: str, schema: str, maker: str) -> None:
     """Note which command has just made the schema.
 
     Raises:
-        DatabaseUnavailable: no answer within ``LIMIT`` seconds.
+        DatabaseUnavailable: no answer within ``LIMIT_SECONDS``.
     """
     _asked(database_url, schema, "note_maker", maker)
 
@@ -80,7 +80,7 @@ def refuse_foreign(database_url: str, schema: str, maker: str) -> None:
     """Check that a command has made a schema by itself, before it starts nodes there.
 
     Raises:
-        DatabaseUnavailable: no answer within ``LIMIT`` seconds.
+        DatabaseUnavailable: no answer within ``LIMIT_SECONDS``.
         SettingsError: somebody else has made it.
     """
     try:
@@ -99,7 +99,7 @@ def remove(database_url: str, schema: str) -> None:
     """Drop a schema with all that is in it; for whoever made it.
 
     Raises:
-        DatabaseUnavailable: no answer within ``LIMIT`` seconds.
+        DatabaseUnavailable: no answer within ``LIMIT_SECONDS``.
     """
     _asked(database_url, schema, "drop_schema")
 
@@ -112,4 +112,4 @@ def _asked(database_url: str, schema: str, name: str, *args: object) -> asyncpg.
         finally:
             connection.terminate()
 
-    return finish(work, database_url, LIMIT)
+    return finish(work, database_url, LIMIT_SECONDS)

@@ -42,11 +42,11 @@ from pgmcp.types import (
     SessionKey,
 )
 
-WRITTEN_WAIT = 1.0
+WRITTEN_WAIT_SECONDS = 1.0
 """Seconds for which a reused request id waits until the edge that carries its last answer has noted the end."""
 
 
-HEARD = 10.0
+HEARD_SECONDS = 10.0
 """Seconds after which the reply to a claim was heard, or never will be."""
 
 
@@ -116,7 +116,7 @@ class TableInbox:
     async def accept(self, messages: Sequence[Message]) -> Accepted:
         """See ``Inbox.accept``."""
         size = sum(len(message.body) + len(message.context) for message in messages)
-        end = self._clock.boottime() + WRITTEN_WAIT
+        end = self._clock.boottime() + WRITTEN_WAIT_SECONDS
         while True:
             rows = await self._looked(messages, size)
             if rows[0]["session"] is None:
@@ -314,7 +314,7 @@ class TableInbox:
         """See ``Inbox.claimed``."""
         known = [row["id"] for row in await self._look() if row["id"] is not None]
         found: dict[Ownership, dict[RequestKey, UUID | None]] = {}
-        for row in await self._database.ask("claimed_requests", self._node, HEARD, known):
+        for row in await self._database.ask("claimed_requests", self._node, HEARD_SECONDS, known):
             ownership = Ownership(SessionKey(row["session"]), row["epoch"])
             found.setdefault(ownership, {})[RequestKey(row["id"])] = row["claim"]
         return found

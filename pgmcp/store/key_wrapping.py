@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from pgmcp.errors import SettingsError
 from pgmcp.settings import Settings
 
-SHORTEST = 32
+SHORTEST_CHARACTERS = 32
 _NONCE, _PRINT = 12, 4
 _INFO = b"pgmcp/secrets-key/v1"
 
@@ -42,9 +42,10 @@ class KeyWrapping:
     """
 
     def __init__(self, secrets: list[str]) -> None:
-        if any(len(secret) < SHORTEST for secret in secrets):
+        if any(len(secret) < SHORTEST_CHARACTERS for secret in secrets):
             message = (
-                f"A secrets key (--secrets-key, --secrets-key-file) has {SHORTEST} characters or more; make one with: "
+                f"A secrets key (--secrets-key, --secrets-key-file) has {SHORTEST_CHARACTERS} characters or more; "
+                "make one with: "
                 'python -c "import secrets; print(secrets.token_hex(32))"'
             )
             raise SettingsError(message)

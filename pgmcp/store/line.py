@@ -44,25 +44,25 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 PROBE = "probe:"
-PROBE_EVERY = 5.0
+PROBE_SECONDS = 5.0
 """Seconds between self-probes."""
 
-LATE = 0.25
+LATE_SECONDS = 0.25
 """Seconds after which the line's own notification is late, and those of others are."""
 
-SOON = 0.5
+SOON_SECONDS = 0.5
 """Seconds between self-probes while they are late."""
 
-LAG = 0.1
+LAG_SECONDS = 0.1
 """Seconds by which a deadline that passes later than it should shows that the event loop stood."""
 
 OWN, EVERYBODYS = (1000, 128 * 1024), (500, 32 * 1024)
 """Payloads and characters that are read in each window: of what is said to this node, and to all nodes."""
 
-QUIET = 10.0
+QUIET_SECONDS = 10.0
 """Seconds for which a flooded channel is not listened to."""
 
-REOPEN = (0.05, 0.1, 0.2, 0.5)
+REOPEN_SECONDS = (0.05, 0.1, 0.2, 0.5)
 KEEPALIVES = {"tcp_keepalives_idle": "5", "tcp_keepalives_interval": "2", "tcp_keepalives_count": "3"}
 USER_TIMEOUT_MS = 12_000
 
@@ -224,9 +224,9 @@ class Line(Service):
         """Do not listen to what all nodes are told while that is a flood; look now and then whether it still is."""
         while True:
             await self._flooded.wait()
-            logger.warning("more is said to all nodes than can be read: this one polls for %g s", QUIET)
+            logger.warning("more is said to all nodes than can be read: this one polls for %g s", QUIET_SECONDS)
             await self._change_listening(listen=False)
-            await self._clock.sleep(self._ids.jitter(QUIET))
+            await self._clock.sleep(self._ids.jitter(QUIET_SECONDS))
             self._allowances[self._everybodys].calm()
             self._flooded.clear()
             await self._change_listening(listen=True)
@@ -255,14 +255,16 @@ class Line(Service):
                 logger.warning("the line to PostgreSQL was lost; it is being reopened, and the node polls meanwhile")
             self._drop()
             self._tell_lost()
-            await self._clock.sleep(self._ids.jitter(REOPEN[min(tries, len(REOPEN) - 1)]))
+            await self._clock.sleep(self._ids.jitter(REOPEN_SECONDS[min(tries, len(REOPEN_SECONDS) - 1)]))
             tries += 1
             with contextlib.suppress(*TROUBLE, asyncpg.PostgresError):
                 await self._connect()
 
     async def _alive(self) -> bool:
         """Wait until the next probe is due or the line is lost, then probe."""
-        if self._connection is None or await self._clock.wait(self._lost, SOON if self._late else PROBE_EVERY):
+        if self._connection is None or await self._clock.wait(
+            self._lost, SOON_SECONDS if self._late else PROBE_SECONDS
+        ):
             return False
         self._echo.clear()
         self._expected = PROBE + self._ids.token()
@@ -270,7 +272,7 @@ class Line(Service):
             await self._ask("probe", self._own, self._expected)
         except DatabaseUnavailable:
             return False
-        self._late = not await self._clock.wait(self._echo, LATE)
+        self._late = not await self._clock.wait(self._echo, LATE_SECONDS)
         try:
             await self._in_time(self._echo.wait())
         except TimeoutError:
@@ -308,7 +310,7 @@ class Line(Service):
         task.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody asks one that was late
         try:
             done, _ = await asyncio.wait({task}, timeout=deadline)
-            if not done and self._clock.boottime() - begun > deadline + LAG:
+            if not done and self._clock.boottime() - begun > deadline + LAG_SECONDS:
                 done, _ = await asyncio.wait({task}, timeout=deadline)
             if not done:
                 message = f"no answer within {deadline:g} s"

@@ -12,10 +12,10 @@ from pgmcp.store.command_connection import checked, connect, finish
 from pgmcp.store.statements import statement
 from pgmcp.types import NodeState
 
-LIMIT = 10.0
+LIMIT_SECONDS = 10.0
 """Seconds that giving a command may take."""
 
-LOOK = 0.2
+LOOK_SECONDS = 0.2
 OVER = frozenset({NodeState.LEFT, NodeState.DEAD})
 
 
@@ -49,18 +49,20 @@ def drain(database_url: str, schema: str, node: str, *, wait: float) -> Commande
         clock, connection = Clock(), await connect(database_url)
         try:
             found = await _find(connection, schema, node)
-            await connection.fetch(statement("drain_node", schema), found["node_id"], timeout=LIMIT)
+            await connection.fetch(statement("drain_node", schema), found["node_id"], timeout=LIMIT_SECONDS)
             end = clock.boottime() + wait
             while True:
-                state = await connection.fetchval(statement("own_state", schema), found["node_id"], timeout=LIMIT)
+                state = await connection.fetchval(
+                    statement("own_state", schema), found["node_id"], timeout=LIMIT_SECONDS
+                )
                 commanded = CommandedNode(str(found["node_id"]), found["name"], NodeState(state or NodeState.LEFT))
                 if commanded.state in OVER or wait == 0 or clock.boottime() >= end:
                     return commanded
-                await clock.sleep(LOOK)
+                await clock.sleep(LOOK_SECONDS)
         finally:
             connection.terminate()
 
-    commanded = finish(command, database_url, LIMIT + wait)
+    commanded = finish(command, database_url, LIMIT_SECONDS + wait)
     problem = _problem(commanded, wait)
     if problem:
         raise PgmcpError(problem)
@@ -68,7 +70,7 @@ def drain(database_url: str, schema: str, node: str, *, wait: float) -> Commande
 
 
 async def _find(connection: asyncpg.Connection, schema: str, node: str) -> asyncpg.Record:
-    rows = await connection.fetch(statement("nodes_called", schema), node, timeout=LIMIT)
+    rows = await connection.fetch(statement("nodes_called", schema), node, timeout=LIMIT_SECONDS)
     if not rows:
         message = f"No living node is called {node}. `pgmcp nodes` lists them."
         raise NodeUnknown(message)

@@ -23,7 +23,7 @@ from itertools import pairwise
 from pgmcp.errors import PgmcpError
 from pgmcp.store.database import Database
 from pgmcp.store.key_wrapping import KeyWrapping
-from pgmcp.store.secrets import MARKS, OVERHEAD, PAYLOADS, KeyRing
+from pgmcp.store.secrets import MARKS, OVERHEAD_BYTES, PAYLOADS, KeyRing
 from pgmcp.types import PAGE_BYTES, JournalEntry, Message, RequestKey, SessionKey, StreamId
 
 SEALED = b"\0"
@@ -33,7 +33,7 @@ PLAIN, WANTED = b"\x01", b"\x03"
 """The second one: the version, and whether a new owner reads the event; the statement ``inherited_said`` knows them."""
 
 _HEAD = 2
-_FIRST, _NEXT = PAGE_BYTES - _HEAD - OVERHEAD, PAGE_BYTES - OVERHEAD
+_FIRST, _NEXT = PAGE_BYTES - _HEAD - OVERHEAD_BYTES, PAGE_BYTES - OVERHEAD_BYTES
 """Bytes of a message in its first piece, and in any other."""
 
 
@@ -143,7 +143,7 @@ class Payloads:
             return stored, size - len(stored)
         opened = await self._ring.open(stored[_HEAD:], _piece(place, 0, last=size <= PAGE_BYTES))
         pieces = -(-size // PAGE_BYTES)
-        return opened, size - _HEAD - pieces * OVERHEAD - len(opened)
+        return opened, size - _HEAD - pieces * OVERHEAD_BYTES - len(opened)
 
     async def open_piece(self, stored: bytes, place: bytes, start: int, *, last: bool) -> bytes:
         """A piece of a sealed message that begins at ``start``.

@@ -1,7 +1,7 @@
 """Connects to the one of several servers that can be worked with.
 
 Invariants:
-- A server that does not answer at all keeps nobody from the next one: after ``STAGGER`` that is asked, too.
+- A server that does not answer at all keeps nobody from the next one: after ``STAGGER_SECONDS`` that is asked, too.
 - Whoever is not chosen is hung up on.
 """
 
@@ -16,7 +16,7 @@ import asyncpg
 from pgmcp.store import tls
 from pgmcp.store.address import place, servers
 
-STAGGER = 0.3
+STAGGER_SECONDS = 0.3
 """Seconds after which the next server is asked while one has not answered yet."""
 
 Check = Callable[[asyncpg.Connection], Awaitable[None]]
@@ -70,7 +70,7 @@ async def _first(waiting: list[str], ask: Callable[[str], Awaitable[asyncpg.Conn
                 server = waiting.pop(0)
                 asked[asyncio.ensure_future(ask(server))] = server
             done, _ = await asyncio.wait(
-                asked, timeout=STAGGER if waiting else None, return_when=asyncio.FIRST_COMPLETED
+                asked, timeout=STAGGER_SECONDS if waiting else None, return_when=asyncio.FIRST_COMPLETED
             )
             for task in [task for task in asked if task in done]:
                 error = task.exception()

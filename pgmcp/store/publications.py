@@ -36,7 +36,7 @@ MOST = 1_000
 WAITING = 4_096
 """Publications that may wait for the database on one node."""
 
-LONGEST = 8_192
+LONGEST_URI_BYTES = 8_192
 """Bytes that a resource's uri may have."""
 
 
@@ -131,9 +131,10 @@ def check(publication: Publication) -> None:
         return
     uri = publication.uri or ""
     try:
-        fits = 0 < len(uri.encode()) <= LONGEST and "\0" not in uri
+        fits = 0 < len(uri.encode()) <= LONGEST_URI_BYTES and "\0" not in uri
     except UnicodeEncodeError:
         fits = False
     if not fits:
-        message = f"A resource's uri has 1 to {LONGEST} bytes of UTF-8, without NUL; this one does not: {uri[:100]!r}"
+        what = f"1 to {LONGEST_URI_BYTES} bytes of UTF-8, without NUL"
+        message = f"A resource's uri has {what}; this one does not: {uri[:100]!r}"
         raise PublicationRefused(message)

@@ -2,13 +2,14 @@
 
 Invariants:
 - Nobody waits for a sweep: rows that somebody works with, another node's sweep too, are skipped and come up again.
-- A batch is bounded in rows, and by the deadline of any statement; a duty is bounded by ``TURN``.
+- A batch is bounded in rows, and by the deadline of any statement; a duty is bounded by ``TURN_SECONDS``.
 - What an attached reader has not got yet stays.
 - What was accepted, or carried, before a sweep has locked its session keeps the session.
 
 Failure handling: each duty stands for itself. One whose batch fails (because it takes longer than its deadline, most of
 all) goes on with half of it at the next sweep; after ``FAILURES`` in a row it pauses, twice as long each time up to
-``LONGEST``, and says so once. The first batch that succeeds ends the pauses; the batches grow back slowly.
+``LONGEST_PAUSE_SECONDS``, and says so once. The first batch that succeeds ends the pauses; the batches grow back
+slowly.
 """
 
 from __future__ import annotations
@@ -26,34 +27,34 @@ from pgmcp.types import SessionKey
 
 logger = logging.getLogger(__name__)
 
-EVERY = 30.0
+EVERY_SECONDS = 30.0
 """Seconds between the sweeps of one node, at most."""
 
-CLIENT_GONE = 60.0
+CLIENT_GONE_SECONDS = 60.0
 """Seconds for which a session waits for its client: to come back (HTTP+SSE), or to end the handshake."""
 
-PUBLICATIONS = 300.0
+PUBLICATIONS_SECONDS = 300.0
 """Seconds for which publications are kept: twice as long as a publication reader may be absent without a gap."""
 
-BATCH = 500
+BATCH_ROWS = 500
 """Rows that a statement takes at most."""
 
 SESSIONS = 100
 """Sessions that a statement ends at most: much goes with each of them."""
 
-TURN = 15.0
+TURN_SECONDS = 15.0
 """Seconds after which a duty leaves the rest to the next sweep."""
 
-BREATH = 0.05
+BREATH_SECONDS = 0.05
 """Seconds between two batches, at most."""
 
 FAILURES = 3
 """Failures in a row after which a duty pauses."""
 
-PAUSE, LONGEST = 60.0, 1800.0
+PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 60.0, 1800.0
 """Seconds of the first pause, and of the longest."""
 
-BOTTOM, OVERLAP, REVISIT = 3e9, 5.0, 10
+BOTTOM_SECONDS, OVERLAP_SECONDS, REVISIT = 3e9, 5.0, 10
 """Seconds before which nothing was; by which a sweep begins before the end of the last one; and after how many sweeps
 one looks for what others had locked or still read."""
 
@@ -80,7 +81,7 @@ class Breaker:
         pauses = self._failures - FAILURES
         if pauses < 0:
             return None
-        pause = min(LONGEST, PAUSE * 2**pauses)
+        pause = min(LONGEST_PAUSE_SECONDS, PAUSE_SECONDS * 2**pauses)
         self._until = now + pause
         return None if pauses else pause
 
@@ -111,7 +112,7 @@ class Retention:
             those that were ended, for their exchanges to be told.
         """
         settings = self._settings
-        times = (settings.idle_timeout, settings.max_age, CLIENT_GONE)
+        times = (settings.idle_timeout, settings.max_age, CLIENT_GONE_SECONDS)
         late = settings.use_precision
         return [SessionKey(row["id"]) for row in await self._clear("expire_sessions", *times, late, most=SESSIONS)]
 
@@ -124,13 +125,13 @@ class Retention:
         await self._clear("prune_standalone", self._settings.retention)
         for name in ("prune_nodes", "prune_takeovers", "prune_states"):
             await self._clear(name)
-        await self._clear("prune_publications", PUBLICATIONS, self._old_horizon())
+        await self._clear("prune_publications", PUBLICATIONS_SECONDS, self._old_horizon())
         now, row = self._clock.boottime(), (await self._database.ask("horizon"))[0]
         self._horizons.append((now, row["horizon"]))
 
     def _old_horizon(self) -> str | None:
         """The newest snapshot that is older than publications are kept; None while this node has none so old."""
-        old, horizon = self._clock.boottime() - PUBLICATIONS, None
+        old, horizon = self._clock.boottime() - PUBLICATIONS_SECONDS, None
         while self._horizons and self._horizons[0][0] <= old:
             horizon = self._horizons.popleft()
         if horizon is None:
@@ -142,14 +143,14 @@ class Retention:
         """Clear what has become older than the retention since a sweep left nothing; now and then, all of it."""
         start, retention = self._clock.boottime(), self._settings.retention
         sweeps, until = self._swept.get(name, (0, 0.0))
-        oldest = BOTTOM if sweeps % REVISIT == 0 else start - until + retention + OVERLAP
+        oldest = BOTTOM_SECONDS if sweeps % REVISIT == 0 else start - until + retention + OVERLAP_SECONDS
         await self._clear(name, retention, oldest)
         if name not in self._left:
             self._swept[name] = sweeps + 1, start
         elif until:  # it goes on from there, not from the bottom again
             self._swept[name] = sweeps + (sweeps % REVISIT == 0), until
 
-    async def _clear(self, name: str, *args: float | str | None, most: int = BATCH) -> list[asyncpg.Record]:
+    async def _clear(self, name: str, *args: float | str | None, most: int = BATCH_ROWS) -> list[asyncpg.Record]:
         """Repeat a duty's statement until nothing is left, its turn is over or it fails; the rows that it returned."""
         breaker = self.breakers.setdefault(name, Breaker(most))
         cleared: list[asyncpg.Record] = []
@@ -169,7 +170,7 @@ class Retention:
             if len(rows) < size:
                 self._left.discard(name)
                 break
-            if self._clock.boottime() >= start + TURN:
+            if self._clock.boottime() >= start + TURN_SECONDS:
                 break
-            await self._clock.sleep(self._ids.jitter(BREATH))
+            await self._clock.sleep(self._ids.jitter(BREATH_SECONDS))
         return cleared

@@ -20,7 +20,7 @@ VERSION_TABLE = "alembic_version"
 OLDEST = "0019"
 """The oldest revision with everything that this build's statements use."""
 
-LOOK = 10.0  # seconds for a call that only reads
+LOOK_SECONDS = 10.0  # seconds for a call that only reads
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +57,9 @@ async def understood(connection: asyncpg.Connection | PoolConnectionProxy, schem
 
     Raises:
         SchemaError: the schema is missing, behind, or needs a newer build; the message says what to run.
-        TimeoutError: no answer within ``LOOK`` seconds.
+        TimeoutError: no answer within ``LOOK_SECONDS``.
     """
-    async with asyncio.timeout(LOOK):
+    async with asyncio.timeout(LOOK_SECONDS):
         found = await shape(connection, checked(schema))
     return fit(found, schema)
 
@@ -75,9 +75,9 @@ async def _only(
 ) -> str | None:
     """The value in a table of one row; None when there is no table, or no row in it."""
     table = f'"{schema}".{name}'
-    if not await connection.fetchval("select to_regclass($1) is not null", table, timeout=LOOK):
+    if not await connection.fetchval("select to_regclass($1) is not null", table, timeout=LOOK_SECONDS):
         return None
-    found: str | None = await connection.fetchval(f"select {column} from {table}", timeout=LOOK)  # noqa: S608
+    found: str | None = await connection.fetchval(f"select {column} from {table}", timeout=LOOK_SECONDS)  # noqa: S608
     return found
 
 

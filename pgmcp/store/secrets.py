@@ -1,18 +1,18 @@
 """Key rings: what nodes share so that one can open what another sealed.
 
 A ring is a row for each key of a purpose. The first node makes the first key, and whoever comes to it first makes the
-next one when the newest is old enough (``key_rotation``). Every node reads the ring anew every ``REFRESH`` seconds.
+next one when the newest is old enough (``key_rotation``). Every node reads the ring anew every ``REFRESH_SECONDS``.
 
 Invariants:
 - What is sealed names its key, is bound to its place, and is never logged (G8).
-- Every key of the ring opens. The newest that is ``RIPE`` seals: by then every node has read it (all in database time).
-  The only key of a ring seals at once.
+- Every key of the ring opens. The newest that is ``RIPE_SECONDS`` old seals: by then every node has read it (all in
+  database time). The only key of a ring seals at once.
 - A key that was replaced is kept for longer than anything lives that it has sealed.
 - Where nodes have a secrets key, what lies in clear is taken up once, all of a ring in one statement. From then on a
   key in clear is refused: it was planted.
 
 Failure handling: a node that cannot read the ring goes on with what it has. An unknown key is looked up once more
-before it is refused; for what clients send, once in ``SETTLED`` seconds.
+before it is refused; for what clients send, once in ``SETTLED_SECONDS``.
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ logger = logging.getLogger(__name__)
 
 CONTEXTS, STATES, PAYLOADS, MARKS = "context", "request-state", "payload", "payload-mark"
 
-REFRESH = 60.0
+REFRESH_SECONDS = 60.0
 """Seconds after which a node reads its rings anew, at most."""
 
-RIPE = 3 * REFRESH
+RIPE_SECONDS = 3 * REFRESH_SECONDS
 """Seconds after which a key may seal: every node had two chances to read it, and asks when it meets it unread."""
 
-KEPT = 86400.0
+KEPT_SECONDS = 86400.0
 """Seconds for which a key is kept beyond the life of any session."""
 
-NEVER = 1e9
+NEVER_SECONDS = 1e9
 """Seconds after which a key is replaced that is not to be."""
 
-SETTLED = 1.0
+SETTLED_SECONDS = 1.0
 """Seconds for which a key that was not there is not looked for again."""
 
 _KEY_ID, _NONCE, _TAG = 4, 12, 16
-OVERHEAD = _KEY_ID + _NONCE + _TAG
+OVERHEAD_BYTES = _KEY_ID + _NONCE + _TAG
 """Bytes that sealing adds."""
 
 
@@ -73,7 +73,7 @@ class KeyRing:
 
     def __init__(self, database: Database, purpose: str, wrapping: KeyWrapping, *, rotates: bool = True) -> None:
         self._database, self._purpose, self._wrapping = database, purpose, wrapping
-        self._rotation = database.settings.key_rotation if rotates else NEVER
+        self._rotation = database.settings.key_rotation if rotates else NEVER_SECONDS
         self._keys: dict[int, _Key] = {}
         self._looking = asyncio.Lock()
         self._looked, self._found = float("-inf"), True
@@ -103,13 +103,15 @@ class KeyRing:
         if make:
             made = self._wrapping.wrap(AESGCM.generate_key(256), self._purpose)
             await self._persist("add_key", self._purpose, made.key, made.wrapped_by, self._rotation)
-        await self._persist("drop_keys", self._purpose, RIPE + settings.max_age + KEPT)
+        await self._persist("drop_keys", self._purpose, RIPE_SECONDS + settings.max_age + KEPT_SECONDS)
         rows = await self._persist("key_ring", self._purpose)
         now, ring = clock.boottime(), self._ours({row["id"]: Stored(row["key"], row["wrapped_by"]) for row in rows})
         opened = {key_id: self._wrapping.unwrap(stored, self._purpose) for key_id, stored in ring.items()}
         await self._wrap({key_id: stored for key_id, stored in ring.items() if self._wrapping.outdated(stored)}, opened)
         ages = {row["id"]: row["age"] for row in rows}
-        self._keys = {key_id: _Key(key, AESGCM(key), now + RIPE - ages[key_id]) for key_id, key in opened.items()}
+        self._keys = {
+            key_id: _Key(key, AESGCM(key), now + RIPE_SECONDS - ages[key_id]) for key_id, key in opened.items()
+        }
 
     def _ours(self, ring: dict[int, Stored]) -> dict[int, Stored]:
         """The keys that may be used: where keys were ever wrapped, one that lies in clear was planted."""
@@ -171,7 +173,7 @@ class KeyRing:
         async with self._looking:
             if _key_id(sealed) in self._keys:
                 return
-            if clock.boottime() - self._looked >= SETTLED:
+            if clock.boottime() - self._looked >= SETTLED_SECONDS:
                 try:
                     self._found = False
                     await self.load()

@@ -16,10 +16,10 @@ import asyncpg
 
 from pgmcp.errors import ClusterFull, PgmcpError, TooManySessions
 from pgmcp.store.database import Database
-from pgmcp.store.retention import CLIENT_GONE
+from pgmcp.store.retention import CLIENT_GONE_SECONDS
 from pgmcp.types import NewSession, NodeId, Ownership, Principal, SessionKey
 
-COUNTED = 1.0
+COUNTED_SECONDS = 1.0
 """Seconds for which a count of all sessions holds, where there is much room."""
 
 MUCH = 1_000
@@ -69,7 +69,7 @@ class SessionOpening:
     def _have_places(self) -> bool:
         """Whether there is so much room that nobody has to count; takes a place."""
         self._places -= 1
-        return self._places >= MUCH and self._database.clock.boottime() - self._counted < COUNTED
+        return self._places >= MUCH and self._database.clock.boottime() - self._counted < COUNTED_SECONDS
 
     async def make_room(self, principal: Principal, address: str | None = None) -> list[SessionKey]:
         """See ``Inbox.make_room``."""
@@ -79,7 +79,7 @@ class SessionOpening:
             of_caller = (*who, limits.max_sessions_per_caller, address)
             ended += await self._end_one("make_room_of_caller", of_caller, self._crowded())
         if not ended:
-            ended += await self._end_one("make_room", (limits.max_sessions, CLIENT_GONE), self._full())
+            ended += await self._end_one("make_room", (limits.max_sessions, CLIENT_GONE_SECONDS), self._full())
         return ended
 
     async def _end_one(self, name: str, args: tuple[object, ...], none: PgmcpError) -> list[SessionKey]:

@@ -14,14 +14,14 @@ from pgmcp.store.database import Database
 
 logger = logging.getLogger(__name__)
 
-OLD = 60.0
+OLD_SECONDS = 60.0
 """Seconds after which a transaction's snapshot counts as old."""
 
 
 class SnapshotHolders:
     """Who holds an old snapshot, as far as this node has said so."""
 
-    def __init__(self, database: Database, old: float = OLD) -> None:
+    def __init__(self, database: Database, old: float = OLD_SECONDS) -> None:
         self._database, self._old = database, old
         self._named: set[tuple[str, str, int]] = set()
 

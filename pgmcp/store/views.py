@@ -10,7 +10,7 @@ import asyncpg
 from pgmcp.errors import SchemaError, SettingsError
 from pgmcp.store.command_connection import checked, connect, finish
 
-LIMIT = 10.0  # seconds
+LIMIT_SECONDS = 10.0  # seconds
 
 COLUMNS: dict[str, tuple[str, ...]] = {
     "live_nodes": (
@@ -58,7 +58,7 @@ def fetch(database_url: str, schema: str, view: str, *, most: int = 10_000) -> l
 
     Raises:
         SettingsError: there is no such public view, or the schema name is malformed.
-        DatabaseUnavailable: no answer within ``LIMIT`` seconds.
+        DatabaseUnavailable: no answer within ``LIMIT_SECONDS``.
         SchemaError: the view is missing or may not be read; the message says what to run.
     """
     if view not in COLUMNS:
@@ -70,7 +70,7 @@ def fetch(database_url: str, schema: str, view: str, *, most: int = 10_000) -> l
         connection = await connect(database_url)
         try:
             async with connection.transaction(readonly=True):
-                rows = await connection.fetch(statement, timeout=LIMIT)
+                rows = await connection.fetch(statement, timeout=LIMIT_SECONDS)
         except asyncpg.UndefinedTableError as error:
             message = f"There is no view {view} in schema {schema}. Run `pgmcp db upgrade`, or check --schema."
             raise SchemaError(message) from error
@@ -78,12 +78,12 @@ def fetch(database_url: str, schema: str, view: str, *, most: int = 10_000) -> l
             connection.terminate()
         return [{name: _plain(value) for name, value in row.items()} for row in rows]
 
-    return finish(read, database_url, LIMIT)
+    return finish(read, database_url, LIMIT_SECONDS)
 
 
 async def missing(connection: asyncpg.Connection, schema: str) -> list[str]:
     """What the database lacks of the public views, as ``view`` or ``view.column``."""
-    rows = await connection.fetch(_PRESENT, schema, timeout=LIMIT)
+    rows = await connection.fetch(_PRESENT, schema, timeout=LIMIT_SECONDS)
     present: dict[str, set[str]] = {row["view"]: set(row["columns"]) for row in rows}
     lacking = [view for view in COLUMNS if view not in present]
     for view in present.keys() & COLUMNS.keys():

@@ -123,7 +123,7 @@ async def test_junk_is_counted_and_harms_nobody(database):
 
 async def test_a_flood_costs_a_bounded_number_of_looks(database, monkeypatch):
     """It is not read for long: the node polls then, until it is over."""
-    monkeypatch.setattr(line_module, "QUIET", 2.0)
+    monkeypatch.setattr(line_module, "QUIET_SECONDS", 2.0)
     asked = Counter[str]()
     async with cluster(database, everything, 1) as (node,), stranger(database) as hand, RawSession() as session:
         await session.open(node.url)

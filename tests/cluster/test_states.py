@@ -110,7 +110,7 @@ async def test_a_node_that_has_not_read_the_newest_key_asks_for_it(database):
 
 
 async def test_nodes_read_the_ring_anew_by_themselves(database, monkeypatch):
-    monkeypatch.setattr("pgmcp.node.node.REFRESH", 0.1)
+    monkeypatch.setattr("pgmcp.node.node.REFRESH_SECONDS", 0.1)
     async with cluster(database, rounds, 2) as nodes, tables_of(database) as tables:
         await tables.execute("update pgmcp.secrets set created_at = created_at - interval '31 days'")
         for node in nodes:

@@ -92,7 +92,7 @@ async def ready(node: RunningNode) -> bool:
 async def test_a_duty_that_fails_begins_anew(
     database: str, duty: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(incarnation_module, "EVERY", 0.3)
+    monkeypatch.setattr(incarnation_module, "EVERY_SECONDS", 0.3)
     async with cluster(database, everything, 1, **SOON) as (node,), RawSession() as session:
         await session.open(node.url)
         before, faults = node.incarnation, node.node.faults
@@ -158,7 +158,7 @@ NODE = {"the look for commands": ("own_state", incarnation_module), "the look fo
 async def test_a_duty_of_the_node_goes_on(
     database: str, duty: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(node_module, "REFRESH", 0.3)
+    monkeypatch.setattr(node_module, "REFRESH_SECONDS", 0.3)
     async with cluster(database, everything, 1, **SOON) as (node,):
         before, faults = node.incarnation, node.node.faults
         name, owner = NODE[duty]

@@ -20,7 +20,7 @@ select (select count(*) from pgmcp.streams where closed_at < clock_timestamp() -
 
 
 async def test_tables_do_not_grow_under_steady_load(database, talker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(incarnation, "EVERY", 0.5)
+    monkeypatch.setattr(incarnation, "EVERY_SECONDS", 0.5)
     made, working = 0, True
 
     async def work(urls: list[str]) -> None:

@@ -167,7 +167,7 @@ async def test_a_change_behind_the_pooler_is_noticed(
     role: Role, tables: Tables, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     address, set_for_it = role
-    monkeypatch.setattr("pgmcp.store.connection_settings.AGAIN", 0.0)
+    monkeypatch.setattr("pgmcp.store.connection_settings.LOOK_AGAIN_SECONDS", 0.0)
     with pooler(address) as through:
         async with store(through, listen_url=address) as node:
             await exchange(node)

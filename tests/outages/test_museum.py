@@ -143,7 +143,7 @@ async def test_museum_03_a_lower_number_never_commits_late_in_a_stream(database,
 
 async def test_museum_04_the_line_is_tried_for_ever(database, ledger, monkeypatch):
     """solid_cable: the list of retries was exhausted, the listener gone, the process healthy."""
-    monkeypatch.setattr(line_module, "REOPEN", tuple(seconds / 20 for seconds in line_module.REOPEN))
+    monkeypatch.setattr(line_module, "REOPEN_SECONDS", tuple(seconds / 20 for seconds in line_module.REOPEN_SECONDS))
     async with (
         proxied(database) as (proxy, through),
         cluster(through, ledger.server, 2, poll=60, renew=0.1) as nodes,

@@ -483,7 +483,7 @@ async def test_sessions_of_vanished_clients_expire(database: str, monkeypatch: p
         await working.close()
         await gone.close()
         assert await expire() == [], "a client may come back within a minute"
-        monkeypatch.setattr(retention, "CLIENT_GONE", 0.3)
+        monkeypatch.setattr(retention, "CLIENT_GONE_SECONDS", 0.3)
         monkeypatch.setattr(Settings, "use_precision", 0.1)
 
         async def one_is_over() -> bool:

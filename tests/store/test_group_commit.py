@@ -13,7 +13,7 @@ import pytest
 from pgmcp.clock import Clock
 from pgmcp.errors import DatabaseUnavailable, Fenced, PgmcpError, SessionUnknown
 from pgmcp.store import group_commit as module
-from pgmcp.store.group_commit import BYTES, LARGE, ROWS, GroupCommit
+from pgmcp.store.group_commit import BYTES, LARGE_BYTES, ROWS, GroupCommit
 from tests.harness.clock import FakeClock, settle
 from tests.harness.stores import (
     Watcher,
@@ -97,8 +97,8 @@ async def test_a_statement_has_bounds_in_rows_and_bytes(group: GroupCommit[Any, 
     await settle()
     assert [len(batch) for batch in send.batches] == [ROWS, 1]
     send.batches.clear()
-    fit = BYTES // LARGE
-    put_all(group, range(fit + 1), size=LARGE)
+    fit = BYTES // LARGE_BYTES
+    put_all(group, range(fit + 1), size=LARGE_BYTES)
     await settle()
     assert send.batches == [list(range(fit)), [fit]]
 
@@ -115,7 +115,7 @@ async def test_a_large_row_holds_up_no_stranger_and_keeps_its_place(clock: FakeC
 
     group: GroupCommit[str, str] = GroupCommit(send, clock, key=lambda row: row[0])
     tasks = [
-        asyncio.create_task(group.put(row, patience=10, size=LARGE + 1 if "large" in row else 1))
+        asyncio.create_task(group.put(row, patience=10, size=LARGE_BYTES + 1 if "large" in row else 1))
         for row in ("a1", "b1", "a2 large", "a3", "b2")
     ]
     await settle()
@@ -130,7 +130,7 @@ async def test_a_large_row_holds_up_no_stranger_and_keeps_its_place(clock: FakeC
 async def test_the_queue_is_bounded(
     group: GroupCommit[Any, Any], send: Sender, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "BOUND", 3)
+    monkeypatch.setattr(module, "QUEUE_ROWS", 3)
     send.free.clear()
     small: GroupCommit[Any, Any] = GroupCommit(send, FakeClock(), key=str)
     tasks = put_all(small, range(9))
@@ -143,7 +143,7 @@ async def test_the_queue_is_bounded(
 
 
 async def test_rows_of_cancelled_callers_count_for_the_bound(send: Sender, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "BOUND", 3)
+    monkeypatch.setattr(module, "QUEUE_ROWS", 3)
     send.free.clear()
     small: GroupCommit[Any, Any] = GroupCommit(send, FakeClock(), key=str)
     for row in range(9):

@@ -256,7 +256,7 @@ def test_a_lag_of_its_own_loop_loses_no_line(database: str, loop: Callable[[], a
 def test_a_lag_of_its_own_loop_fails_no_probe(
     database: str, loop: Callable[[], asyncio.AbstractEventLoop], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pgmcp.store.line.PROBE_EVERY", 0.01)
+    monkeypatch.setattr("pgmcp.store.line.PROBE_SECONDS", 0.01)
 
     async def scene() -> None:
         found = ears(database, deadline=0.3)

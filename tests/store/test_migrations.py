@@ -300,8 +300,8 @@ def test_down_cleans_up_after_a_run_that_only_made_the_schema(empty_database: st
 def test_a_table_that_stays_locked_is_tried_again_and_then_named(
     empty_database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(alembic_run, "TABLE_LOCK", 0.1)
-    monkeypatch.setattr(alembic_run, "PAUSE", 0.01)
+    monkeypatch.setattr(alembic_run, "TABLE_LOCK_SECONDS", 0.1)
+    monkeypatch.setattr(alembic_run, "PAUSE_SECONDS", 0.01)
     with held(empty_database), pytest.raises(SchemaError, match=r"end it .* and run again"):
         migrations.upgrade(empty_database, "pgmcp")
     monkeypatch.setattr(alembic_run, "TRIES", 1000)
@@ -318,7 +318,7 @@ def test_a_table_that_stays_locked_is_tried_again_and_then_named(
 async def test_the_lock_bounds_its_wait_and_does_not_block_concurrent_indexes(
     empty_database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(alembic_run, "LOCK_WAIT", 0.2)
+    monkeypatch.setattr(alembic_run, "LOCK_WAIT_SECONDS", 0.2)
     holder, other = [await asyncpg.connect(empty_database, timeout=10) for _ in range(2)]
     await other.execute("create table public.big (id int)")
     async with holder.transaction(isolation="read_committed"):

@@ -14,7 +14,7 @@ from pgmcp.errors import DatabaseUnavailable
 from pgmcp.settings import Settings
 from pgmcp.store.command_connection import connect as command
 from pgmcp.store.database import Database
-from pgmcp.store.primary import STAGGER, connect
+from pgmcp.store.primary import STAGGER_SECONDS, connect
 from tests.harness.processes import free_ports
 from tests.harness.proxy import Proxy, proxied
 
@@ -42,12 +42,12 @@ async def test_a_server_that_does_not_answer_keeps_nobody_from_the_next_one(data
     took = time.monotonic() - start
     assert await connection.fetchval("select 1") == 1
     await connection.close()
-    assert took < STAGGER + 1
+    assert took < STAGGER_SECONDS + 1
 
 
 async def test_one_that_answers_late_is_still_taken_when_there_is_no_other(database, before):
     proxy, port = before
-    proxy.delay = 2 * STAGGER / 3  # the login takes several round trips
+    proxy.delay = 2 * STAGGER_SECONDS / 3  # the login takes several round trips
     address = several(database, port).rsplit(",", 1)
     connection = await connect(f"{address[0]},127.0.0.1:{free_ports(1)[0]}/{address[1].partition('/')[2]}", timeout=20)
     assert await connection.fetchval("select 1") == 1
@@ -101,7 +101,7 @@ async def test_a_pool_that_is_cut_off_finds_the_next_server_with_its_first_state
         proxy.black_hole = True
         start = time.monotonic()
         assert await pool.persist("ready_nodes", None, patience=10) == []
-        assert time.monotonic() - start < 0.5 + STAGGER + 1
+        assert time.monotonic() - start < 0.5 + STAGGER_SECONDS + 1
     finally:
         proxy.black_hole = False
         proxy.cut_all()

@@ -14,7 +14,7 @@ from pgmcp.settings import Settings
 from pgmcp.store import migrations, publications
 from pgmcp.store.line import channel
 from pgmcp.store.publications import TablePublications, publish_from_outside
-from pgmcp.store.retention import PUBLICATIONS, Retention
+from pgmcp.store.retention import PUBLICATIONS_SECONDS, Retention
 from pgmcp.store.schema import PUBLISHING
 from pgmcp.types import PUBLISHED, Change, Horizon, Publication
 from tests.harness.stores import IDS, Store, store
@@ -180,7 +180,7 @@ async def test_what_is_old_goes_but_the_newest_change_of_each_list(
     await of.publish(updated(2))
     await retention.prune()
     assert await hand.fetchval(COUNT) == 5, "what may be new to others stays"
-    later.shift += PUBLICATIONS + 1
+    later.shift += PUBLICATIONS_SECONDS + 1
     await retention.prune()
     left = await hand.fetch("select kind, uri from pgmcp.publications order by xact")
     assert [(row["kind"], row["uri"]) for row in left] == [
@@ -198,13 +198,13 @@ async def test_what_a_long_transaction_published_is_kept_from_its_commit_on(
         await other.execute("select pgmcp.publish_resource_updated('late')")
         await other.execute(OLD)
         await retention.prune()
-        later.shift += PUBLICATIONS + 1
+        later.shift += PUBLICATIONS_SECONDS + 1
         await retention.prune()
     for _ in range(3):
-        later.shift += PUBLICATIONS / 4
+        later.shift += PUBLICATIONS_SECONDS / 4
         await retention.prune()
     assert (await said(of, horizon))[0] == ["late"]
-    later.shift += PUBLICATIONS / 2
+    later.shift += PUBLICATIONS_SECONDS / 2
     await retention.prune()
     assert await other.fetchval(COUNT) == 0
     await other.close()

@@ -235,8 +235,8 @@ async def test_the_scripts_for_psql_wait_as_well(database: str, connection: asyn
 async def test_a_long_reader_keeps_a_migration_waiting_and_nobody_else(
     database: str, connection: asyncpg.Connection, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(alembic_run, "TABLE_LOCK", 0.3)
-    monkeypatch.setattr(alembic_run, "PAUSE", 0.3)
+    monkeypatch.setattr(alembic_run, "TABLE_LOCK_SECONDS", 0.3)
+    monkeypatch.setattr(alembic_run, "PAUSE_SECONDS", 0.3)
     monkeypatch.setattr(alembic_run, "TRIES", 1000)
     await node(connection, schema_newest="0900")
     reader = await asyncpg.connect(database, timeout=10)

@@ -11,7 +11,7 @@ import asyncpg
 import pytest
 
 from pgmcp.store import retention
-from pgmcp.store.retention import BOTTOM, OVERLAP, REVISIT, Breaker, Retention
+from pgmcp.store.retention import BOTTOM_SECONDS, OVERLAP_SECONDS, REVISIT, Breaker, Retention
 from pgmcp.types import NodeId
 from tests.harness.stores import IDS, Session, Store, Watcher, opened, store
 
@@ -63,8 +63,8 @@ def test_a_breaker_takes_smaller_batches_then_pauses_and_recovers() -> None:
     for _ in range(20):
         breaker.failed(0.0)
     assert breaker.size == 1
-    assert not breaker.closed(retention.LONGEST - 0.1)
-    assert breaker.closed(retention.LONGEST)
+    assert not breaker.closed(retention.LONGEST_PAUSE_SECONDS - 0.1)
+    assert breaker.closed(retention.LONGEST_PAUSE_SECONDS)
     assert [breaker.succeeded() for _ in range(3)] == [True, False, False]
     for _ in range(20 * 9):
         breaker.succeeded()
@@ -73,9 +73,9 @@ def test_a_breaker_takes_smaller_batches_then_pauses_and_recovers() -> None:
 
 
 def test_nodes_do_not_sweep_in_step() -> None:
-    pauses = {IDS.jitter(retention.EVERY) for _ in range(100)}
+    pauses = {IDS.jitter(retention.EVERY_SECONDS) for _ in range(100)}
     assert len(pauses) > 50
-    assert all(retention.EVERY / 2 <= pause <= retention.EVERY for pause in pauses)
+    assert all(retention.EVERY_SECONDS / 2 <= pause <= retention.EVERY_SECONDS for pause in pauses)
 
 
 async def test_sweeps_of_many_nodes_take_each_their_share_and_wait_for_nobody(
@@ -112,7 +112,7 @@ async def test_sweeps_of_many_nodes_take_each_their_share_and_wait_for_nobody(
 async def test_a_duty_that_takes_too_long_goes_on_in_smaller_batches_and_stops_no_other(
     database: str, hand: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(retention, "PAUSE", 0.0)
+    monkeypatch.setattr(retention, "PAUSE_SECONDS", 0.0)
     async with store(database, retention=RETENTION, statement_timeout=1.0) as node:
         session = await opened(node)
         await hand.execute(OLD_STREAMS, session.key, 1000)
@@ -188,14 +188,14 @@ async def test_a_sweep_begins_where_the_last_one_left_nothing(
         await sweeps.prune()
         now += 30
     retention = node.database.settings.retention
-    assert oldest == [BOTTOM, *[30 + retention + OVERLAP] * (REVISIT - 1), BOTTOM]
+    assert oldest == [BOTTOM_SECONDS, *[30 + retention + OVERLAP_SECONDS] * (REVISIT - 1), BOTTOM_SECONDS]
 
 
 async def test_a_sweep_ends_when_its_turn_is_over(
     hand: asyncpg.Connection, node: Store, session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await hand.execute(OLD_STREAMS, session.key, 2000)
-    monkeypatch.setattr(retention, "TURN", 0.0)
+    monkeypatch.setattr(retention, "TURN_SECONDS", 0.0)
     for left in (1500, 1000, 500, 0):
         await Retention(node.database, IDS).prune()
         assert await hand.fetchval(STREAMS) == left
@@ -328,8 +328,8 @@ async def test_a_long_stream_goes_piece_by_piece_below_its_floor(
         "select floor_seq, (select count(*) from pgmcp.events), (select min(seq) from pgmcp.events) from pgmcp.streams"
     )
     for wanted in ((500, 700, 501), (1000, 200, 1001), (1200, 0, None)):
-        assert await node.database.ask("prune_streams", RETENTION, BOTTOM, 500) == []
-        assert len(await node.database.ask("prune_long_streams", RETENTION, BOTTOM, 500)) == min(
+        assert await node.database.ask("prune_streams", RETENTION, BOTTOM_SECONDS, 500) == []
+        assert len(await node.database.ask("prune_long_streams", RETENTION, BOTTOM_SECONDS, 500)) == min(
             500, wanted[0] % 1000 or 500
         )
         assert tuple(await hand.fetchrow(f"{state} where kind = 'request'")) == wanted

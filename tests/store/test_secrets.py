@@ -14,7 +14,7 @@ from pgmcp.settings import Settings
 from pgmcp.store import secrets
 from pgmcp.store.key_wrapping import KeyWrapping, wrapping_of
 from pgmcp.store.retention import Retention
-from pgmcp.store.secrets import CONTEXTS, KEPT, RIPE, KeyRing, StateRing
+from pgmcp.store.secrets import CONTEXTS, KEPT_SECONDS, RIPE_SECONDS, KeyRing, StateRing
 from pgmcp.store.statements import statement
 from tests.harness.clock import FakeClock
 from tests.harness.cluster import eventually
@@ -98,7 +98,7 @@ async def test_the_next_key_is_made_once_and_opens_everywhere_before_it_seals_an
         late = rings[3]  # it has not read the ring again
         for ring in rings:
             assert key_of(ring.seal(PLAIN, PLACE)) == first
-        clock.jump(RIPE - 1)
+        clock.jump(RIPE_SECONDS - 1)
         assert key_of(rings[0].seal(PLAIN, PLACE)) == first
         clock.jump(2)
         boxes = [ring.seal(PLAIN, PLACE) for ring in rings]
@@ -121,7 +121,7 @@ async def test_a_key_that_was_replaced_is_kept_for_longer_than_a_session_lives(
         await age(hand, settings.key_rotation + 1)
         await ring.load()
         old, new = await ids(hand)
-        await age(hand, RIPE + settings.max_age + KEPT - 60)
+        await age(hand, RIPE_SECONDS + settings.max_age + KEPT_SECONDS - 60)
         await ring.load()
         assert await ids(hand) == [old, new]
         await age(hand, 120)
@@ -160,7 +160,7 @@ async def test_an_unknown_key_is_looked_for_once_in_a_while(database: str, hand:
         junk = [b"\xff\xff\xff" + bytes([number]) + bytes(40) for number in range(20)]
         await asyncio.gather(*(ring.learn(box) for box in junk))
         assert loads == 1
-        clock.jump(secrets.SETTLED)
+        clock.jump(secrets.SETTLED_SECONDS)
         await ring.learn(junk[0])
         assert loads == 2
 
