@@ -6,12 +6,12 @@ waits in its line. So a session that floods waits for itself, a caller with many
 for itself, and the others meet few of their exchanges.
 
 Invariants:
-- A slot is held until its exchange ends, for ``YOUNG`` at most: long calls hold none, and a database that is away
-  stops no line.
+- A slot is held until its exchange ends, for ``YOUNG_SECONDS`` at most: long calls hold none, and a database that is
+  away stops no line.
 - A line keeps its order. A session's requests, its other messages and its large bodies stand in lines of their own: a
   cancel, or an answer to the server's question, waits behind no request, and a flood of them waits for itself as well.
 - Lines are of a caller first: nobody waits in somebody else's, whatever session he names.
-- A session that nobody has shared the node with for ``ALONE`` may have every slot; so may such a caller.
+- A session that nobody has shared the node with for ``ALONE_SECONDS`` may have every slot; so may such a caller.
 
 Failure handling: who waits for too long is refused. Who goes away leaves its place, or passes on the slot that it was
 given at that moment. Nothing of a message was stored while it waited.
@@ -43,10 +43,10 @@ MOST = 12
 SHARE = 4
 """Those of one line while others are about; each costs the others the time that one call takes."""
 
-YOUNG = 0.1
+YOUNG_SECONDS = 0.1
 """Seconds for which an exchange may hold its slot; shorter than calls take under load, and a flood seeps through."""
 
-ALONE = 60.0
+ALONE_SECONDS = 60.0
 """Seconds after which a session, or a caller, that has the node for itself may have every slot."""
 
 
@@ -99,7 +99,7 @@ class RecentOthers:
             self._latest = who
 
     def __bool__(self) -> bool:
-        return self._clock.boottime() - self._at < ALONE
+        return self._clock.boottime() - self._at < ALONE_SECONDS
 
 
 class Admission:
@@ -110,7 +110,7 @@ class Admission:
         young: seconds for which an exchange may hold its slot.
     """
 
-    def __init__(self, clock: Clock, young: float = YOUNG) -> None:
+    def __init__(self, clock: Clock, young: float = YOUNG_SECONDS) -> None:
         self._clock, self._young = clock, young
         self._free = SLOTS
         self._callers: dict[Caller, _Lines] = {}

@@ -5,7 +5,7 @@ Invariants:
   that. Small ones have a quarter more for themselves, so that a node full of large ones still takes calls.
 - What has been said to be too much is not read.
 - What was stored, or answered, counts no longer: whoever has done that lets go of it (``Body.drop``).
-- A large one that is refused keeps its room for ``REFUSED`` seconds, and is answered only then: who sends what costs a
+- A large one that is refused keeps its room for ``REFUSED_SECONDS``, and is answered only then: who sends what costs a
   node time is read no faster than that, over however many connections.
 """
 
@@ -22,10 +22,10 @@ from pgmcp.web.admission import Caller
 SHARES = 16
 """How many of the largest bodies a node holds; one caller a quarter of them."""
 
-SMALL = 8192
+SMALL_BYTES = 8192
 """Bytes of a body that can be parsed within two milliseconds, whatever it contains."""
 
-REFUSED = 1.0
+REFUSED_SECONDS = 1.0
 """Seconds after which the sender of a large body is told that it was refused."""
 
 
@@ -62,7 +62,7 @@ class Bodies:
         Raises:
             NodeFull: there is not.
         """
-        most = self._most if size > SMALL else self._most * 5 // 4
+        most = self._most if size > SMALL_BYTES else self._most * 5 // 4
         if self._of[caller] + more > most // 4:
             message = "This node holds as many of your bodies as it may; wait for answers before you send more."
             raise NodeFull(message)
@@ -90,7 +90,7 @@ class Body:
     @property
     def small(self) -> bool:
         """Whether it may be looked into at once."""
-        return self._size <= SMALL
+        return self._size <= SMALL_BYTES
 
     def expect(self, size: int) -> None:
         """Check that there is room for all of it, as it was announced.
@@ -117,8 +117,8 @@ class Body:
     async def refused(self) -> None:
         """Return when its sender may be told that it was refused: at once, if it is small."""
         self.text = b""
-        if max(self._size, self._announced) > SMALL:
-            await self._bodies.clock.sleep(REFUSED)
+        if max(self._size, self._announced) > SMALL_BYTES:
+            await self._bodies.clock.sleep(REFUSED_SECONDS)
 
     def drop(self) -> None:
         """Hold it no longer."""

@@ -25,7 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 logger = logging.getLogger(__name__)
 
-PIECE = 64 * 1024
+PIECE_BYTES = 64 * 1024
 """Bytes of a body that are sent at once: as many as an HTTP server buffers before it makes its senders wait."""
 
 LOOKS = 4
@@ -36,7 +36,7 @@ _KEY = "pgmcp.connection"
 _LAST_DATA_RECEIVED = 52
 """Where Linux's struct tcp_info says how many milliseconds ago the last data came (tcpi_last_data_recv)."""
 
-_TICK = 0.02
+_TICK_SECONDS = 0.02
 """Seconds by which the kernel's count may be off."""
 
 
@@ -64,11 +64,11 @@ class Connection:
         """Send to a client that reads; one that does not is dropped."""
         self.started = True
         body = message.get("body", b"")
-        for start in range(0, len(body) - PIECE, PIECE):
-            await self._pass({**message, "body": body[start : start + PIECE], "more_body": True})
+        for start in range(0, len(body) - PIECE_BYTES, PIECE_BYTES):
+            await self._pass({**message, "body": body[start : start + PIECE_BYTES], "more_body": True})
             if self.gone:
                 return
-        rest = max(len(body) - 1, 0) // PIECE * PIECE
+        rest = max(len(body) - 1, 0) // PIECE_BYTES * PIECE_BYTES
         await self._pass({**message, "body": body[rest:]} if rest else message)
         if message["type"] == "http.response.body" and not message.get("more_body", False) and self._lingers():
             _Watch(self, self._lingers)
@@ -126,7 +126,7 @@ class Connection:
             socket = self._transport.get_extra_info("socket")
             told = socket.getsockopt(IPPROTO_TCP, TCP_INFO, _LAST_DATA_RECEIVED + 4)
             (milliseconds,) = struct.unpack_from("I", told, _LAST_DATA_RECEIVED)
-            return max(0.0, int(milliseconds) / 1000 - _TICK)
+            return max(0.0, int(milliseconds) / 1000 - _TICK_SECONDS)
         return 0.0
 
     def drop(self) -> None:

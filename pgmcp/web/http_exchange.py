@@ -26,7 +26,7 @@ OWNER = "pgmcp_node"
 
 SESSION_ID, LAST_EVENT_ID, VERSION = "mcp-session-id", "last-event-id", "mcp-protocol-version"
 
-LONGEST_ADDRESS = 100
+LONGEST_ADDRESS_CHARACTERS = 100
 """Characters of an address that is none: what a proxy passes on."""
 
 _PORTED = re.compile(r"(?:\[(.*)\]|([\d.]+)):\d+")
@@ -165,7 +165,7 @@ def network(address: str) -> str:
     try:
         found = ip_address((ported[1] or ported[2]) if ported else address.strip("[]").partition("%")[0])
     except ValueError:
-        return address.replace("\0", "")[:LONGEST_ADDRESS]
+        return address.replace("\0", "")[:LONGEST_ADDRESS_CHARACTERS]
     if isinstance(found, IPv4Address):
         return str(found)
     return str(found.ipv4_mapped or ip_network((found, 64), strict=False))

@@ -22,7 +22,7 @@ from pgmcp.web.json_rpc import PARSE_ERROR, Refusal
 DIGITS = 20
 """Those of one number, on average, if all that a body may contain are numbers."""
 
-PIECE = 128 * 1024
+PIECE_BYTES = 128 * 1024
 """Bytes that are looked at without a pause."""
 
 _DIGITS = b"0123456789"
@@ -61,13 +61,13 @@ class JsonLimits:
         """
         _check_encoding(body)
         seen = _Seen(self)
-        for start in range(0, len(body), PIECE):
-            seen.add(body[start : start + PIECE])
+        for start in range(0, len(body), PIECE_BYTES):
+            seen.add(body[start : start + PIECE_BYTES])
             await asyncio.sleep(0)
         if seen.suspicious:
             count = _Count(self)
-            for start in range(0, len(body), PIECE):
-                count.add(body[start : start + PIECE])
+            for start in range(0, len(body), PIECE_BYTES):
+                count.add(body[start : start + PIECE_BYTES])
                 await asyncio.sleep(0)
 
 

@@ -1,7 +1,7 @@
 """Rates: how much one caller may ask of this node in a second.
 
 A caller (a principal or, where nobody is known, an address) has a bucket for each kind of thing: it fills at the rate,
-up to ``BURST`` seconds' worth, and what is asked takes one out.
+up to ``BURST_SECONDS``' worth, and what is asked takes one out.
 
 Invariants:
 - Whoever is refused is so before anything of the body is parsed or stored, and is told when there is room again.
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 FORWARDED = "x-forwarded-for"
 
-BURST = 10.0
+BURST_SECONDS = 10.0
 """Seconds' worth that may come at once."""
 
 CALLERS = 10_000
@@ -40,7 +40,7 @@ class Bucket:
     """
 
     def __init__(self, rate: float, clock: Clock) -> None:
-        self._rate, self._most, self._clock = rate, max(1.0, rate * BURST), clock
+        self._rate, self._most, self._clock = rate, max(1.0, rate * BURST_SECONDS), clock
         self._left: OrderedDict[Caller, tuple[float, float]] = OrderedDict()
 
     def __len__(self) -> int:

@@ -30,7 +30,7 @@ from pgmcp.errors import DatabaseUnavailable, NodeNotReady, PgmcpError, SessionU
 from pgmcp.ports import Log
 from pgmcp.settings import Settings
 from pgmcp.types import Event, Page, StreamId, StreamKind
-from pgmcp.web.connection import PIECE, Connection, Watch
+from pgmcp.web.connection import PIECE_BYTES, Connection, Watch
 from pgmcp.web.json_rpc import INTERNAL_ERROR, Refusal
 from pgmcp.web.open_streams import OpenStream
 from pgmcp.web.stream_reader import Interrupted, StreamReader
@@ -41,16 +41,16 @@ SSE_HEADERS = {
     "cache-control": "no-cache, no-transform",
     "x-accel-buffering": "no",
 }
-AUTO_WAIT = 0.1
+AUTO_WAIT_SECONDS = 0.1
 """Seconds for which an automatic answer waits for plain JSON to be enough."""
 
-SUSPENDED = 120.0
+SUSPENDED_SECONDS = 120.0
 """Seconds without trust after which streams end, for clients to try elsewhere."""
 
-NOTE_EVERY = 10.0
+NOTE_SECONDS = 10.0
 """Seconds between notes of how far an HTTP+SSE stream was carried."""
 
-DROP = 1.0
+RELEASE_SECONDS = 1.0
 """Seconds that letting go of a stream may take when the exchange is over anyway."""
 
 
@@ -143,7 +143,7 @@ class StreamResponse:
 
     async def answer_auto(self, *, batch: bool) -> None:
         """Send plain JSON if that is soon enough and all there is, else server-sent events."""
-        first = await self._reader.next(AUTO_WAIT, look=False)
+        first = await self._reader.next(AUTO_WAIT_SECONDS, look=False)
         if first is not None and first.closed and all(_is_answer(event) for event in first.events):
             await self.send_json(first.events, batch=batch)
         else:
@@ -193,7 +193,7 @@ class StreamResponse:
             for number, event in enumerate(answers):
                 held += between if number else b""
                 async for piece in self._reader.message(event):
-                    if len(held) + len(piece) > PIECE:
+                    if len(held) + len(piece) > PIECE_BYTES:
                         if held and not await self._put(held, inside=True):
                             return False
                         held = b""
@@ -234,7 +234,7 @@ class StreamResponse:
 
     async def _carry(self, page: Page | None, *, look: bool) -> bool:
         """Write what comes; whether the stream itself has ended."""
-        while not self._gone and not self._expiry.passed and self._lease.suspended_for < SUSPENDED:
+        while not self._gone and not self._expiry.passed and self._lease.suspended_for < SUSPENDED_SECONDS:
             if page is not None:
                 if page.events and not await self._write_events(page.events):
                     return False
@@ -269,7 +269,7 @@ class StreamResponse:
         """
         if self._kind is not StreamKind.STANDALONE:
             return True
-        if not self._notes_all and self._clock.boottime() - self._noted < NOTE_EVERY:
+        if not self._notes_all and self._clock.boottime() - self._noted < NOTE_SECONDS:
             return True
         self._noted = self._clock.boottime()
         try:
@@ -304,7 +304,7 @@ class StreamResponse:
                     return False
                 frames.clear()
             frames += b"\r\n\r\n"
-            if following is None or len(frames) + len(following.message) > PIECE:
+            if following is None or len(frames) + len(following.message) > PIECE_BYTES:
                 if not await self._put(bytes(frames), inside=event.rest > 0):
                     return False
                 self._carried = event.seq
@@ -333,10 +333,10 @@ class StreamResponse:
             inside: nothing else, no comment either, may come before it.
             more: whether the body goes on after it.
         """
-        for start in range(0, len(text), PIECE):
+        for start in range(0, len(text), PIECE_BYTES):
             if not await self._may_write(inside=inside or start > 0):
                 return False
-            end = start + PIECE
+            end = start + PIECE_BYTES
             self._written = self._clock.boottime()
             await self._connection.send(
                 {"type": "http.response.body", "body": text[start:end], "more_body": more or end < len(text)}
@@ -349,7 +349,7 @@ class StreamResponse:
         Args:
             inside: what is being written cannot stop here; without trust for too long, the connection is cut.
         """
-        while not self._gone and self._lease.suspended_for < SUSPENDED:
+        while not self._gone and self._lease.suspended_for < SUSPENDED_SECONDS:
             await self._connection.ready()
             if self._expiry.passed and not inside:
                 return False
@@ -387,7 +387,7 @@ class StreamResponse:
         self._reader.close()
         carried = 0 if self._gone and self._kind is StreamKind.REQUEST else self._carried
         with suppress(PgmcpError, TimeoutError):
-            async with asyncio.timeout(DROP):
+            async with asyncio.timeout(RELEASE_SECONDS):
                 await self._log.release(self._reader.cursor(carried))
 
 

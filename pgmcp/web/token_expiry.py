@@ -5,7 +5,7 @@ from __future__ import annotations
 from pgmcp.clock import Clock
 from pgmcp.web.json_rpc import Refusal
 
-GRACE = 5.0
+GRACE_SECONDS = 5.0
 """Seconds for which a token that has expired is still good for what it has opened."""
 
 TEXT = "The access token has expired; get another one and send the same request again"
@@ -19,7 +19,7 @@ class TokenExpiry:
     """
 
     def __init__(self, clock: Clock, expires_at: float) -> None:
-        self._clock, self._at = clock, clock.moment(expires_at + GRACE)
+        self._clock, self._at = clock, clock.moment(expires_at + GRACE_SECONDS)
 
     @property
     def passed(self) -> bool:

@@ -11,7 +11,7 @@ from mcp.server.auth.settings import AuthSettings
 from mcp.server.mcpserver import Context, MCPServer
 
 from pgmcp.clock import Clock
-from pgmcp.web.token_expiry import GRACE
+from pgmcp.web.token_expiry import GRACE_SECONDS
 from tests.harness.clients import RawExchange, RawSession
 from tests.harness.cluster import cluster, eventually, tables_of
 from tests.harness.modern import Modern
@@ -28,7 +28,7 @@ edges = pytest.mark.parametrize("edge", [0, 1])
 
 class StandingDate(Clock):
     def wall(self) -> float:
-        return EXPIRES + GRACE - LEFT
+        return EXPIRES + GRACE_SECONDS - LEFT
 
 
 class Verifier:

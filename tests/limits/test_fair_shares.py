@@ -9,7 +9,7 @@ import pytest
 
 from pgmcp.errors import NodeFull, SessionBusy
 from pgmcp.types import ANONYMOUS
-from pgmcp.web.admission import ALONE, Caller
+from pgmcp.web.admission import ALONE_SECONDS, Caller
 from pgmcp.web.fair_shares import FairShares
 from tests.harness.clock import FakeClock
 from tests.harness.cluster import cluster, eventually, everything
@@ -39,18 +39,18 @@ def test_alone_three_quarters_and_beside_others_a_quarter():
     shares = FairShares(100, "things", clock)
     with contextlib.ExitStack() as stack:
         assert filled(shares, stack, caller(1)) == 75
-        clock.jump(2 * ALONE)
+        clock.jump(2 * ALONE_SECONDS)
         assert filled(shares, stack, caller(2)) == 13  # no more than are free: the next ones find room, too
         assert filled(shares, stack, caller(3)) == 6
         assert filled(shares, stack, caller(4)) == 3
     assert shares._held == {}
     with contextlib.ExitStack() as stack:
         assert filled(shares, stack, caller(1)) == 25
-        clock.jump(ALONE)
+        clock.jump(ALONE_SECONDS)
         assert filled(shares, stack, caller(1)) == 50  # nobody else has been there since
     with contextlib.ExitStack() as stack:
         stack.enter_context(shares.held(caller(2)))
-        clock.jump(ALONE)
+        clock.jump(ALONE_SECONDS)
         assert filled(shares, stack, caller(1)) == 25  # the other is still there
 
 

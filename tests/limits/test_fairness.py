@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect
 from pgmcp.clock import Clock
 from pgmcp.errors import NodeNotReady, SessionBusy
 from pgmcp.types import ANONYMOUS, Accepted, Message
-from pgmcp.web.admission import ALONE, MOST, SHARE, SLOTS, Admission, Caller, Kind
+from pgmcp.web.admission import ALONE_SECONDS, MOST, SHARE, SLOTS, Admission, Caller, Kind
 from tests.harness.clients import RawSession
 from tests.harness.clock import FakeClock, settle
 from tests.harness.cluster import RunningNode, cluster, eventually
@@ -171,7 +171,7 @@ async def test_who_is_alone_for_long_may_have_every_slot():
     assert len(exchanges.running) == SHARE + 1
     await exchanges.end("b0")
     await exchanges.begin("a50")
-    clock.now += ALONE + 1
+    clock.now += ALONE_SECONDS + 1
     assert len(exchanges.running) == SHARE
     await exchanges.begin("a51")
     assert len(exchanges.running) == SLOTS

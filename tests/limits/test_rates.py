@@ -85,7 +85,7 @@ def test_a_proxy_that_is_not_believed_is_named_once(caplog):
 
 async def test_sessions_are_opened_at_a_rate(database, monkeypatch):
     """On both paths; a POST without a session id that is no handshake counts as well."""
-    monkeypatch.setattr(rates, "BURST", 3 * LONG)
+    monkeypatch.setattr(rates, "BURST_SECONDS", 3 * LONG)
     async with (
         cluster(database, everything, 1, initialize_rate=1 / LONG) as [node],
         tables_of(database) as tables,
@@ -113,7 +113,7 @@ async def test_sessions_are_opened_at_a_rate(database, monkeypatch):
 
 @pytest.mark.parametrize("path", ["/mcp", "/messages/?session_id=x", "modern"])
 async def test_messages_are_taken_at_a_rate_in_every_transport(database, monkeypatch, path):
-    monkeypatch.setattr(rates, "BURST", 3 * LONG)
+    monkeypatch.setattr(rates, "BURST_SECONDS", 3 * LONG)
     headers = {"x-forwarded-for": "10.0.0.1"}
     async with (
         cluster(database, everything, 1, rate=1 / LONG) as [node],
@@ -141,7 +141,7 @@ async def test_messages_are_taken_at_a_rate_in_every_transport(database, monkeyp
 
 
 async def test_a_caller_is_its_principal_where_there_is_one(database, private, monkeypatch):
-    monkeypatch.setattr(rates, "BURST", 2 * LONG)
+    monkeypatch.setattr(rates, "BURST_SECONDS", 2 * LONG)
     async with cluster(database, private, 1, initialize_rate=1 / LONG) as [node]:
         for who, status in (("ada", 200), ("ada", 200), ("ada", 429), ("bob", 200)):
             async with RawSession(headers={"authorization": f"Bearer {who}"}) as session:

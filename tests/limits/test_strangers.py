@@ -13,7 +13,7 @@ import pytest
 from pgmcp.errors import NodeFull
 from pgmcp.types import ANONYMOUS, Accepted, Message
 from pgmcp.web.admission import Caller
-from pgmcp.web.bodies import SHARES, SMALL, Bodies
+from pgmcp.web.bodies import SHARES, SMALL_BYTES, Bodies
 from tests.harness.clients import RawSession
 from tests.harness.cluster import RunningNode, cluster, eventually
 from tests.limits.test_admission import refused
@@ -95,17 +95,17 @@ def test_bodies_in_memory_are_bounded_for_all_and_for_each_caller():
                 stack.enter_context(bodies.body(whose(name))).grow(large)
             for more in (stack.enter_context(bodies.body(whose(name))) for _ in range(2)):
                 with pytest.raises(NodeFull, match="your bodies"):
-                    more.grow(SMALL + 1)
+                    more.grow(SMALL_BYTES + 1)
         assert bodies.total == SHARES * large
-        for attempt in (lambda body: body.expect(SMALL + 1), lambda body: body.grow(SMALL + 1)):
+        for attempt in (lambda body: body.expect(SMALL_BYTES + 1), lambda body: body.grow(SMALL_BYTES + 1)):
             with bodies.body(whose("e")) as body, pytest.raises(NodeFull, match="another one"):
                 attempt(body)
         for name in "abcde":  # calls get through all the same
-            stack.enter_context(bodies.body(whose(name))).grow(SMALL)
+            stack.enter_context(bodies.body(whose(name))).grow(SMALL_BYTES)
         with bodies.body(whose("e")) as body:
-            body.grow(SMALL)
+            body.grow(SMALL_BYTES)
             with pytest.raises(NodeFull):
-                body.grow(SMALL)  # not small any more
+                body.grow(SMALL_BYTES)  # not small any more
     assert bodies.total == 0
     assert not bodies._of
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pgmcp.web.connection import PIECE, Connection
+from pgmcp.web.connection import PIECE_BYTES, Connection
 from tests.harness.cluster import eventually
 
 PATIENCE = 0.2
@@ -100,12 +100,12 @@ async def test_a_large_body_goes_out_in_pieces():
     cycle = Cycle(Transport())
     cycle.writable.set()
     connection = Connection(cycle.receive, cycle.send, PATIENCE)
-    for size in (0, 1, PIECE, PIECE + 1, 2 * PIECE, 5 * PIECE + 7):
+    for size in (0, 1, PIECE_BYTES, PIECE_BYTES + 1, 2 * PIECE_BYTES, 5 * PIECE_BYTES + 7):
         for more in (True, False):
             cycle.sent.clear()
             await connection.send(body(b"z" * size, more=more))
             assert b"".join(message["body"] for message in cycle.sent) == b"z" * size
-            assert all(len(message["body"]) <= PIECE for message in cycle.sent)
+            assert all(len(message["body"]) <= PIECE_BYTES for message in cycle.sent)
             assert [message["more_body"] for message in cycle.sent] == [True] * (len(cycle.sent) - 1) + [more]
 
 
