@@ -1,4 +1,4 @@
-"""What an actor writes: its streams, the numbers that it gives out, and what is being stored.
+"""The outbox: what an actor writes, with its streams, the numbers that it gives out, and what is being stored.
 
 Invariants:
 - Numbers of a stream have no gap, but for the jump at the begin of a term; they are given out in the order of writing.

@@ -1,4 +1,4 @@
-"""Open streams: those that this edge carries, and the ears of the exchanges that carry them.
+"""Open streams: those that this edge carries, and what the exchanges that carry them hear of them.
 
 An exchange subscribes before its stream can have events (a wake-up can beat the reply of the accept that opened the
 stream), reads after each wake-up, and looks by itself now and then, so that a lost wake-up only delays.
@@ -17,7 +17,7 @@ from pgmcp.web.admission import Caller
 
 
 class OpenStream:
-    """One exchange's ear on one stream."""
+    """What one exchange hears of the stream that it carries."""
 
     def __init__(self, stream: StreamId) -> None:
         self.stream = stream

@@ -20,7 +20,7 @@ class StreamReader:
     """The pages of one stream, as long as its reader is the stream's sink.
 
     Args:
-        open_stream: the ear on the stream.
+        open_stream: what is heard of the stream.
         sink_epoch: the reader's turn as the stream's sink.
         after: the last event that is known already.
         floor: up to which number nothing is missed: the client named no event.

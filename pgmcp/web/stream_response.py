@@ -66,7 +66,7 @@ class StreamResponse:
     """Carries a stream over one HTTP response.
 
     Args:
-        open_stream: the ear on the stream.
+        open_stream: what is heard of the stream.
         sink_epoch: this exchange's turn as the stream's sink.
         after: the last event that the client has.
         floor: up to which number a client that named no event misses nothing.

@@ -117,7 +117,7 @@ where session_id = $1
 -- owner that comes back is the one that holds after it. A request without a stream is answered on the standalone one.
 -- A POST's messages ($15 numbers the POSTs) are stored all or none: whoever loses a race for an id fails and comes again.
 -- $13 and $14 bound what a session may have unfinished: requests, and messages of any kind. They are counted above the
--- edge's floor for each session ($17 to $20, see store/floors.py), and what it had counted is looked up by its id.
+-- edge's floor for each session ($17 to $20, see store/scan_floors.py), and what it had counted is looked up by its id.
 -- A sealed message is compared by its mark ($22), and with one that is not sealed by its digest ($23, only if it is sealed).
 with guard as materialized (
     select set_config('lock_timeout', '250ms', true)
@@ -273,7 +273,7 @@ order by a.n;
 -- fence: owner and epoch on the sessions row, FOR KEY SHARE. A claim may commit asynchronously: what a crash of
 -- PostgreSQL forgets was accepted and counts as may-have-run. $3 are the claims' own ids: a repeat ($5; it reads every
 -- request of the session) finds its rows. $6: requests too, or only what serves those that run already. $7 and $8: above
--- the owner's floor for the session (see store/floors.py). "is true" keeps the planner from reading every session of the
+-- the owner's floor for the session (see store/scan_floors.py). "is true" keeps the planner from reading every session of the
 -- owner. What is taken is use of the session, noted once in $9 seconds.
 with guard as materialized (
     select set_config('lock_timeout', '250ms', true), set_config('synchronous_commit', 'off', true)
@@ -301,7 +301,7 @@ with guard as materialized (
     ) r
     where r.claimed_epoch is null and (h.requests or r.rpc_id is null)
 ), taken as (
-    -- "is true" and "any(array[...])", here and elsewhere, leave the planner one way to find a row: see store/floors.py
+    -- "is true" and "any(array[...])", here and elsewhere, leave the planner one way to find a row: see store/scan_floors.py
     update {schema}.requests r
     set claim = w.claim, claimed_epoch = w.epoch, claimed_at = clock_timestamp(), runs = r.runs + 1,
         finished_at = case when r.rpc_id is null then clock_timestamp() end,

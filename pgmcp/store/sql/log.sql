@@ -34,7 +34,7 @@ with guard as materialized (
     from fit f
     join locked l on l.id = f.stream and l.session = f.session and not l.closed
     left join lateral (
-        -- "is true" and "any(array[...])", here and below, leave the planner one way to find a row: see store/floors.py
+        -- "is true" and "any(array[...])", here and below, leave the planner one way to find a row: see store/scan_floors.py
         select r.id from {schema}.requests r
         where r.id = f.finishes and coalesce(r.claimed_epoch, f.epoch) = f.epoch and (r.finished_at is null) is true
         limit 1
