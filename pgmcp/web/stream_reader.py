@@ -35,6 +35,8 @@ class StreamReader:
         self._reading: asyncio.Task[Page] | None = None
         self.after = after
         """The last event that was read."""
+        self.carried = after
+        """The last event that was written to the client."""
 
     def cursor(self, after: int) -> Cursor:
         """This reader at a place of the stream."""
