@@ -319,6 +319,37 @@ async def test_a_proxy_that_stalls_after_connect_holds_nobody_for_ever(database:
             await found.stop()
 
 
+async def test_a_line_that_is_late_again_and_again_is_not_listened_to(
+    database: str, hand: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"LATE": -1.0, "SOON": 0.05, "PROBE_EVERY": 0.05, "QUIET": 2.0}.items():
+        monkeypatch.setattr(f"pgmcp.store.line.{name}", value)
+    found = ears(database, deadline=4, trust=12, ttl=20)
+    await join(database, found.node)
+    await found.start()
+    try:
+
+        async def deaf() -> bool:
+            return found.line.deaf and found.line.up
+
+        await until(deaf, "it goes on listening")
+        monkeypatch.setattr("pgmcp.store.line.LATE", 4.0)
+        await say(hand, found.node, "i0")
+        assert await found.line.renew(), "the line itself is well"
+        assert found.heard == []
+
+        async def hears() -> bool:
+            return not found.line.deaf
+
+        await until(hears, "it stays deaf")
+        await found.until_resets(3)
+        await say(hand, found.node, "i1")
+        await found.until_heard("i1")
+        assert found.heard == ["i1"]
+    finally:
+        await found.stop()
+
+
 async def test_a_probe_is_nobodys_payload(listening: Ears, hand: asyncpg.Connection) -> None:
     await say(hand, listening.node, PROBE + "forged")
     await say(hand, listening.node, "i1")
