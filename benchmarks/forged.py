@@ -6,7 +6,7 @@ flood, in turns. The flooder is a process of its own, with a role that has CONNE
 orphans, publications and "read everything" as fast as PostgreSQL takes them. At the end: who was declared dead, and
 the nodes' memory.
 
-    python benchmarks/forged.py [--rounds 3] [--seconds 5] [--floods 2]
+    python benchmarks/forged.py [--rounds 3] [--seconds 5] [--every 0.05] [--floods 2]
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from measure import cpu, end, machine, percentile, postgres, spawn, spread, tabl
 from pgmcp.store.line import channel
 
 SESSIONS = 8
-EVERY = 0.05  # seconds between two calls of one session
+PAUSE = 12.0  # seconds after a flood until a node listens again
 SOME = 2000  # payloads of one statement
 SAYS = (
     "select pg_notify($1, case n % 5 when 0 then '*' when 1 then 'o,' || n when 2 then 'p,' || n "
@@ -42,8 +42,8 @@ async def flood(url: str) -> None:
         n = (n + SOME) % 1_000_000_000
 
 
-async def steady(clients: list[Client], seconds: float) -> list[float]:
-    """Call for a while; the latencies, from when each call was due."""
+async def steady(clients: list[Client], seconds: float, every: float) -> list[float]:
+    """Call for a while, each client every so many seconds; the latencies, from when each call was due."""
     took: list[float] = []
 
     async def one(client: Client, first: float) -> None:
@@ -52,10 +52,10 @@ async def steady(clients: list[Client], seconds: float) -> list[float]:
             await asyncio.sleep(max(0.0, due - time.perf_counter()))
             await client.call()
             took.append(time.perf_counter() - due)
-            due += EVERY
+            due += every
 
     start = time.perf_counter()
-    await asyncio.gather(*(one(client, start + number * EVERY / len(clients)) for number, client in enumerate(clients)))
+    await asyncio.gather(*(one(client, start + number * every / len(clients)) for number, client in enumerate(clients)))
     return took
 
 
@@ -80,7 +80,7 @@ async def compare(given: argparse.Namespace, url: str, nodes: list[tuple[subproc
     for client, (_, other) in zip(clients, nodes[::-1] * (SESSIONS // 2), strict=True):
         await client.connect()
         await client.move(other)
-    await steady(clients, 2.0)
+    await steady(clients, 2.0, given.every)
     found: dict[str, list[tuple[list[float], float]]] = {"alone": [], "flooded": []}
     memory = [resident(child.pid) for child, _ in nodes]
     for _ in range(given.rounds):
@@ -88,11 +88,13 @@ async def compare(given: argparse.Namespace, url: str, nodes: list[tuple[subproc
             floods = [spawn("forged.py", "--flood", stranger) for _ in range(given.floods if kind == "flooded" else 0)]
             try:
                 before, began = sum(cpu(child.pid) for child, _ in nodes), time.perf_counter()
-                took = await steady(clients, given.seconds)
+                took = await steady(clients, given.seconds, given.every)
                 share = (sum(cpu(child.pid) for child, _ in nodes) - before) / (time.perf_counter() - began)
                 results.append((took, share / len(nodes)))
             finally:
                 end(floods)
+            if kind == "flooded":
+                await asyncio.sleep(PAUSE)
     rows = [
         [
             kind,
@@ -115,6 +117,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=5.0, help="length of one measuring run")
+    parser.add_argument("--every", type=float, default=0.05, help="seconds between two calls of one session")
     parser.add_argument("--floods", type=int, default=2, help="connections that flood")
     parser.add_argument("--flood", help=argparse.SUPPRESS)
     given = parser.parse_args()

@@ -6,6 +6,7 @@ Invariants:
 - Headers are complete ``HEADERS_SECONDS`` after their first byte, and so is the rest of a body after its answer.
 - One address has ``max_connections`` connections at most. Proxies whose ``X-Forwarded-For`` is believed have as many
   as they want, since they bring everybody; so do Unix sockets.
+- What is left of a body when that was answered is read slowly, and dropped.
 - What follows a chunked body (trailers) changes no header of the request.
 
 Failure handling: 431, 408 and 503, as plain text, and the end of the connection. A connection whose answer is under way
@@ -38,6 +39,9 @@ HEADERS_SECONDS = 10.0
 
 LINGER_SECONDS = 1.0
 """Seconds for which the connection of somebody whose headers were too large is kept, unread."""
+
+SLOWLY_SECONDS = 0.1
+"""Seconds between two reads (some 256 KB) of what is left of a body that was refused."""
 
 FILES = 65_536
 """Files, connections among them, that a node may have open where the operating system lets it."""
@@ -94,8 +98,17 @@ class LimitedProtocol(HttpToolsProtocol):
             self._hurry()
         self._quiet += len(data)
         super().data_received(data)
-        if self._quiet > HEAD_BYTES and not self.transport.is_closing():
+        if self.transport.is_closing():
+            return
+        if self._quiet > HEAD_BYTES:
             self._refuse(431, "The headers are too large.")
+        elif self._inside and not self._large and self.cycle.response_complete:
+            self.transport.pause_reading()
+            self.loop.call_later(SLOWLY_SECONDS, self._read_on)
+
+    def _read_on(self) -> None:
+        if not self.transport.is_closing() and not self.flow.read_paused:
+            self.transport.resume_reading()
 
     def _expect_request(self) -> None:
         """Wait for the first byte as long as between two requests: balancers open connections in advance."""

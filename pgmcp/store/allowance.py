@@ -7,7 +7,7 @@ from pgmcp.clock import Clock
 WINDOW_SECONDS = 0.05
 """Seconds for which one allowance is meant."""
 
-FLOOD = 10
+FLOOD = 4
 """Times as much as one window allows that is a flood when it comes beyond that; a quieter window takes one back."""
 
 QUIET_SECONDS = 1.0

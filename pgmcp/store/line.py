@@ -11,9 +11,9 @@ Invariants:
 
 Failure handling: a lost line is reopened with a backoff of at most half a second, for as long as the node runs.
 Meanwhile the node polls and renews on the pool; where that fails too, it stays trusted until its trust ends. A line
-whose own notification does not come back within the deadline is lost too, whatever the socket says; opening it anew
-passes over what PostgreSQL's one queue holds for it. While the channel of all nodes is flooded the node does not listen
-to it, and polls instead; so it does while its own notifications are late. A flood makes them so, and costs no line.
+whose own notification does not come back within the deadline is lost too, whatever the socket says. While the channel
+of all nodes is flooded, or this line's notifications are late again and again (PostgreSQL has one queue for all
+channels, and whoever listens reads all of it), the node listens to nothing, and polls instead.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import logging
 import socket
 from collections.abc import Callable, Coroutine, Sequence
 from datetime import datetime
+from functools import partial
 from hashlib import sha256
 from typing import Any, Protocol, TypeVar
 
@@ -47,11 +48,11 @@ PROBE = "probe:"
 PROBE_SECONDS = 5.0
 """Seconds between self-probes."""
 
-LATE_SECONDS = 0.25
+LATE_SECONDS = 0.5
 """Seconds after which the line's own notification is late, and those of others are."""
 
 SOON_SECONDS = 0.5
-"""Seconds between self-probes while they are late."""
+"""Seconds until the next self-probe when one was late."""
 
 LAG_SECONDS = 0.1
 """Seconds by which a deadline that passes later than it should shows that the event loop stood."""
@@ -59,8 +60,11 @@ LAG_SECONDS = 0.1
 OWN, EVERYBODYS = (1000, 128 * 1024), (500, 32 * 1024)
 """Payloads and characters that are read in each window: of what is said to this node, and to all nodes."""
 
-QUIET_SECONDS = 10.0
-"""Seconds for which a flooded channel is not listened to."""
+QUIET_SECONDS, LONGEST_QUIET_SECONDS = 10.0, 60.0
+"""Seconds for which nothing is listened to when it is flooded, or late; twice as many when it is again, at most."""
+
+BUFFER_BYTES = 64 * 1024
+"""Bytes that the kernel keeps for the line; answers are small, and a flood is not to be read."""
 
 REOPEN_SECONDS = (0.05, 0.1, 0.2, 0.5)
 KEEPALIVES = {"tcp_keepalives_idle": "5", "tcp_keepalives_interval": "2", "tcp_keepalives_count": "3"}
@@ -125,7 +129,7 @@ class Line(Service):
         self._expected = ""
         self._own, self._everybodys = (channel(settings.schema_name, each) for each in (node, None))
         self._allowances = {self._own: Allowance(clock, *OWN), self._everybodys: Allowance(clock, *EVERYBODYS)}
-        self._flooded, self._late = asyncio.Event(), False
+        self._jammed, self._late = asyncio.Event(), False
 
     @property
     def up(self) -> bool:
@@ -135,7 +139,7 @@ class Line(Service):
     @property
     def deaf(self) -> bool:
         """Whether there are wake-ups that cannot be heard, or not in time."""
-        return not self.up or self._late or self._flooded.is_set()
+        return not self.up or self._jammed.is_set()
 
     @property
     def dropped(self) -> int:
@@ -200,12 +204,12 @@ class Line(Service):
                 "application_name": f"pgmcp {self._settings.node_name} line",
             },
         )
-        _keep_alive(connection)
+        _set_up(connection)
         self._lost.clear()
         connection.add_termination_listener(self._on_lost)
         try:
-            for name in (self._own,) if self._flooded.is_set() else (self._own, self._everybodys):
-                await connection.add_listener(name, self._on_notification)
+            if not self._jammed.is_set():
+                await self._listen(connection)
             (started,) = await connection.fetch(statement("line_started", self._settings.schema_name))
         except BaseException:
             connection.terminate()
@@ -218,40 +222,44 @@ class Line(Service):
         """Keep the line open, for ever."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._stay_open())
-            group.create_task(self._sit_floods_out())
+            group.create_task(self._sit_jams_out())
 
-    async def _sit_floods_out(self) -> None:
-        """Do not listen to what all nodes are told while that is a flood; look now and then whether it still is."""
+    async def _sit_jams_out(self) -> None:
+        """Listen to nothing while there is more than can be read; try now and then whether it still is.
+
+        What PostgreSQL and the sockets hold for a line that has listened goes with it.
+        """
+        quiet = QUIET_SECONDS / 2
         while True:
-            await self._flooded.wait()
-            logger.warning("more is said to all nodes than can be read: this one polls for %g s", QUIET_SECONDS)
-            await self._change_listening(listen=False)
-            await self._clock.sleep(self._ids.jitter(QUIET_SECONDS))
+            again = await self._clock.wait(self._jammed, QUIET_SECONDS)
+            quiet = min(2 * quiet, LONGEST_QUIET_SECONDS) if again else QUIET_SECONDS
+            await self._jammed.wait()
+            logger.warning("wake-ups are too many, or late: this node listens to none, and polls, for %g s", quiet)
+            self._lost.set()
+            await self._clock.sleep(self._ids.jitter(quiet))
             self._allowances[self._everybodys].calm()
-            self._flooded.clear()
-            await self._change_listening(listen=True)
+            self._jammed.clear()
+            if self._connection is not None:
+                try:
+                    await self._in_time(self._in_turn(partial(self._listen, self._connection)))
+                except (*TROUBLE, asyncpg.PostgresError):
+                    self._lost.set()
             self._on_reset(crashed=False)
 
-    async def _change_listening(self, *, listen: bool) -> None:
-        connection = self._connection
-        if connection is None:
-            return  # it listens to what it should when it is opened
-        change = connection.add_listener if listen else connection.remove_listener
-        try:
-            await self._in_time(self._in_turn(lambda: change(self._everybodys, self._on_notification)))
-        except (*TROUBLE, asyncpg.PostgresError):
-            self._lost.set()
+    async def _listen(self, connection: asyncpg.Connection) -> None:
+        for name in (self._own, self._everybodys):
+            await connection.add_listener(name, self._on_notification)
 
     async def _stay_open(self) -> None:
         """Probe the line, and open it again when it is lost, for ever."""
         tries = 0
         while True:
             if await self._alive():
-                if tries:
+                if tries and not self._jammed.is_set():
                     logger.info("the line to PostgreSQL is open again")
                 tries = 0
                 continue
-            if not tries:
+            if not tries and not self._jammed.is_set():
                 logger.warning("the line to PostgreSQL was lost; it is being reopened, and the node polls meanwhile")
             self._drop()
             self._tell_lost()
@@ -266,18 +274,30 @@ class Line(Service):
             self._lost, SOON_SECONDS if self._late else PROBE_SECONDS
         ):
             return False
+        if self._jammed.is_set():
+            return True  # renewals tell whether it is
+        before, begun = self._late, self._clock.boottime()
+        try:
+            await self._probe()
+        except (DatabaseUnavailable, TimeoutError):
+            return False
+        finally:
+            self._late = self._clock.boottime() - begun > LATE_SECONDS
+            if before and self._late:
+                self._jammed.set()
+        return True
+
+    async def _probe(self) -> None:
+        """Say something to this node, and hear it.
+
+        Raises:
+            DatabaseUnavailable: it could not be said within the deadline.
+            TimeoutError: it was not heard within the deadline.
+        """
         self._echo.clear()
         self._expected = PROBE + self._ids.token()
-        try:
-            await self._ask("probe", self._own, self._expected)
-        except DatabaseUnavailable:
-            return False
-        self._late = not await self._clock.wait(self._echo, LATE_SECONDS)
-        try:
-            await self._in_time(self._echo.wait())
-        except TimeoutError:
-            return self._flooded.is_set()
-        return True
+        await self._ask("probe", self._own, self._expected)
+        await self._in_time(self._echo.wait())
 
     async def _ask(self, name: str, *args: object) -> list[asyncpg.Record]:
         connection = self._connection
@@ -288,6 +308,7 @@ class Line(Service):
             query = statement(name, self._settings.schema_name)
             rows: list[asyncpg.Record] = await self._in_time(self._in_turn(lambda: connection.fetch(query, *args)))
         except (*TROUBLE, asyncpg.PostgresError) as error:
+            self._late = isinstance(error, TimeoutError)
             self._lost.set()
             message = f"The line to PostgreSQL did not answer ({error_text(error)})."
             raise DatabaseUnavailable(message) from error
@@ -328,23 +349,29 @@ class Line(Service):
         self._lost.set()
 
     def _on_notification(self, _connection: object, _pid: int, name: str, payload: object) -> None:
+        if self._jammed.is_set():
+            return  # a line that is about to go
         text, allowance = str(payload), self._allowances[name]
         if text and text == self._expected:
             self._echo.set()
         elif not allowance.take(text):
             self._on_reset(crashed=False)
             if allowance.flooded and name == self._everybodys:
-                self._flooded.set()
+                self._jammed.set()
         elif not text.startswith(PROBE):
             (self._on_payload if name == self._own else self._on_broadcast)(text)
 
 
-def _keep_alive(connection: asyncpg.Connection) -> None:
-    """Probe the peer: asyncpg sets no keepalive, and a half-open connection gives no other sign."""
+def _set_up(connection: asyncpg.Connection) -> None:
+    """Probe the peer: asyncpg sets no keepalive, and a half-open connection gives no other sign.
+
+    What the kernel buffers is bounded: one turn of the event loop may read all of that.
+    """
     transport: Any = getattr(connection, "_transport", None)
     sock = transport.get_extra_info("socket") if transport is not None else None
     if sock is None or sock.family not in {socket.AF_INET, socket.AF_INET6}:
         return
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_BYTES)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3), ("TCP_USER_TIMEOUT", 12_000)):
         if hasattr(socket, option):

@@ -63,12 +63,12 @@ async def told_of_nothing_else(streams: list[RawExchange], database: str) -> Non
         assert [message["method"] for message in stream.messages] == [LISTED]
 
 
-def bounded(counted: Counter[str], readings: int) -> None:
-    """A reading takes a few statements, however many sessions live here."""
+def bounded(counted: Counter[str], readings: int, hurries: float = 0) -> None:
+    """A reading takes a few statements, however many sessions live here, and a look in a hurry two."""
     assert not counted["claim"]
-    assert counted["unclaimed"] <= readings
+    assert counted["unclaimed"] <= readings + hurries
     assert counted["owned"] <= readings
-    assert counted["read_streams"] <= 3 * readings, "grouped"
+    assert counted["read_streams"] <= 3 * readings + hurries, "grouped"
 
 
 async def test_a_lost_line_costs_by_what_has_moved(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,16 +77,17 @@ async def test_a_lost_line_costs_by_what_has_moved(database: str, monkeypatch: p
         tables_of(database) as tables,
         listeners(node, MANY) as streams,
     ):
-        line = node.incarnation.line
+        line, loop = node.incarnation.line, asyncio.get_running_loop()
         with statements(node, monkeypatch) as counted:
-            before = line._connection
+            before, began = line._connection, loop.time()
             await tables.rows(f"select pg_terminate_backend(pid) {LINES}")
             await eventually(lambda: line._connection not in {None, before}, "the line is open again")
+            down = loop.time() - began
             await eventually(lambda: counted["owned"] and counted["unclaimed"] and counted["read_streams"], "it reads")
             await read_again(node)
             assert not counted["append"], "nobody is told anything"
             await told_of_nothing_else(streams, database)
-        bounded(counted, readings=2)
+        bounded(counted, readings=2, hurries=2 * down / catch_up.HURRY_SECONDS)  # jitter may double them
 
 
 async def read_again(node: RunningNode) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import socket
 import threading
@@ -22,6 +23,9 @@ from tests.harness.cluster import RunningNode, Tables, everything, running_node,
 
 BOUND = 8.0
 AGED = "update pgmcp.sessions set last_active_at = last_active_at - interval '2 minutes' where transport = 'sse'"
+GONE = {errno.ECONNRESET, errno.EPIPE, errno.ENOTCONN}
+"""The server has ended the connection, and what it said before may be lost."""
+
 ACCEPT = b"accept: application/json, text/event-stream\r\n"
 
 
@@ -68,10 +72,11 @@ class Target:
                     got += piece
                     if not half_close and complete(got):
                         break
-            except (ConnectionResetError, BrokenPipeError):
-                pass
             except TimeoutError:
                 raise AssertionError(f"no end within {bound} s after {got[:200]!r}") from None
+            except OSError as error:
+                if error.errno not in GONE:
+                    raise
         return Answer(got)
 
     def exchange(self, method: str, path: str, headers: bytes = b"", body: bytes | None = None) -> Answer:

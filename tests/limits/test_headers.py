@@ -21,6 +21,7 @@ Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
     monkeypatch.setattr(protocol, "HEADERS_SECONDS", 0.3)
+    monkeypatch.setattr(protocol, "LINGER_SECONDS", 0.2)
 
 
 @contextlib.asynccontextmanager
@@ -81,6 +82,19 @@ async def test_headers_that_are_too_large(database, talker, count):
         half = b"GET /livez HTTP/1.1\r\nhost: x\r\n" + line * (count // 4) + b"\r\n"
         async with connected(node, half) as (answer, _):
             assert b" 200 " in await asyncio.wait_for(answer.readline(), 10)
+
+
+async def test_who_is_refused_for_headers_is_refused_no_faster_than_once_a_while(database, talker, monkeypatch):
+    monkeypatch.setattr(protocol, "LINGER_SECONDS", 2.0)
+    async with cluster(database, talker, 1, max_connections=1, forwarded_allow_ips="10.0.0.1") as [node]:
+        loop = asyncio.get_running_loop()
+        async with connected(node, b"GET / HTTP/1.1\r\nx: %s\r\n\r\n" % (b"x" * 2 * HEAD_BYTES)) as (reader, _):
+            assert b" 431 " in await asyncio.wait_for(reader.readline(), 10)
+            told = loop.time()
+            async with connected(node) as (other, _):
+                assert b" 503 " in (await to_the_end(other)).split(b"\r\n")[0]
+            assert b"too large" in await to_the_end(reader)
+            assert loop.time() - told > 1
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,10 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 
 import pytest
 
+from pgmcp.clock import Clock
 from pgmcp.errors import NodeFull
 from pgmcp.types import ANONYMOUS, Accepted, Message
+from pgmcp.web import bodies as bodies_module
 from pgmcp.web.admission import Caller
 from pgmcp.web.bodies import SHARES, SMALL_BYTES, Bodies
 from tests.harness.clients import RawSession
@@ -68,6 +70,27 @@ async def test_no_body_holds_the_loop(database, talker):
         assert not (await session.call_tool(node.url, "hold", x=text[:4_000_000])).get("isError")
 
 
+@pytest.mark.parametrize("session_id", ["made-up", "own"])
+async def test_whose_large_bodies_are_refused_waits_before_the_next_is_read(database, talker, monkeypatch, session_id):
+    monkeypatch.setattr(bodies_module, "REFUSED_SECONDS", 2.0)
+    async with cluster(database, talker, 1, response="json") as [node], RawSession() as session:
+        await session.open(node.url)
+        session.session_id = session.session_id if session_id == "own" else session_id
+        loop, read = asyncio.get_running_loop(), len(BOMB) * SHARES // 4
+        began = loop.time()
+        first = [asyncio.create_task(session.post(node.url, BOMB)) for _ in range(SHARES // 4)]
+        await eventually(lambda: node.node._bodies.total >= read, "all that may be read was read")
+        more = await session.post(node.url, BOMB)
+        assert (more.status, b"bodies" in more.body) == (503, True)
+        assert node.node._bodies.total <= read
+        assert {answer.status for answer in await asyncio.gather(*first)} == {400 if session_id == "own" else 404}
+        assert loop.time() - began >= 2
+        assert node.node._bodies.total == 0
+        small = await session.post(node.url, b"{")  # what costs nothing is refused at once
+        assert small.status == 400
+        assert loop.time() - began < 30
+
+
 async def test_a_strangers_host_is_told_so_before_its_body(database, talker):
     async with cluster(database, talker, 1) as [node]:
         for header in ("host: evil.example", "origin: https://evil.example"):
@@ -88,7 +111,7 @@ def whose(name: str) -> Caller:
 
 
 def test_bodies_in_memory_are_bounded_for_all_and_for_each_caller():
-    bodies, large = Bodies(100_000), 100_000
+    bodies, large = Bodies(100_000, Clock()), 100_000
     with contextlib.ExitStack() as stack:
         for name in "abcd":
             for _ in range(SHARES // 4):

@@ -264,7 +264,7 @@ def test_a_lag_of_its_own_loop_fails_no_probe(
         try:
             for _ in range(12):
                 await asyncio.sleep(0.005)
-                time.sleep(0.45)  # noqa: ASYNC251 - beyond the deadline by more than LAG
+                time.sleep(0.45)  # noqa: ASYNC251 - beyond the deadline by more than LAG_SECONDS
             assert (found.losses, found.resets) == (0, 1)
         finally:
             await found.stop()
@@ -317,6 +317,37 @@ async def test_a_proxy_that_stalls_after_connect_holds_nobody_for_ever(database:
             assert found.line.up
         finally:
             await found.stop()
+
+
+async def test_a_line_that_is_late_again_and_again_is_not_listened_to(
+    database: str, hand: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, seconds in {"LATE": -1.0, "SOON": 0.05, "PROBE": 0.05, "QUIET": 2.0}.items():
+        monkeypatch.setattr(f"pgmcp.store.line.{name}_SECONDS", seconds)
+    found = ears(database, deadline=4, trust=12, ttl=20)
+    await join(database, found.node)
+    await found.start()
+    try:
+
+        async def deaf() -> bool:
+            return found.line.deaf and found.line.up
+
+        await until(deaf, "it goes on listening")
+        monkeypatch.setattr("pgmcp.store.line.LATE_SECONDS", 4.0)
+        await say(hand, found.node, "i0")
+        assert await found.line.renew(), "the line itself is well"
+        assert found.heard == []
+
+        async def hears() -> bool:
+            return not found.line.deaf
+
+        await until(hears, "it stays deaf")
+        await found.until_resets(3)
+        await say(hand, found.node, "i1")
+        await found.until_heard("i1")
+        assert found.heard == ["i1"]
+    finally:
+        await found.stop()
 
 
 async def test_a_probe_is_nobodys_payload(listening: Ears, hand: asyncpg.Connection) -> None:
