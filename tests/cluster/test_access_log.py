@@ -44,7 +44,7 @@ def kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[Kept]:
     logger.removeHandler(handler)
 
 
-async def test_a_line_for_each_exchange_at_its_end(database, kept):
+async def test_a_line_for_each_exchange_at_its_end(database: str, kept: Kept) -> None:
     kept.setFormatter(logs._Json())
     async with cluster(database, everything, 2, access_log=True) as nodes:
         async with RawSession() as session, httpx.AsyncClient(trust_env=False, verify=False) as http:
@@ -77,7 +77,7 @@ async def test_a_line_for_each_exchange_at_its_end(database, kept):
     assert not any(secret in line or "secret" in line for line in kept.lines)
 
 
-async def test_an_exchange_that_was_not_answered(database, kept):
+async def test_an_exchange_that_was_not_answered(database: str, kept: Kept) -> None:
     async with cluster(database, everything, 1, access_log=True) as [node]:
         at = urlsplit(node.url)
         _, writer = await asyncio.open_connection(at.hostname, at.port)
@@ -90,13 +90,13 @@ async def test_an_exchange_that_was_not_answered(database, kept):
 
 
 @pytest.mark.parametrize("wanted", [False, True])
-async def test_nothing_is_written_unasked(database, kept, wanted):
+async def test_nothing_is_written_unasked(database: str, kept: Kept, wanted: bool) -> None:
     async with cluster(database, everything, 1, access_log=wanted) as [node], RawSession() as session:
         await session.open(node.url)
     assert bool(kept.lines) == wanted
 
 
-async def test_inside_a_litestar_application(database, kept):
+async def test_inside_a_litestar_application(database: str, kept: Kept) -> None:
     app = Litestar(plugins=[ClusterPlugin(everything(), database, access_log=True)], openapi_config=None)
     async with serving(app) as base, RawSession() as session:
         await session.open(base)
@@ -104,7 +104,9 @@ async def test_inside_a_litestar_application(database, kept):
 
 
 @pytest.mark.parametrize("prefix", ["", "/tools"], ids=["plain", "mounted"])
-async def test_somebody_elses_uvicorn_masks_session_ids(database, capsys, prefix):
+async def test_somebody_elses_uvicorn_masks_session_ids(
+    database: str, capsys: pytest.CaptureFixture[str], prefix: str
+) -> None:
     inner = Cluster(database).app(everything())
     app = Starlette(routes=[Mount(prefix, inner)], lifespan=lambda _: inner.lifespan()) if prefix else inner
     async with (

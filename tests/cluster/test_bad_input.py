@@ -22,11 +22,11 @@ LONG = "".join(sha512(bytes([number])).hexdigest() for number in range(100))
 """12,800 characters that nothing makes shorter: more than an index of PostgreSQL takes."""
 
 
-def message(method: str = "ping", **more) -> dict:
+def message(method: str = "ping", **more: object) -> dict[str, object]:
     return {"jsonrpc": "2.0", "method": method, **more}
 
 
-def ask(request_id: object = 1, method: str = "ping", **more) -> dict:
+def ask(request_id: object = 1, method: str = "ping", **more: object) -> dict[str, object]:
     return message(method, id=request_id, **more)
 
 
@@ -185,7 +185,9 @@ async def check(http: httpx.AsyncClient, base: str, session: RawSession, case: C
 
 
 @pytest.mark.parametrize(("version", "cases"), [("2025-11-25", CASES), ("2025-03-26", OLD_CASES)])
-async def test_what_is_malformed_gets_an_error_and_changes_nothing(database, subtests, caplog, version, cases):
+async def test_what_is_malformed_gets_an_error_and_changes_nothing(
+    database: str, subtests: pytest.Subtests, caplog: pytest.LogCaptureFixture, version: str, cases
+) -> None:
     async with (
         cluster(database, everything, 2, max_body=LIMIT, max_batch=BATCH) as nodes,
         tables_of(database) as tables,
@@ -212,7 +214,7 @@ async def _is(value, expected) -> bool:
     return await value == expected
 
 
-async def test_a_body_over_the_limit_without_a_declared_length(database):
+async def test_a_body_over_the_limit_without_a_declared_length(database: str) -> None:
     async def pieces() -> AsyncIterator[bytes]:
         for _ in range(40):
             yield b" " * 1000
@@ -230,7 +232,7 @@ async def test_a_body_over_the_limit_without_a_declared_length(database):
         assert await tables.counts() == before
 
 
-async def test_there_is_one_endpoint(database):
+async def test_there_is_one_endpoint(database: str) -> None:
     async with cluster(database, everything, 1) as [node], tables_of(database) as tables, RawSession() as session:
         before = await tables.counts()
         for path in ("/mcp/x", "/mcpx", "/other", "/"):
@@ -242,7 +244,7 @@ async def test_there_is_one_endpoint(database):
 # What is unusual and good
 
 
-async def test_unusual_messages_are_served(database):
+async def test_unusual_messages_are_served(database: str) -> None:
     async with cluster(database, everything, 2) as nodes, RawSession() as session:
         await session.open(nodes[0].url)
         for node in nodes:
@@ -262,7 +264,7 @@ async def test_unusual_messages_are_served(database):
             assert foreign["error"]["code"] == INVALID_PARAMS
 
 
-async def test_a_long_uri_can_be_subscribed_to(database):
+async def test_a_long_uri_can_be_subscribed_to(database: str) -> None:
     async with cluster(database, everything, 2) as nodes, RawSession() as session:
         await session.open(nodes[0].url)
         for method in ("resources/subscribe", "resources/unsubscribe"):
@@ -271,7 +273,7 @@ async def test_a_long_uri_can_be_subscribed_to(database):
         assert await session.call(nodes[0].url, "ping")
 
 
-async def test_strange_notifications_leave_the_session_alive(database, caplog):
+async def test_strange_notifications_leave_the_session_alive(database: str, caplog: pytest.LogCaptureFixture) -> None:
     async with cluster(database, everything, 1) as [node], RawSession() as session:
         await session.open(node.url)
         for params in ({"requestId": [1]}, {"requestId": {"a": 1}}, {"requestId": None}, {"requestId": 1.5}, {}, None):
@@ -317,7 +319,7 @@ def work(text: str, tool: str = "work") -> dict:
 
 @pytest.mark.parametrize("first", [0, 1])
 @pytest.mark.parametrize("second", [0, 1])
-async def test_a_running_id_with_another_body_is_refused(database, first, second):
+async def test_a_running_id_with_another_body_is_refused(database: str, first: int, second: int) -> None:
     gate = Gate()
     async with (
         cluster(database, gate.server, 2) as nodes,
@@ -342,7 +344,7 @@ async def test_a_running_id_with_another_body_is_refused(database, first, second
 
 @pytest.mark.parametrize("first", [0, 1])
 @pytest.mark.parametrize("second", [0, 1])
-async def test_a_repeated_request_joins_the_one_that_runs(database, first, second):
+async def test_a_repeated_request_joins_the_one_that_runs(database: str, first: int, second: int) -> None:
     gate = Gate()
     async with cluster(database, gate.server, 2) as nodes, tables_of(database) as tables, RawSession() as session:
         await session.open(nodes[0].url)
@@ -361,7 +363,7 @@ async def test_a_repeated_request_joins_the_one_that_runs(database, first, secon
 
 
 @pytest.mark.parametrize("second", [0, 1])
-async def test_the_same_request_at_the_same_moment_runs_once(database, second):
+async def test_the_same_request_at_the_same_moment_runs_once(database: str, second: int) -> None:
     gate = Gate()
     async with cluster(database, gate.server, 2) as nodes, tables_of(database) as tables, RawSession() as session:
         await session.open(nodes[0].url)
@@ -383,7 +385,7 @@ async def test_the_same_request_at_the_same_moment_runs_once(database, second):
         assert await tables.value(orphans) == 0
 
 
-async def test_an_id_is_free_again_when_its_answer_was_read(database):
+async def test_an_id_is_free_again_when_its_answer_was_read(database: str) -> None:
     gate = Gate()
     async with cluster(database, gate.server, 2) as nodes, RawSession() as session:
         await session.open(nodes[0].url)
@@ -400,7 +402,7 @@ async def test_an_id_is_free_again_when_its_answer_was_read(database):
 
 
 @pytest.mark.parametrize(("response", "edge"), [("sse", 0), ("sse", 1), ("json", 1), ("auto", 1)])
-async def test_batches_are_served(database, response, edge):
+async def test_batches_are_served(database: str, response: str, edge: int) -> None:
     async with (
         cluster(database, everything, 2, response=response) as nodes,
         RawSession(protocol_version="2025-03-26") as session,
@@ -437,7 +439,7 @@ async def test_batches_are_served(database, response, edge):
 
 
 @pytest.mark.parametrize("edge", [0, 1])
-async def test_a_batch_with_a_running_id_is_refused_as_a_whole(database, edge):
+async def test_a_batch_with_a_running_id_is_refused_as_a_whole(database: str, edge: int) -> None:
     gate = Gate()
     async with (
         cluster(database, gate.server, 2) as nodes,
@@ -458,7 +460,7 @@ async def test_a_batch_with_a_running_id_is_refused_as_a_whole(database, edge):
 
 
 @pytest.mark.parametrize("edge", [0, 1])
-async def test_a_batch_may_mix_everything(database, edge):
+async def test_a_batch_may_mix_everything(database: str, edge: int) -> None:
     """Its requests share a stream, also when the first is answered long before the last one is handed over."""
     async with cluster(database, everything, 2) as nodes, RawSession(protocol_version="2025-03-26") as session:
         await session.open(nodes[0].url)

@@ -85,7 +85,7 @@ async def ended(exchange: RawExchange) -> None:
 
 @edges
 @pytest.mark.parametrize("tool", ["hold", "talk"])
-async def test_a_calls_stream_ends_and_its_call_goes_on(database, holder, edge, tool):
+async def test_a_calls_stream_ends_and_its_call_goes_on(database: str, holder: Holder, edge: int, tool: str) -> None:
     async with (
         cluster(database, holder, 2, clock=StandingDate) as nodes,
         RawSession(headers=FRESH) as session,
@@ -108,7 +108,7 @@ async def test_a_calls_stream_ends_and_its_call_goes_on(database, holder, edge, 
 
 
 @edges
-async def test_a_standalone_stream_ends_and_what_comes_waits(database, holder, edge):
+async def test_a_standalone_stream_ends_and_what_comes_waits(database: str, holder: Holder, edge: int) -> None:
     async with (
         cluster(database, holder, 2, clock=StandingDate) as nodes,
         tables_of(database) as tables,
@@ -126,7 +126,7 @@ async def test_a_standalone_stream_ends_and_what_comes_waits(database, holder, e
 
 
 @edges
-async def test_plain_json_is_401_and_the_same_request_gets_the_answer(database, holder, edge):
+async def test_plain_json_is_401_and_the_same_request_gets_the_answer(database: str, holder: Holder, edge: int) -> None:
     async with (
         cluster(database, holder, 2, clock=StandingDate, response="json") as nodes,
         RawSession(headers=FRESH) as session,
@@ -144,7 +144,7 @@ async def test_plain_json_is_401_and_the_same_request_gets_the_answer(database, 
 
 
 @edges
-async def test_an_http_sse_stream_ends_and_goes_on(database, holder, edge):
+async def test_an_http_sse_stream_ends_and_goes_on(database: str, holder: Holder, edge: int) -> None:
     async with (
         cluster(database, holder, 2, clock=StandingDate) as nodes,
         RawSession(headers=FRESH, path="/sse") as client,
@@ -174,7 +174,7 @@ async def test_an_http_sse_stream_ends_and_goes_on(database, holder, edge):
         assert (await resumed.response(1))["result"]["content"][0]["text"] == "held"
 
 
-async def test_without_a_session_it_is_cancelled_and_listening_ends(database, holder):
+async def test_without_a_session_it_is_cancelled_and_listening_ends(database: str, holder: Holder) -> None:
     async with cluster(database, holder, 1, clock=StandingDate) as [node], Modern(SHORT) as client:
         listening = await client.request(
             node.url, "subscriptions/listen", {"notifications": {"toolsListChanged": True}}

@@ -62,7 +62,7 @@ async def begun(session: RawSession, node: RunningNode) -> RawExchange:
 
 @pytest.mark.parametrize("word", ["e{key}", "h{key}.9", "h{key}.1", "e{key},e1,e2,e3,o,p", "*", "o,p"])
 @pytest.mark.parametrize("everybody", [True, False], ids=["to all", "to the owner"])
-async def test_a_call_goes_on_whatever_is_made_up(database, word, everybody):
+async def test_a_call_goes_on_whatever_is_made_up(database: str, word: str, everybody: bool) -> None:
     async with (
         cluster(database, everything, 2, poll=30) as nodes,
         stranger(database) as hand,
@@ -84,7 +84,7 @@ async def test_a_call_goes_on_whatever_is_made_up(database, word, everybody):
         await session.call(nodes[1].url, "ping")
 
 
-async def test_an_end_that_the_tables_know_is_believed(database):
+async def test_an_end_that_the_tables_know_is_believed(database: str) -> None:
     """Its own node dies before it tells anybody; somebody else says it."""
     async with (
         cluster(database, everything, 2, poll=30) as nodes,
@@ -100,7 +100,7 @@ async def test_an_end_that_the_tables_know_is_believed(database):
             await stream.rest(timeout=5)
 
 
-async def test_junk_is_counted_and_harms_nobody(database):
+async def test_junk_is_counted_and_harms_nobody(database: str) -> None:
     trouble: list[dict[str, Any]] = []
 
     def note(_: object, context: dict[str, Any]) -> None:
@@ -121,7 +121,7 @@ async def test_junk_is_counted_and_harms_nobody(database):
         assert not node.node.faults.counts
 
 
-async def test_a_flood_costs_a_bounded_number_of_looks(database, monkeypatch):
+async def test_a_flood_costs_a_bounded_number_of_looks(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is not read for long: the node polls then, until it is over."""
     monkeypatch.setattr(line_module, "QUIET", 2.0)
     asked = Counter[str]()

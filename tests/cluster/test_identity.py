@@ -135,7 +135,7 @@ STRANGERS = [
 ]
 
 
-async def test_who_may_not_is_told_so_on_every_node(database, subtests):
+async def test_who_may_not_is_told_so_on_every_node(database: str, subtests: pytest.Subtests) -> None:
     metadata = 'resource_metadata="https://mcp.example/.well-known/oauth-protected-resource/mcp"'
     async with (
         cluster(database, server, 2) as nodes,
@@ -158,7 +158,7 @@ async def test_who_may_not_is_told_so_on_every_node(database, subtests):
         assert await tables.counts() == before
 
 
-async def test_every_node_serves_the_resource_metadata(database):
+async def test_every_node_serves_the_resource_metadata(database: str) -> None:
     async with cluster(database, server, 2) as nodes, httpx.AsyncClient(trust_env=False, verify=False) as http:
         for node in nodes:
             answer = await http.get(f"{node.url}/.well-known/oauth-protected-resource/mcp")
@@ -176,7 +176,7 @@ def seen(answer: RawExchange | httpx.Response) -> tuple[int, bytes, list[tuple[s
 
 
 @edges
-async def test_a_stranger_gets_what_an_unknown_session_gets(database, edge):
+async def test_a_stranger_gets_what_an_unknown_session_gets(database: str, edge: int) -> None:
     async with (
         cluster(database, server, 2) as nodes,
         tables_of(database) as tables,
@@ -220,7 +220,7 @@ async def test_a_stranger_gets_what_an_unknown_session_gets(database, edge):
 
 
 @edges
-async def test_the_tool_sees_the_request_that_called_it(database, edge):
+async def test_the_tool_sees_the_request_that_called_it(database: str, edge: int) -> None:
     async with cluster(database, server, 2) as nodes, RawSession(headers=bearer()) as session:
         await session.open(nodes[0].url)
 
@@ -248,7 +248,7 @@ async def test_the_tool_sees_the_request_that_called_it(database, edge):
 
 
 @edges
-async def test_the_query_reaches_the_tool(database, edge):
+async def test_the_query_reaches_the_tool(database: str, edge: int) -> None:
     async with cluster(database, server, 2) as nodes, RawSession(headers=bearer()) as session:
         await session.open(nodes[0].url)
         session.path = "/mcp?tenant=a%20b&x=1"
@@ -257,7 +257,7 @@ async def test_the_query_reaches_the_tool(database, edge):
         assert told["path"] == "/mcp"
 
 
-async def test_nothing_secret_lies_about(database, caplog):
+async def test_nothing_secret_lies_about(database: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     heard: list[str] = []
     async with (
@@ -305,7 +305,7 @@ def _ours(record: logging.LogRecord) -> bool:
 
 
 @pytest.mark.parametrize("bind_to", ["client,subject", "subject"])
-async def test_whose_a_session_is_may_leave_out_the_client(database, bind_to):
+async def test_whose_a_session_is_may_leave_out_the_client(database: str, bind_to: str) -> None:
     """A client that registers anew is another client, and the same subject."""
     badges = {
         "first": ("old", "ada", "https://one"),

@@ -72,7 +72,7 @@ def old() -> RawSession:
 
 
 @both
-async def test_a_batch_that_runs_is_joined(database, edge):
+async def test_a_batch_that_runs_is_joined(database: str, edge: int) -> None:
     gate = Gate()
     async with cluster(database, gate.server, 2) as nodes, tables_of(database) as tables, old() as session:
         await session.open(nodes[0].url)
@@ -91,7 +91,9 @@ async def test_a_batch_that_runs_is_joined(database, edge):
 
 
 @pytest.mark.parametrize(("response", "edge"), [("sse", 0), ("sse", 1), ("json", 1), ("auto", 1)])
-async def test_a_finished_batch_whose_exchange_broke_is_answered_from_the_store(database, response, edge):
+async def test_a_finished_batch_whose_exchange_broke_is_answered_from_the_store(
+    database: str, response: str, edge: int
+) -> None:
     gate = Gate()
     async with (
         cluster(database, gate.server, 2, response=response) as nodes,
@@ -122,7 +124,7 @@ async def test_a_finished_batch_whose_exchange_broke_is_answered_from_the_store(
 
 
 @both
-async def test_a_half_answered_batch_keeps_all_of_its_ids(database, edge):
+async def test_a_half_answered_batch_keeps_all_of_its_ids(database: str, edge: int) -> None:
     """What one exchange carried as far as it went, and let go in good order, is not written to its end."""
     gate = Gate()
     async with cluster(database, gate.server, 2) as nodes, tables_of(database) as tables, old() as session:
@@ -143,7 +145,7 @@ async def test_a_half_answered_batch_keeps_all_of_its_ids(database, edge):
 
 
 @both
-async def test_what_shares_requests_with_a_batch_and_is_another_post(database, edge):
+async def test_what_shares_requests_with_a_batch_and_is_another_post(database: str, edge: int) -> None:
     gate = Gate()
     async with cluster(database, gate.server, 2) as nodes, tables_of(database) as tables, old() as session:
         await session.open(nodes[0].url)
@@ -188,7 +190,7 @@ async def test_what_shares_requests_with_a_batch_and_is_another_post(database, e
 
 
 @both
-async def test_a_batch_of_one_and_the_same_request_alone_are_one(database, edge):
+async def test_a_batch_of_one_and_the_same_request_alone_are_one(database: str, edge: int) -> None:
     gate = Gate()
     async with (
         cluster(database, gate.server, 2, response="json") as nodes,
@@ -209,7 +211,7 @@ async def test_a_batch_of_one_and_the_same_request_alone_are_one(database, edge)
 
 
 @both
-async def test_the_same_batch_at_the_same_moment_runs_once(database, edge):
+async def test_the_same_batch_at_the_same_moment_runs_once(database: str, edge: int) -> None:
     gate = Gate()
     gate.open.set()
     async with cluster(database, gate.server, 2) as nodes, old() as session:

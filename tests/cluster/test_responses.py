@@ -61,7 +61,7 @@ def tool(name: str, **meta) -> dict:
 
 
 @edges
-async def test_json(database, edge):
+async def test_json(database: str, edge: int) -> None:
     asking = Asking()
     async with cluster(database, asking.server, 2, response="json") as nodes, RawSession(capabilities=CAN) as session:
         opened = await session.initialize(nodes[0].url)
@@ -92,7 +92,7 @@ async def test_json(database, edge):
 
 
 @edges
-async def test_json_that_was_cancelled_or_ended(database, edge):
+async def test_json_that_was_cancelled_or_ended(database: str, edge: int) -> None:
     asking = Asking()
     async with cluster(database, asking.server, 2, response="json") as nodes, RawSession() as session:
         await session.open(nodes[0].url)
@@ -109,7 +109,7 @@ async def test_json_that_was_cancelled_or_ended(database, edge):
 
 
 @edges
-async def test_auto(database, edge):
+async def test_auto(database: str, edge: int) -> None:
     asking = Asking()
     async with cluster(database, asking.server, 2, response="auto") as nodes, RawSession(capabilities=CAN) as session:
         opened = await session.initialize(nodes[0].url)
@@ -147,7 +147,7 @@ async def test_auto(database, edge):
 @pytest.mark.parametrize(
     ("version", "primed"), [("2025-03-26", False), ("2025-06-18", False), ("2025-11-25", True)]
 )  # fmt: skip
-async def test_only_the_newest_revision_is_primed(database, version, primed):
+async def test_only_the_newest_revision_is_primed(database: str, version: str, primed: bool) -> None:
     async with (
         cluster(database, everything, 2, retry_ms=1234) as nodes,
         RawSession(protocol_version=version) as session,
@@ -171,7 +171,7 @@ async def test_only_the_newest_revision_is_primed(database, version, primed):
         assert bool(rest) == primed
 
 
-async def test_the_answer_to_initialize_can_be_resumed(database):
+async def test_the_answer_to_initialize_can_be_resumed(database: str) -> None:
     """Also the first stream's priming event stands before its first message."""
     async with cluster(database, everything, 2) as nodes, RawSession() as session:
         opened = await session.initialize(nodes[0].url)
@@ -185,7 +185,7 @@ async def test_the_answer_to_initialize_can_be_resumed(database):
 
 @pytest.mark.parametrize("version", ["2025-03-26", "2025-11-25"])
 @edges
-async def test_comments_keep_silent_streams_open(database, version, edge):
+async def test_comments_keep_silent_streams_open(database: str, version: str, edge: int) -> None:
     asking = Asking()
     async with (
         cluster(database, asking.server, 2, keepalive=0.1) as nodes,
@@ -200,7 +200,7 @@ async def test_comments_keep_silent_streams_open(database, version, edge):
         assert "result" in await exchange.response(1)
 
 
-async def test_a_busy_stream_has_no_comments(database):
+async def test_a_busy_stream_has_no_comments(database: str) -> None:
     async with cluster(database, everything, 2, keepalive=2.0) as nodes, RawSession() as session:
         await session.open(nodes[0].url)
         slow = {"name": "slow", "arguments": {"seconds": 0.5, "steps": 20}, "_meta": {"progressToken": 1}}
@@ -210,7 +210,7 @@ async def test_a_busy_stream_has_no_comments(database):
         assert exchange.comments == 0
 
 
-async def test_an_odd_version_in_initialize(database, subtests):
+async def test_an_odd_version_in_initialize(database: str, subtests: pytest.Subtests) -> None:
     """The server answers with a version that it speaks, or refuses; either way every node agrees on it."""
     async with cluster(database, everything, 2) as nodes:
         for asked in ("2024-11-05", "2099-01-01", "x", "", None, 7, ["2025-11-25"]):

@@ -47,7 +47,7 @@ async def in_clear(tables: Tables) -> set[str]:
     return {place for place, values in dump.items() if any(MARKER.encode() in value for value in values)}
 
 
-async def test_nothing_that_was_said_lies_in_clear(database):
+async def test_nothing_that_was_said_lies_in_clear(database: str) -> None:
     async with contextlib.AsyncExitStack() as stack:
         nodes = await stack.enter_async_context(cluster(database, server, 2, **SEALED))
         tables = await stack.enter_async_context(tables_of(database))
@@ -77,7 +77,7 @@ async def test_nothing_that_was_said_lies_in_clear(database):
         await eventually(lambda: nodes[1].incarnation.host.sessions == 1, "it lives there")
 
 
-async def test_it_may_be_given_to_one_node_after_the_other(database):
+async def test_it_may_be_given_to_one_node_after_the_other(database: str) -> None:
     """What lies there in clear is read on, and what is sealed is read by those that do not seal."""
     async with (
         cluster(database, server, 1, secrets_key=SEALED["secrets_key"]) as (plain,),

@@ -69,7 +69,7 @@ def refused(answer: Message) -> bool:
     return bool(answer.get("error", {}).get("data") == {"reason": "invalid_request_state"})
 
 
-async def test_each_round_on_another_node(database):
+async def test_each_round_on_another_node(database: str) -> None:
     async with cluster(database, rounds, 3) as nodes, tables_of(database) as tables, Modern() as client:
         before = await tables.counts()
         bases = itertools.cycle([node.url for node in nodes])
@@ -78,7 +78,7 @@ async def test_each_round_on_another_node(database):
         assert await tables.counts() == before
 
 
-async def test_across_a_change_of_keys_and_a_restart_of_all_nodes(database):
+async def test_across_a_change_of_keys_and_a_restart_of_all_nodes(database: str) -> None:
     """Every state of before is brought to nodes that were not there when it was sealed."""
     async with tables_of(database) as tables, Modern() as client:
         sealed, keys = [], set()
@@ -98,7 +98,7 @@ async def test_across_a_change_of_keys_and_a_restart_of_all_nodes(database):
         assert len(keys) == 4
 
 
-async def test_a_node_that_has_not_read_the_newest_key_asks_for_it(database):
+async def test_a_node_that_has_not_read_the_newest_key_asks_for_it(database: str) -> None:
     async with cluster(database, rounds, 2) as nodes, tables_of(database) as tables, Modern() as client:
         await tables.execute("update pgmcp.secrets set created_at = created_at - interval '31 days'")
         await nodes[0].node._states.load()
@@ -109,7 +109,7 @@ async def test_a_node_that_has_not_read_the_newest_key_asks_for_it(database):
         assert sums_up(await play(client, itertools.cycle([node.url for node in nodes]), 3), 3)
 
 
-async def test_nodes_read_the_ring_anew_by_themselves(database, monkeypatch):
+async def test_nodes_read_the_ring_anew_by_themselves(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pgmcp.node.node.REFRESH", 0.1)
     async with cluster(database, rounds, 2) as nodes, tables_of(database) as tables:
         await tables.execute("update pgmcp.secrets set created_at = created_at - interval '31 days'")
@@ -119,7 +119,7 @@ async def test_nodes_read_the_ring_anew_by_themselves(database, monkeypatch):
         assert await tables.value("select count(*) from pgmcp.secrets") == 4, "made once for each ring"
 
 
-async def test_what_was_changed_borrowed_or_made_up_is_refused(database):
+async def test_what_was_changed_borrowed_or_made_up_is_refused(database: str) -> None:
     async with cluster(database, rounds, 2) as nodes, Modern() as client:
         state = (await once(client, nodes[0].url, 1, 0, {}))["result"]["requestState"]
         changed = [state[:-2] + ("AA" if state[-2:] != "AA" else "BB"), state[:-9], f"{state}A", f"v1.{state[7:]}",
@@ -131,7 +131,7 @@ async def test_what_was_changed_borrowed_or_made_up_is_refused(database):
         assert good["result"]["resultType"] == "input_required"
 
 
-async def test_a_state_belongs_to_its_caller(database):
+async def test_a_state_belongs_to_its_caller(database: str) -> None:
     def private() -> MCPServer:
         made = server()
         made.tool()(add_up)
@@ -143,7 +143,7 @@ async def test_a_state_belongs_to_its_caller(database):
         assert (await once(ada, nodes[1].url, 1, 1, state))["result"]["resultType"] == "input_required"
 
 
-async def test_a_state_is_used_once_where_that_is_wanted(database):
+async def test_a_state_is_used_once_where_that_is_wanted(database: str) -> None:
     async with cluster(database, rounds, 2, single_use_states=True) as nodes, Modern() as client:
         bases = itertools.cycle([node.url for node in nodes])
         assert sums_up(await play(client, bases, 5), 5)
@@ -158,7 +158,7 @@ async def test_a_state_is_used_once_where_that_is_wanted(database):
         assert "result" in await once(client, nodes[0].url, 1, 1, state)
 
 
-async def test_states_are_sealed_and_opened_while_the_database_is_away(database):
+async def test_states_are_sealed_and_opened_while_the_database_is_away(database: str) -> None:
     async with proxied(database) as (proxy, way), cluster(way, rounds, 2) as nodes, Modern() as client:
         proxy.refusing = True
         proxy.cut_all()
@@ -170,7 +170,9 @@ async def test_states_are_sealed_and_opened_while_the_database_is_away(database)
         proxy.refusing = False
 
 
-async def test_keys_that_a_server_brings_are_kept_and_the_log_says_so(database, caplog):
+async def test_keys_that_a_server_brings_are_kept_and_the_log_says_so(
+    database: str, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO, "pgmcp")
 
     def own() -> MCPServer:
@@ -184,13 +186,13 @@ async def test_keys_that_a_server_brings_are_kept_and_the_log_says_so(database, 
 
 
 @pytest.mark.parametrize("names", [("one", "another"), ("", "")])
-async def test_the_audience_is_the_same_on_all_nodes(database, names):
+async def test_the_audience_is_the_same_on_all_nodes(database: str, names: tuple[str, str]) -> None:
     waiting = iter(names)
     async with cluster(database, lambda: rounds(name=next(waiting)), 2, cluster="rounds") as nodes, Modern() as client:
         assert sums_up(await play(client, itertools.cycle([node.url for node in nodes]), 5), 5)
 
 
-async def test_the_served_object_stays_as_it_is(database):
+async def test_the_served_object_stays_as_it_is(database: str) -> None:
     made = rounds()
     before = list(made.middleware)
     async with cluster(database, lambda: made, 1) as [node]:
@@ -220,6 +222,6 @@ for server in (early, late, own):
 """
 
 
-def test_a_server_that_was_made_before_pgmcp_was_imported_shares_its_states_too():
+def test_a_server_that_was_made_before_pgmcp_was_imported_shares_its_states_too() -> None:
     found = subprocess.run([sys.executable, "-c", MADE_FIRST], capture_output=True, text=True, timeout=60, check=True)
     assert found.stdout.splitlines() == ["early True", "late True", "own False"]

@@ -51,7 +51,7 @@ LOSE = {
 
 
 @pytest.mark.parametrize("lost", LOSE)
-async def test_a_node_that_was_declared_dead_stops_and_joins_again(database, lost):
+async def test_a_node_that_was_declared_dead_stops_and_joins_again(database: str, lost: str) -> None:
     async with (
         cluster(database, everything, 2, renew=0.1) as nodes,
         tables_of(database) as tables,
@@ -103,7 +103,7 @@ async def test_a_node_that_was_declared_dead_stops_and_joins_again(database, los
         assert await tables.value(of_session, session.session_id, b"%Connection closed%") == 0
 
 
-async def test_a_zombie_can_store_nothing(database):
+async def test_a_zombie_can_store_nothing(database: str) -> None:
     """The node does not know yet that its session has another owner: what its actor says is refused."""
     async with (
         cluster(database, everything, 2) as nodes,
@@ -133,7 +133,7 @@ async def stays(condition: Callable[[], object], renewals: int, node: RunningNod
         assert await value if asyncio.iscoroutine(value) else value
 
 
-async def test_a_suspended_owner_starts_and_stores_nothing_and_goes_on_later(database):
+async def test_a_suspended_owner_starts_and_stores_nothing_and_goes_on_later(database: str) -> None:
     async with (
         cluster(database, everything, 2, **SHORT) as nodes,
         tables_of(database) as tables,
@@ -179,7 +179,7 @@ async def test_a_suspended_owner_starts_and_stores_nothing_and_goes_on_later(dat
         await standalone.message(UPDATED)
 
 
-async def test_a_suspended_edge_writes_comments_only(database):
+async def test_a_suspended_edge_writes_comments_only(database: str) -> None:
     """Events of a healthy owner wait at the edge that lost its trust; then they come, once and in order."""
     async with (
         cluster(database, everything, 2, **SHORT) as nodes,
@@ -215,7 +215,7 @@ async def test_a_suspended_edge_writes_comments_only(database):
             assert [message["params"]["progress"] for message in call.messages[:-1]] == list(range(1, steps + 1))
 
 
-async def test_a_suspended_edge_that_is_fenced_ends_its_streams(database):
+async def test_a_suspended_edge_that_is_fenced_ends_its_streams(database: str) -> None:
     """Also those for which it has read something that it may not write any more."""
     async with (
         cluster(database, everything, 2, **SHORT) as nodes,
@@ -252,7 +252,7 @@ async def drained(exchange):
         return None
 
 
-async def test_a_client_that_goes_while_its_edge_is_suspended_is_let_go(database):
+async def test_a_client_that_goes_while_its_edge_is_suspended_is_let_go(database: str) -> None:
     async with (
         cluster(database, everything, 2, **SHORT) as nodes,
         tables_of(database) as tables,
@@ -272,7 +272,7 @@ async def test_a_client_that_goes_while_its_edge_is_suspended_is_let_go(database
         assert "result" in resumed.messages[-1]
 
 
-async def test_comments_go_on_while_the_database_does_not_answer(database):
+async def test_comments_go_on_while_the_database_does_not_answer(database: str) -> None:
     """The edge cannot read its streams; sockets stay open, and what was stored meanwhile comes afterwards."""
     async with (
         cluster(database, everything, 2, keepalive=0.2) as nodes,
@@ -305,7 +305,7 @@ async def test_comments_go_on_while_the_database_does_not_answer(database):
         assert "result" in call.messages[-1]
 
 
-async def test_trust_that_ends_while_a_delivery_is_noted(database):
+async def test_trust_that_ends_while_a_delivery_is_noted(database: str) -> None:
     """It is asked for last: nothing is written after a round trip that lasted longer than the trust before it."""
     async with (
         cluster(database, everything, 2, **SHORT) as nodes,

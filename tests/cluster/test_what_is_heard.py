@@ -59,7 +59,7 @@ async def listening(database: str, nodes: Sequence[RunningNode]) -> AsyncIterato
         await hand.close()
 
 
-async def test_nothing_that_is_said_or_shown_leads_to_a_session(database):
+async def test_nothing_that_is_said_or_shown_leads_to_a_session(database: str) -> None:
     async with (
         cluster(database, everything, 2) as nodes,
         tables_of(database) as tables,

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pgmcp.store.line import channel
+from tests.fuzz.conftest import Target
 from tests.fuzz.test_fuzz_messages import odd
 
 numbers = st.integers(0, 2**70).map(str) | st.sampled_from(["1", "2", "3", "9" * 500, "-1", "1.1", ""])
@@ -19,7 +20,7 @@ words = st.sampled_from(["*", "o", "p", "probe:", "probe:x", "", "i", "e", "h."]
 
 @odd
 @given(said=st.lists(st.tuples(st.booleans(), st.lists(words, max_size=20).map(",".join)), min_size=1, max_size=10))
-def test_wakeups(watched, said):
+def test_wakeups(watched: Target, said: list[tuple[bool, str]]) -> None:
     """The session that the test has goes on, with the same actor."""
     node = watched.node.incarnation
     actors = {key: resident.actor for key, resident in node.host._residents.items()}

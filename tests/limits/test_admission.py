@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+from collections.abc import Callable
 
 import pytest
+from mcp.server.mcpserver import MCPServer
 
 from tests.harness.clients import RawExchange, RawSession
 from tests.harness.cluster import cluster, eventually, tables_of
+from tests.limits.conftest import Talker
 
 INVALID_REQUEST, INTERNAL_ERROR, PARSE_ERROR = -32600, -32603, -32700
 HOLD = {"name": "hold", "arguments": {}}
@@ -31,7 +34,7 @@ async def reopened(session: RawSession, base: str) -> bool:
     return (await session.initialize(base)).status == 200
 
 
-async def test_sessions_in_all(database, talker):
+async def test_sessions_in_all(database: str, talker: Talker) -> None:
     async with (
         cluster(database, talker, 2, max_sessions=3, max_sessions_per_caller=3) as nodes,
         tables_of(database) as tables,
@@ -58,7 +61,7 @@ async def test_sessions_in_all(database, talker):
             refused(await sessions[3].initialize(node.url), 503, INTERNAL_ERROR)
 
 
-async def test_sessions_of_one_caller(database, private):
+async def test_sessions_of_one_caller(database: str, private: Callable[[], MCPServer]) -> None:
     def of(who: str) -> RawSession:
         return RawSession(headers={"authorization": f"Bearer {who}"})
 
@@ -85,7 +88,7 @@ async def test_sessions_of_one_caller(database, private):
             await stream.close()
 
 
-async def test_many_callers_at_once_do_not_pass_the_bound_by_much(database, talker):
+async def test_many_callers_at_once_do_not_pass_the_bound_by_much(database: str, talker: Talker) -> None:
     """Opening counts without a lock: what is under way at the same moment may pass, a pool's worth for each node."""
     async with (
         cluster(database, talker, 2, max_sessions=5, pool_size=3) as nodes,
@@ -103,7 +106,7 @@ async def test_many_callers_at_once_do_not_pass_the_bound_by_much(database, talk
 
 
 @both
-async def test_requests_in_flight(database, talker, edge):
+async def test_requests_in_flight(database: str, talker: Talker, edge: int) -> None:
     capabilities = {"elicitation": {"form": {}}}
     async with (
         cluster(database, talker, 2, max_in_flight=3) as nodes,
@@ -145,7 +148,7 @@ async def test_requests_in_flight(database, talker, edge):
 
 
 @both
-async def test_requests_in_flight_that_come_at_once(database, talker, edge):
+async def test_requests_in_flight_that_come_at_once(database: str, talker: Talker, edge: int) -> None:
     """The group that accepts them is one statement, so it must count its own rows too."""
     async with cluster(database, talker, 2, max_in_flight=3) as nodes, RawSession() as session:
         await session.open(nodes[0].url)
@@ -161,7 +164,7 @@ async def test_requests_in_flight_that_come_at_once(database, talker, edge):
         assert (await session.call(nodes[edge].url, "ping"))["result"] == {}
 
 
-async def test_requests_in_flight_of_a_batch(database, talker):
+async def test_requests_in_flight_of_a_batch(database: str, talker: Talker) -> None:
     """A batch counts with each of its requests."""
     async with cluster(database, talker, 2, max_in_flight=3) as nodes, RawSession(protocol_version="2025-03-26") as old:
         await old.open(nodes[0].url)
@@ -173,7 +176,7 @@ async def test_requests_in_flight_of_a_batch(database, talker):
             await exchange.rest()
 
 
-async def test_messages_that_wait_for_a_stalled_owner(database, talker):
+async def test_messages_that_wait_for_a_stalled_owner(database: str, talker: Talker) -> None:
     """Notifications are bounded too: an owner that does not come to claim them fills up."""
     async with (
         cluster(database, talker, 2, max_in_flight=2) as nodes,
@@ -202,7 +205,7 @@ async def accepted(session: RawSession, base: str) -> bool:
 
 
 @both
-async def test_open_streams(database, talker, edge):
+async def test_open_streams(database: str, talker: Talker, edge: int) -> None:
     async with cluster(database, talker, 2, max_streams=2, keepalive=0.2) as nodes, RawSession() as session:
         await session.open(nodes[0].url)
         calls = [await session.request(nodes[edge].url, "tools/call", HOLD) for _ in range(2)]
@@ -227,7 +230,9 @@ async def opened(session: RawSession, base: str, event: str | None = None) -> Ra
 
 
 @both
-async def test_a_stream_that_moves_to_another_connection_is_not_one_more(database, talker, edge):
+async def test_a_stream_that_moves_to_another_connection_is_not_one_more(
+    database: str, talker: Talker, edge: int
+) -> None:
     """A client that lost its connections comes back before the edge has noticed."""
     async with cluster(database, talker, 2, max_streams=2) as nodes, RawSession() as session:
         await session.open(nodes[0].url)
@@ -244,7 +249,7 @@ async def test_a_stream_that_moves_to_another_connection_is_not_one_more(databas
 
 
 @both
-async def test_posts_open_streams_too(database, talker, edge):
+async def test_posts_open_streams_too(database: str, talker: Talker, edge: int) -> None:
     """Calls whose clients do not fetch the answers hold their streams, though nothing is in flight any more."""
     async with cluster(database, talker, 2, max_streams=2, max_in_flight=3) as nodes, RawSession() as session:
         await session.open(nodes[0].url)
@@ -253,7 +258,7 @@ async def test_posts_open_streams_too(database, talker, edge):
 
 
 @both
-async def test_body_batch_and_depth_are_the_settings(database, talker, edge):
+async def test_body_batch_and_depth_are_the_settings(database: str, talker: Talker, edge: int) -> None:
     settings = {"max_body": 3000, "max_batch": 3, "max_depth": 5}
     async with cluster(database, talker, 2, **settings) as nodes, RawSession(protocol_version="2025-03-26") as session:
         await session.open(nodes[0].url)

@@ -11,6 +11,7 @@ from mcp.server.lowlevel import Server
 from pgmcp.session import bounds
 from tests.harness.clients import RawSession
 from tests.harness.cluster import cluster, tables_of
+from tests.limits.conftest import Talker
 
 KEPT = "select count(*) from pgmcp.journal where kind = 'subscription'"
 
@@ -22,7 +23,7 @@ def subscribing() -> Server:
     return Server("subscribing", on_subscribe_resource=subscribe, on_unsubscribe_resource=subscribe)
 
 
-async def test_subscriptions_of_a_session(database, monkeypatch):
+async def test_subscriptions_of_a_session(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bounds, "SUBSCRIPTIONS", 3)
     async with (
         cluster(database, subscribing, 2) as nodes,
@@ -51,7 +52,9 @@ async def test_subscriptions_of_a_session(database, monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "bound"), [("SAID", 20), ("SAID_BYTES", 20 * 100)])
-async def test_what_an_unfinished_request_says(database, talker, monkeypatch, name, bound):
+async def test_what_an_unfinished_request_says(
+    database: str, talker: Talker, monkeypatch: pytest.MonkeyPatch, name: str, bound: int
+) -> None:
     """What is too much gives way; the answer does not, nor does a question."""
     monkeypatch.setattr(bounds, name, bound)
     monkeypatch.setattr(bounds, "PACE", 3600.0)

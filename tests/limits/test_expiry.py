@@ -7,6 +7,7 @@ import pytest
 from pgmcp.store.upkeep import Upkeep
 from tests.harness.clients import RawExchange, RawSession
 from tests.harness.cluster import RunningNode, Tables, cluster, eventually, tables_of
+from tests.limits.conftest import Talker
 
 both = pytest.mark.parametrize("edge", [0, 1])
 HOLD = {"name": "hold", "arguments": {}}
@@ -45,7 +46,7 @@ async def gone(session: RawSession, base: str) -> None:
 
 
 @both
-async def test_an_idle_session_ends_and_a_used_one_does_not(database, talker, edge):
+async def test_an_idle_session_ends_and_a_used_one_does_not(database: str, talker: Talker, edge: int) -> None:
     async with (
         cluster(database, talker, 2, idle_timeout=HOUR) as nodes,
         tables_of(database) as tables,
@@ -81,7 +82,7 @@ async def test_an_idle_session_ends_and_a_used_one_does_not(database, talker, ed
 
 
 @both
-async def test_every_session_ends_with_its_age(database, talker, edge):
+async def test_every_session_ends_with_its_age(database: str, talker: Talker, edge: int) -> None:
     async with (
         cluster(database, talker, 2, max_age=HOUR) as nodes,
         tables_of(database) as tables,
@@ -110,7 +111,7 @@ async def test_every_session_ends_with_its_age(database, talker, edge):
 
 
 @both
-async def test_an_http_sse_session_waits_a_minute_for_its_client(database, talker, edge):
+async def test_an_http_sse_session_waits_a_minute_for_its_client(database: str, talker: Talker, edge: int) -> None:
     async with cluster(database, talker, 2) as nodes, tables_of(database) as tables, RawSession(path="/sse") as client:
         stream = await client.get(nodes[0].url)
         assert (await stream.next()).event == "endpoint"
@@ -127,7 +128,7 @@ async def test_an_http_sse_session_waits_a_minute_for_its_client(database, talke
 
 
 @both
-async def test_what_is_finished_goes_and_what_lives_stays(database, talker, edge):
+async def test_what_is_finished_goes_and_what_lives_stays(database: str, talker: Talker, edge: int) -> None:
     async with cluster(database, talker, 2, retention=60) as nodes, tables_of(database) as tables, RawSession() as live:
         await live.open(nodes[0].url)
         base, other = nodes[edge].url, nodes[1 - edge].url
@@ -212,7 +213,9 @@ class EventSource:
 
 
 @both
-async def test_an_http_sse_client_whose_events_were_pruned_starts_anew(database, talker, edge):
+async def test_an_http_sse_client_whose_events_were_pruned_starts_anew(
+    database: str, talker: Talker, edge: int
+) -> None:
     """Never a silent gap: it gets another session, and the old one expires."""
     async with (
         cluster(database, talker, 2, retention=60) as nodes,
@@ -250,7 +253,7 @@ async def test_an_http_sse_client_whose_events_were_pruned_starts_anew(database,
 
 
 @both
-async def test_what_is_pruned_before_it_is_read_is_no_gap_either(database, talker, edge):
+async def test_what_is_pruned_before_it_is_read_is_no_gap_either(database: str, talker: Talker, edge: int) -> None:
     """A sweep falls between the attach and the read: the stream ends, and the client is told the truth next time."""
     async with (
         cluster(database, talker, 2, retention=60) as nodes,
@@ -283,7 +286,7 @@ async def test_what_is_pruned_before_it_is_read_is_no_gap_either(database, talke
 
 
 @both
-async def test_a_stream_that_is_being_carried_is_not_pruned(database, talker, edge):
+async def test_a_stream_that_is_being_carried_is_not_pruned(database: str, talker: Talker, edge: int) -> None:
     """A client that reads slowly still gets the end of a stream that was finished long ago."""
     count, size = 200, 100_000
     async with (
@@ -311,7 +314,7 @@ async def test_a_stream_that_is_being_carried_is_not_pruned(database, talker, ed
 
 
 @both
-async def test_a_big_heap_goes_in_small_batches(database, talker, edge):
+async def test_a_big_heap_goes_in_small_batches(database: str, talker: Talker, edge: int) -> None:
     async with cluster(database, talker, 2, retention=60) as nodes, tables_of(database) as tables, RawSession() as live:
         await live.open(nodes[0].url)
         await eventually(lambda: is_(tables, SINKS, 0), "the stream is released")

@@ -17,6 +17,7 @@ from pgmcp.web.admission import ALONE, MOST, SHARE, SLOTS, Admission, Guest, Kin
 from tests.harness.clients import RawSession
 from tests.harness.clock import FakeClock, settle
 from tests.harness.cluster import RunningNode, cluster, eventually
+from tests.limits.conftest import Talker
 
 LONG = 3600.0
 
@@ -80,7 +81,7 @@ def many(session: str, count: int) -> list[str]:
     return [f"{session}{number}" for number in range(count)]
 
 
-async def test_a_flood_waits_for_itself_only(exchanges):
+async def test_a_flood_waits_for_itself_only(exchanges: Exchanges) -> None:
     await exchanges.begin("b0", *many("a", 50))
     assert exchanges.begun == ["b0", *many("a", SHARE)]
     await exchanges.begin(*many("c", SHARE))
@@ -88,7 +89,7 @@ async def test_a_flood_waits_for_itself_only(exchanges):
     assert len(exchanges.admission) == 50 - SHARE
 
 
-async def test_lines_take_turns_when_every_slot_is_held(exchanges):
+async def test_lines_take_turns_when_every_slot_is_held(exchanges: Exchanges) -> None:
     floods = "abcdef"
     for session in floods:
         await exchanges.begin(*many(session, 30))
@@ -105,21 +106,21 @@ async def test_lines_take_turns_when_every_slot_is_held(exchanges):
     assert ended <= 2 * (len(floods) + 1)
 
 
-async def test_a_line_keeps_its_order(exchanges):
+async def test_a_line_keeps_its_order(exchanges: Exchanges) -> None:
     await exchanges.begin("b0", *many("a", 50), *many("b", 50)[1:])
     await exchanges.all_end()
     for session in "ab":
         assert [name for name in exchanges.begun if name[0] == session] == many(session, 50)
 
 
-async def test_cancels_and_answers_wait_behind_no_request_but_a_flood_of_them_waits(exchanges):
+async def test_cancels_and_answers_wait_behind_no_request_but_a_flood_of_them_waits(exchanges: Exchanges) -> None:
     await exchanges.begin("b0", *many("a", 50))
     notes = [f"a-note{number}" for number in range(50)]
     await exchanges.begin(*notes, kind="messages")
     assert [name for name in exchanges.begun if name in notes] == notes[:SHARE]
 
 
-async def test_a_caller_with_many_sessions_waits_for_itself_only(exchanges):
+async def test_a_caller_with_many_sessions_waits_for_itself_only(exchanges: Exchanges) -> None:
     """Whether they are sessions, nobody knows yet: the ids may be made up."""
     await exchanges.begin("x0", of="two")
     await exchanges.end("x0")
@@ -131,7 +132,7 @@ async def test_a_caller_with_many_sessions_waits_for_itself_only(exchanges):
     assert exchanges.begun == ["x0", *names[:MOST], "x1"]
 
 
-async def test_callers_take_turns_when_every_slot_is_held(exchanges):
+async def test_callers_take_turns_when_every_slot_is_held(exchanges: Exchanges) -> None:
     await exchanges.begin("x0", of="two")
     await exchanges.end("x0")
     await exchanges.begin(*[f"{chr(ord('a') + session)}0" for session in range(26)])
@@ -145,19 +146,19 @@ async def test_callers_take_turns_when_every_slot_is_held(exchanges):
     assert turns <= 2 * 3  # two turns of each caller, however many lines the others have
 
 
-async def test_a_stranger_waits_in_no_line_of_a_session_that_he_names(exchanges):
+async def test_a_stranger_waits_in_no_line_of_a_session_that_he_names(exchanges: Exchanges) -> None:
     await exchanges.begin(*many("a", SHARE + 3), of="two")
     await exchanges.begin("a-mine")
     assert "a-mine" in exchanges.running
 
 
-async def test_large_bodies_have_a_line_of_their_own(exchanges):
+async def test_large_bodies_have_a_line_of_their_own(exchanges: Exchanges) -> None:
     await exchanges.begin("b0", *many("a", 50), kind="large")
     await exchanges.begin("a-small")
     assert "a-small" in exchanges.running
 
 
-async def test_who_is_alone_for_long_may_have_every_slot():
+async def test_who_is_alone_for_long_may_have_every_slot() -> None:
     clock = FakeClock()
     exchanges = Exchanges(clock)
     await exchanges.begin(*many("a", 50))
@@ -178,7 +179,7 @@ async def test_who_is_alone_for_long_may_have_every_slot():
     await exchanges.all_end()
 
 
-async def test_long_calls_hold_no_slot():
+async def test_long_calls_hold_no_slot() -> None:
     exchanges = Exchanges(young=0.001)
     await exchanges.begin("b0", *many("a", 50))
     await eventually(lambda: len(exchanges.running) == 51, "all of them run")
@@ -187,7 +188,7 @@ async def test_long_calls_hold_no_slot():
     assert exchanges.admission.free == SLOTS  # and none gives it back twice
 
 
-async def test_who_goes_away_leaves_its_place(exchanges):
+async def test_who_goes_away_leaves_its_place(exchanges: Exchanges) -> None:
     await exchanges.begin("b0", *many("a", SHARE + 3))
     first, second, third = many("a", SHARE + 3)[-3:]
     exchanges.gone[first].set()
@@ -201,7 +202,7 @@ async def test_who_goes_away_leaves_its_place(exchanges):
 
 
 @pytest.mark.parametrize("turns", range(4))
-async def test_a_slot_that_is_given_to_whom_just_goes_is_passed_on(exchanges, turns):
+async def test_a_slot_that_is_given_to_whom_just_goes_is_passed_on(exchanges: Exchanges, turns: int) -> None:
     await exchanges.begin("b0", *many("a", SHARE + 2))
     leaving, next_one = many("a", SHARE + 2)[-2:]
     exchanges.running["a0"].set()
@@ -213,7 +214,7 @@ async def test_a_slot_that_is_given_to_whom_just_goes_is_passed_on(exchanges, tu
     assert next_one in exchanges.running
 
 
-async def test_waiting_is_bounded(exchanges):
+async def test_waiting_is_bounded(exchanges: Exchanges) -> None:
     await exchanges.begin("b0", *many("a", SHARE + 5), most=5)
     await exchanges.begin("a-more", most=5)
     with pytest.raises(SessionBusy, match="5 messages"):
@@ -224,7 +225,7 @@ async def test_waiting_is_bounded(exchanges):
     assert len(exchanges.admission) == 5
 
 
-async def test_guests_wait_on_when_the_sessions_of_a_node_go_elsewhere():
+async def test_guests_wait_on_when_the_sessions_of_a_node_go_elsewhere() -> None:
     admission, let_go = Admission(FakeClock(), LONG), asyncio.Event()
     turns: list[str] = []
 
@@ -248,7 +249,7 @@ async def test_guests_wait_on_when_the_sessions_of_a_node_go_elsewhere():
     assert turns[SLOTS:] == ["g"]
 
 
-async def test_a_node_that_leaves_keeps_nobody_waiting(exchanges):
+async def test_a_node_that_leaves_keeps_nobody_waiting(exchanges: Exchanges) -> None:
     await exchanges.begin("b0", *many("a", SHARE + 1))
     exchanges.admission.leave()
     with pytest.raises(NodeNotReady, match="leaving"):
@@ -279,7 +280,7 @@ def gate(node: RunningNode, session: RawSession | str) -> Callable[[], int]:
         inbox.accept = accept
 
 
-async def test_others_get_through_beside_a_flood(database, talker):
+async def test_others_get_through_beside_a_flood(database: str, talker: Talker) -> None:
     async with cluster(database, talker, 2) as nodes, RawSession() as flood, RawSession() as other:
         await flood.open(nodes[0].url)
         await other.open(nodes[1].url)
@@ -301,7 +302,7 @@ async def test_others_get_through_beside_a_flood(database, talker):
         await eventually(lambda: admission.free == SLOTS, "every slot is back")
 
 
-async def test_others_get_through_beside_a_flood_over_http_sse(database, talker):
+async def test_others_get_through_beside_a_flood_over_http_sse(database: str, talker: Talker) -> None:
     async with cluster(database, talker, 1) as nodes, RawSession(path="/sse") as older, RawSession() as other:
         [node] = nodes
         await other.open(node.url)

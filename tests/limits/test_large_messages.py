@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 
 import pytest
 
@@ -11,6 +12,7 @@ from pgmcp.session.adapter import Kind, Outgoing
 from pgmcp.session.sizes import Sizes
 from tests.harness.clients import RawSession
 from tests.harness.cluster import cluster, eventually, tables_of
+from tests.limits.conftest import Talker
 
 MIB = 1 << 20
 HANGS = 20.0
@@ -28,7 +30,9 @@ async def calls_until(done: asyncio.Task, neighbour: RawSession, url: str) -> li
 
 
 @pytest.mark.parametrize(("size", "response"), [(1, "sse"), (16, "json"), (60, "sse")])
-async def test_a_large_answer_over_another_node(database, talker, size, response, record_property):
+async def test_a_large_answer_over_another_node(
+    database: str, talker: Talker, size: int, response: str, record_property: Callable[[str, object], None]
+) -> None:
     async with (
         cluster(database, talker, 2, response=response, statement_timeout=2) as nodes,
         RawSession() as session,
@@ -52,7 +56,7 @@ async def test_a_large_answer_over_another_node(database, talker, size, response
 
 
 @pytest.mark.parametrize("response", ["sse", "json"])
-async def test_an_answer_that_is_too_large(database, talker, response):
+async def test_an_answer_that_is_too_large(database: str, talker: Talker, response: str) -> None:
     limit = 256 * 1024
     async with cluster(database, talker, 2, response=response, max_message=limit) as nodes, RawSession() as session:
         await session.open(nodes[0].url)
@@ -66,7 +70,9 @@ async def test_an_answer_that_is_too_large(database, talker, response):
         assert "result" in await session.call(nodes[1].url, "tools/call", params)
 
 
-async def test_a_notification_that_is_too_large_is_its_senders_error(database, talker, caplog):
+async def test_a_notification_that_is_too_large_is_its_senders_error(
+    database: str, talker: Talker, caplog: pytest.LogCaptureFixture
+) -> None:
     limit = 256 * 1024
     async with (
         cluster(database, talker, 2, max_message=limit) as nodes,
@@ -83,7 +89,7 @@ async def test_a_notification_that_is_too_large_is_its_senders_error(database, t
         assert not (await session.call(nodes[1].url, "tools/call", params))["result"].get("isError")
 
 
-async def test_a_large_event_that_another_reader_takes_ends_abruptly(database, talker):
+async def test_a_large_event_that_another_reader_takes_ends_abruptly(database: str, talker: Talker) -> None:
     """Nobody takes half of it for all: the new reader gets it whole, the old one none of it."""
     async with (
         cluster(database, talker, 2, write_timeout=20) as nodes,

@@ -7,6 +7,7 @@ import pytest
 from pgmcp.store.upkeep import Upkeep
 from tests.harness.clients import RawSession
 from tests.harness.cluster import RunningNode, Tables, cluster, eventually, tables_of
+from tests.limits.conftest import Talker
 
 both = pytest.mark.parametrize("edge", [0, 1])
 RETENTION = 300
@@ -43,7 +44,9 @@ async def let_go(tables: Tables) -> None:
 
 
 @both
-async def test_what_waited_for_long_can_be_had_again_after_its_delivery(database, talker, edge):
+async def test_what_waited_for_long_can_be_had_again_after_its_delivery(
+    database: str, talker: Talker, edge: int
+) -> None:
     async with (
         cluster(database, talker, 2, retention=RETENTION) as nodes,
         tables_of(database) as tables,
@@ -77,7 +80,7 @@ async def test_what_waited_for_long_can_be_had_again_after_its_delivery(database
 
 
 @both
-async def test_delivered_events_go_while_their_listener_stays(database, talker, edge):
+async def test_delivered_events_go_while_their_listener_stays(database: str, talker: Talker, edge: int) -> None:
     async with (
         cluster(database, talker, 2, retention=RETENTION) as nodes,
         tables_of(database) as tables,
@@ -99,7 +102,7 @@ async def test_delivered_events_go_while_their_listener_stays(database, talker, 
 
 
 @both
-async def test_an_answer_that_was_fetched_late_can_be_fetched_again(database, talker, edge):
+async def test_an_answer_that_was_fetched_late_can_be_fetched_again(database: str, talker: Talker, edge: int) -> None:
     async with (
         cluster(database, talker, 2, retention=RETENTION) as nodes,
         tables_of(database) as tables,
@@ -125,7 +128,7 @@ async def test_an_answer_that_was_fetched_late_can_be_fetched_again(database, ta
         assert (await session.get(base, cursor)).status == 204
 
 
-async def test_a_client_that_comes_again_and_again_keeps_nothing_for_ever(database, talker):
+async def test_a_client_that_comes_again_and_again_keeps_nothing_for_ever(database: str, talker: Talker) -> None:
     async with (
         cluster(database, talker, 1, retention=RETENTION) as nodes,
         tables_of(database) as tables,
@@ -142,7 +145,7 @@ async def test_a_client_that_comes_again_and_again_keeps_nothing_for_ever(databa
         assert (await session.get(nodes[0].url, cursor)).status == 204
 
 
-async def test_an_answer_that_nobody_fetches_goes(database, talker):
+async def test_an_answer_that_nobody_fetches_goes(database: str, talker: Talker) -> None:
     async with (
         cluster(database, talker, 1, retention=RETENTION) as nodes,
         tables_of(database) as tables,

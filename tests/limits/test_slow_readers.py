@@ -14,6 +14,7 @@ import pytest
 
 from tests.harness.clients import RawSession
 from tests.harness.cluster import RunningNode, cluster, eventually, tables_of
+from tests.limits.conftest import Talker
 
 both = pytest.mark.parametrize("edge", [0, 1])
 TIMEOUT = 0.5
@@ -81,7 +82,9 @@ async def first_event(node: RunningNode, session: RawSession, tables) -> str:
 
 
 @both
-async def test_a_client_that_does_not_read_its_answer(database, talker, edge, caplog):
+async def test_a_client_that_does_not_read_its_answer(
+    database: str, talker: Talker, edge: int, caplog: pytest.LogCaptureFixture
+) -> None:
     count, size = 60, 200_000
     async with (
         cluster(database, talker, 2, write_timeout=TIMEOUT) as nodes,
@@ -124,7 +127,9 @@ async def zero(tables, query: str) -> bool:
 
 
 @both
-async def test_the_connection_of_a_client_that_does_not_read_is_closed(database, talker, edge):
+async def test_the_connection_of_a_client_that_does_not_read_is_closed(
+    database: str, talker: Talker, edge: int
+) -> None:
     """Closing waits for what is in the buffer, so a peer that never reads has to be aborted."""
     async with cluster(database, talker, 2, write_timeout=TIMEOUT) as nodes, RawSession() as session:
         await session.open(nodes[0].url)
@@ -135,7 +140,7 @@ async def test_the_connection_of_a_client_that_does_not_read_is_closed(database,
 
 
 @both
-async def test_a_deaf_listener(database, talker, edge):
+async def test_a_deaf_listener(database: str, talker: Talker, edge: int) -> None:
     """What waits on the standalone stream of a client that does not read comes to the connection that does."""
     count, size = 40, 100_000
     async with (
@@ -155,7 +160,7 @@ async def test_a_deaf_listener(database, talker, edge):
             assert got == uris
 
 
-async def test_a_page_has_a_bound_in_bytes(database, talker):
+async def test_a_page_has_a_bound_in_bytes(database: str, talker: Talker) -> None:
     """An exchange reads a page at a time; large messages must not make it a hundred megabytes."""
     async with (
         cluster(database, talker, 1, write_timeout=20) as [node],
@@ -177,7 +182,7 @@ async def test_a_page_has_a_bound_in_bytes(database, talker):
 
 @both
 @pytest.mark.parametrize("response", ["sse", "json", "auto"])
-async def test_one_large_answer_that_nobody_reads(database, talker, edge, response):
+async def test_one_large_answer_that_nobody_reads(database: str, talker: Talker, edge: int, response: str) -> None:
     """It goes out in pieces, each with a deadline, the last one too: nothing of it stays with the node."""
     size = 1 << 20
     async with (
@@ -199,7 +204,9 @@ async def test_one_large_answer_that_nobody_reads(database, talker, edge, respon
 
 
 @pytest.mark.parametrize("response", ["sse", "json"])
-async def test_a_client_that_reads_slowly_gets_all_of_a_large_answer(database, talker, response):
+async def test_a_client_that_reads_slowly_gets_all_of_a_large_answer(
+    database: str, talker: Talker, response: str
+) -> None:
     """The deadline is one for progress, not for a piece: this client takes longer than the deadline for each."""
     size, patience = 80_000, 0.25
     async with (

@@ -11,6 +11,7 @@ import pytest
 
 from tests.harness.clients import RawSession
 from tests.harness.cluster import cluster, tables_of
+from tests.limits.conftest import Talker
 
 both = pytest.mark.parametrize("edge", [0, 1])
 TIMEOUT, PACE = 0.5, 0.05
@@ -50,7 +51,7 @@ async def drip(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, piece
 @both
 @pytest.mark.parametrize("how", OPEN)
 @pytest.mark.parametrize("endless", [False, True], ids=["silent", "dripping"])
-async def test_a_body_that_arrives_slowly(database, talker, edge, how, endless):
+async def test_a_body_that_arrives_slowly(database: str, talker: Talker, edge: int, how, endless: bool) -> None:
     async with (
         cluster(database, talker, 2, read_timeout=TIMEOUT) as nodes,
         tables_of(database) as tables,
@@ -75,7 +76,7 @@ async def test_a_body_that_arrives_slowly(database, talker, edge, how, endless):
 
 
 @both
-async def test_a_body_in_pieces_that_arrives_in_time(database, talker, edge):
+async def test_a_body_in_pieces_that_arrives_in_time(database: str, talker: Talker, edge: int) -> None:
     async with cluster(database, talker, 2) as nodes, RawSession() as session:
         await session.open(nodes[0].url)
         headers = [f"mcp-session-id: {session.session_id}", *OPEN["length"], "connection: close"]

@@ -6,9 +6,10 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
 import pytest
+from mcp.server.mcpserver import MCPServer
 
 from pgmcp.errors import NodeFull
 from pgmcp.types import ANONYMOUS, Accepted, Message
@@ -16,6 +17,7 @@ from pgmcp.web.admission import Guest
 from pgmcp.web.bodies import SHARES, SMALL, Bodies
 from tests.harness.clients import RawSession
 from tests.harness.cluster import RunningNode, cluster, eventually
+from tests.limits.conftest import Talker
 from tests.limits.test_admission import refused
 from tests.limits.test_slow_senders import sending
 
@@ -45,7 +47,7 @@ async def longest_hold() -> AsyncIterator[list[float]]:
         task.cancel()
 
 
-async def test_no_body_holds_the_loop(database, talker):
+async def test_no_body_holds_the_loop(database: str, talker: Talker) -> None:
     async with (
         cluster(database, talker, 1, response="json") as [node],
         RawSession() as session,
@@ -68,7 +70,7 @@ async def test_no_body_holds_the_loop(database, talker):
         assert not (await session.call_tool(node.url, "hold", x=text[:4_000_000])).get("isError")
 
 
-async def test_a_strangers_host_is_told_so_before_its_body(database, talker):
+async def test_a_strangers_host_is_told_so_before_its_body(database: str, talker: Talker) -> None:
     async with cluster(database, talker, 1) as [node]:
         for header in ("host: evil.example", "origin: https://evil.example"):
             for path in ("/mcp", "/messages/?session_id=x"):
@@ -87,7 +89,7 @@ def whose(name: str) -> Guest:
     return Guest(ANONYMOUS, name)
 
 
-def test_bodies_in_memory_are_bounded_for_all_and_for_each_caller():
+def test_bodies_in_memory_are_bounded_for_all_and_for_each_caller() -> None:
     bodies, large = Bodies(100_000), 100_000
     with contextlib.ExitStack() as stack:
         for name in "abcd":
@@ -110,7 +112,9 @@ def test_bodies_in_memory_are_bounded_for_all_and_for_each_caller():
     assert not bodies._of
 
 
-async def test_a_caller_whose_bodies_are_too_many_is_told_so_before_the_next_is_read(database, talker):
+async def test_a_caller_whose_bodies_are_too_many_is_told_so_before_the_next_is_read(
+    database: str, talker: Talker
+) -> None:
     size, part = 40_000, b" " * 39_000
     async with (
         cluster(database, talker, 1, max_body=size) as [node],
@@ -134,7 +138,7 @@ async def test_a_caller_whose_bodies_are_too_many_is_told_so_before_the_next_is_
         await eventually(lambda: node.node._bodies.total == 0, "whoever hung up counts no longer")
 
 
-async def test_what_was_stored_is_not_held_while_it_is_answered(database, talker):
+async def test_what_was_stored_is_not_held_while_it_is_answered(database: str, talker: Talker) -> None:
     async with cluster(database, talker, 1) as [node], RawSession() as session:
         await session.open(node.url)
         params = {"name": "hold", "arguments": {}, "_meta": {"x": "y" * 1_000_000}}
@@ -168,7 +172,9 @@ def held_up(node: RunningNode, subject: str) -> Iterator[list[str]]:
         inbox.accept = accept
 
 
-async def test_a_strangers_requests_take_no_room_of_a_session_and_tell_him_nothing(database, private):
+async def test_a_strangers_requests_take_no_room_of_a_session_and_tell_him_nothing(
+    database: str, private: Callable[[], MCPServer]
+) -> None:
     def of(who: str) -> RawSession:
         return RawSession(headers={"authorization": f"Bearer {who}"})
 
@@ -197,7 +203,9 @@ async def test_a_strangers_requests_take_no_room_of_a_session_and_tell_him_nothi
         assert [(await each).status for each in own] == [200] * 3
 
 
-async def test_a_strangers_large_body_is_not_looked_into(database, private, monkeypatch):
+async def test_a_strangers_large_body_is_not_looked_into(
+    database: str, private: Callable[[], MCPServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
     looked: list[int] = []
     check = "pgmcp.web.contents.Bounds.check_large"
 

@@ -11,6 +11,7 @@ from pgmcp.store.upkeep import Upkeep
 from pgmcp.types import ANONYMOUS
 from tests.harness.clients import RawSession
 from tests.harness.cluster import RunningNode, Tables, cluster, eventually, tables_of
+from tests.limits.conftest import Talker
 
 both = pytest.mark.parametrize("edge", [0, 1])
 HOUR = 3600.0
@@ -46,7 +47,7 @@ async def has_the_whole_time(tables: Tables, nodes: list[RunningNode], seconds: 
 
 @both
 @pytest.mark.parametrize("how", ["client", "drain", "server", "next"])
-async def test_a_stream_is_use_until_it_is_let_go(database, talker, edge, how):
+async def test_a_stream_is_use_until_it_is_let_go(database: str, talker: Talker, edge: int, how: str) -> None:
     """Whoever lets go: the client, a leaving node, the server that closes the connection, or one that took it over."""
     async with (
         cluster(database, talker, 2, idle_timeout=HOUR) as nodes,
@@ -74,7 +75,7 @@ async def test_a_stream_is_use_until_it_is_let_go(database, talker, edge, how):
 
 
 @both
-async def test_a_call_is_use_until_it_ends(database, talker, edge):
+async def test_a_call_is_use_until_it_ends(database: str, talker: Talker, edge: int) -> None:
     """Also while nobody carries its stream."""
     async with (
         cluster(database, talker, 2, idle_timeout=HOUR) as nodes,
@@ -94,7 +95,7 @@ async def test_a_call_is_use_until_it_ends(database, talker, edge):
 
 
 @both
-async def test_a_notification_is_use(database, talker, edge):
+async def test_a_notification_is_use(database: str, talker: Talker, edge: int) -> None:
     async with (
         cluster(database, talker, 2, idle_timeout=HOUR) as nodes,
         tables_of(database) as tables,
@@ -107,7 +108,9 @@ async def test_a_notification_is_use(database, talker, edge):
 
 
 @pytest.mark.parametrize(("path", "seconds"), [("/mcp", HOUR), ("/sse", 60.0)])
-async def test_a_stream_whose_edge_has_crashed_was_use_until_that_is_noticed(database, talker, path, seconds):
+async def test_a_stream_whose_edge_has_crashed_was_use_until_that_is_noticed(
+    database: str, talker: Talker, path: str, seconds
+) -> None:
     async with (
         cluster(database, talker, 2, idle_timeout=HOUR) as nodes,
         tables_of(database) as tables,
@@ -134,7 +137,9 @@ async def test_a_stream_whose_edge_has_crashed_was_use_until_that_is_noticed(dat
 
 
 @pytest.mark.parametrize("how", ["never", "late"])
-async def test_a_stream_that_nobody_carries_is_let_go_by_its_node(database, talker, monkeypatch, how):
+async def test_a_stream_that_nobody_carries_is_let_go_by_its_node(
+    database: str, talker: Talker, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
     """The database was away for longer than the hold when it was let go; or it became the sink when nobody waited."""
     async with (
         cluster(database, talker, 2, idle_timeout=HOUR, idle_poll=0.2, statement_timeout=1) as nodes,
@@ -167,7 +172,7 @@ async def test_a_stream_that_nobody_carries_is_let_go_by_its_node(database, talk
         await has_the_whole_time(tables, nodes)
 
 
-async def test_wake_ups_that_bring_nothing_are_no_use(database, talker):
+async def test_wake_ups_that_bring_nothing_are_no_use(database: str, talker: Talker) -> None:
     """Neither "look at everything" nor a line that was reopened, nor a node that hears nothing and polls."""
     async with (
         cluster(database, talker, 2, idle_timeout=HOUR) as nodes,
@@ -188,7 +193,7 @@ async def test_wake_ups_that_bring_nothing_are_no_use(database, talker):
         assert len(await upkeep(nodes[1]).expire()) == 1
 
 
-async def test_use_is_noted_once_a_minute(database, talker):
+async def test_use_is_noted_once_a_minute(database: str, talker: Talker) -> None:
     """A row that is written for each call gets slow beside a neighbour's long transaction."""
     async with (
         cluster(database, talker, 2, idle_timeout=HOUR) as nodes,
@@ -220,7 +225,7 @@ async def test_use_is_noted_once_a_minute(database, talker):
         assert await tables.value(written) == noted
 
 
-async def test_a_handshake_that_is_never_ended_is_not_waited_for(database, talker):
+async def test_a_handshake_that_is_never_ended_is_not_waited_for(database: str, talker: Talker) -> None:
     async with (
         cluster(database, talker, 2, idle_timeout=HOUR) as nodes,
         tables_of(database) as tables,

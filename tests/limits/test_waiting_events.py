@@ -9,6 +9,7 @@ import pytest
 from pgmcp.types import CARRIED
 from tests.harness.clients import RawExchange, RawSession
 from tests.harness.cluster import cluster, eventually, tables_of
+from tests.limits.conftest import Talker
 
 both = pytest.mark.parametrize("edge", [0, 1])
 WAITING = """select count(*) from pgmcp.events e join pgmcp.streams s on s.id = e.stream where s.kind = 'standalone'"""
@@ -29,7 +30,7 @@ def said(messages: list[dict], method: str, key: str) -> list[object]:
 
 
 @both
-async def test_what_waits_is_coalesced(database, talker, edge):
+async def test_what_waits_is_coalesced(database: str, talker: Talker, edge: int) -> None:
     async with cluster(database, talker, 2) as nodes, tables_of(database) as tables, RawSession() as session:
         await session.open(nodes[0].url)
         here, there = nodes[edge].url, nodes[1 - edge].url
@@ -48,7 +49,7 @@ async def test_what_waits_is_coalesced(database, talker, edge):
 
 
 @both
-async def test_what_was_delivered_is_not_taken_back(database, talker, edge):
+async def test_what_was_delivered_is_not_taken_back(database: str, talker: Talker, edge: int) -> None:
     """A listener gets each update; one that comes later gets only what is newer."""
     async with cluster(database, talker, 2) as nodes, tables_of(database) as tables, RawSession() as session:
         await session.open(nodes[0].url)
@@ -72,7 +73,7 @@ async def is_(tables, query: str, expected: int) -> bool:
 
 
 @both
-async def test_only_so_many_wait_and_the_newest_stay(database, talker, edge):
+async def test_only_so_many_wait_and_the_newest_stay(database: str, talker: Talker, edge: int) -> None:
     most = 20
     async with (
         cluster(database, talker, 2, max_waiting_events=most) as nodes,
@@ -105,7 +106,7 @@ async def test_only_so_many_wait_and_the_newest_stay(database, talker, edge):
 
 
 @both
-async def test_a_listener_that_reads_gets_all_of_a_burst(database, talker, edge):
+async def test_a_listener_that_reads_gets_all_of_a_burst(database: str, talker: Talker, edge: int) -> None:
     """What waits is what it has not got yet, however much that is for a moment."""
     uris = [f"a://{number}" for number in range(1000)]
     async with cluster(database, talker, 2) as nodes, tables_of(database) as tables, RawSession() as session:
@@ -119,7 +120,7 @@ async def test_a_listener_that_reads_gets_all_of_a_burst(database, talker, edge)
 
 
 @both
-async def test_a_client_is_told_that_some_had_to_give_way(database, talker, edge):
+async def test_a_client_is_told_that_some_had_to_give_way(database: str, talker: Talker, edge: int) -> None:
     """With the id of an event: 204. Without one it asks for what waits, and gets that, also after another cut."""
     most = 20
     async with cluster(database, talker, 2, max_waiting_events=most) as nodes, RawSession() as session:
@@ -157,7 +158,7 @@ async def test_a_client_is_told_that_some_had_to_give_way(database, talker, edge
 
 
 @both
-async def test_a_listener_that_falls_behind_too_far_notices(database, talker, edge):
+async def test_a_listener_that_falls_behind_too_far_notices(database: str, talker: Talker, edge: int) -> None:
     """While it is attached much more may wait; beyond that its stream ends, and it is told when it comes back."""
     async with cluster(database, talker, 2, max_waiting_events=1) as nodes, RawSession() as session:
         await session.open(nodes[0].url)
@@ -194,7 +195,7 @@ async def test_a_listener_that_falls_behind_too_far_notices(database, talker, ed
         assert len(fresh) <= CARRIED + 1
 
 
-async def test_a_question_that_was_taken_back_takes_no_place_of_another(database, talker):
+async def test_a_question_that_was_taken_back_takes_no_place_of_another(database: str, talker: Talker) -> None:
     """Cancelled questions stay questions: both messages wait, in order."""
     async with cluster(database, talker, 2) as nodes, RawSession(capabilities={"roots": {}}) as session:
         await session.open(nodes[0].url)
@@ -213,7 +214,7 @@ async def test_a_question_that_was_taken_back_takes_no_place_of_another(database
             assert messages[1]["params"]["requestId"] == messages[0]["id"]
 
 
-async def test_tools_that_talk_at_once_stay_within_the_bound(database, talker):
+async def test_tools_that_talk_at_once_stay_within_the_bound(database: str, talker: Talker) -> None:
     most = 20
     async with (
         cluster(database, talker, 2, max_waiting_events=most) as nodes,
@@ -232,7 +233,7 @@ async def test_tools_that_talk_at_once_stay_within_the_bound(database, talker):
         assert await tables.value(updates) == 1
 
 
-async def test_answers_that_no_http_sse_client_fetches_are_bounded(database, talker):
+async def test_answers_that_no_http_sse_client_fetches_are_bounded(database: str, talker: Talker) -> None:
     """Its answers wait on its only stream; a client that posts and never reads is told to stop."""
     async with cluster(database, talker, 2, max_in_flight=2) as nodes, tables_of(database) as tables:
         async with RawSession(path="/sse") as client:

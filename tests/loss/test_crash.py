@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
@@ -24,6 +25,7 @@ from pgmcp.types import NodeId
 from tests.harness.clients import RawSession
 from tests.harness.cluster import eventually, tables_of
 from tests.harness.servers import Server
+from tests.loss.conftest import Cluster
 from tests.loss.inside import Truth, two_nodes, waiting
 from tests.loss.load import load, note, rounded, unmoved
 
@@ -36,7 +38,7 @@ TRIES = 5
 pytestmark = pytest.mark.timeout(240 + 2 * OUTAGE)
 
 
-async def test_postgres_crashes_under_load(primary, cluster, truth):
+async def test_postgres_crashes_under_load(primary: Server, cluster: Cluster, truth: Path) -> None:
     """It is back at once, within the hold, and after the hold: then clients hear that they should come again."""
     with cluster(primary.url(), hold=HOLD) as (_, nginx):
         async with load([nginx.mcp_url], truth, each=3) as work:
@@ -62,7 +64,7 @@ async def back(primary: Server) -> None:
     await eventually(lambda: primary.state == "ready", "PostgreSQL is back", 20)
 
 
-async def test_a_crash_takes_nothing_back_though_the_role_commits_asynchronously(primary):
+async def test_a_crash_takes_nothing_back_though_the_role_commits_asynchronously(primary: Server) -> None:
     primary.settings |= {"synchronous_commit": "off", "wal_writer_delay": "10s"}
     primary.stop()
     await back(primary)
@@ -78,7 +80,7 @@ async def test_a_crash_takes_nothing_back_though_the_role_commits_asynchronously
         assert {node.node._database.history.term for node in nodes} == {0}
 
 
-async def test_a_storage_that_was_put_back_begins_a_term(primary):
+async def test_a_storage_that_was_put_back_begins_a_term(primary: Server) -> None:
     """The same server, the same timeline, some seconds younger than its nodes."""
     truth, snapshot = Truth(), primary.data.with_name("snapshot")
     async with two_nodes(primary.url(), truth) as nodes, RawSession() as session, RawSession() as late:
@@ -112,7 +114,7 @@ async def claim_was_lost(primary: Server, text: str) -> bool:
         return bool(await tables.value(question, json.dumps(text)))
 
 
-async def test_a_claim_that_a_crash_forgets_is_known_to_its_owner(primary):
+async def test_a_claim_that_a_crash_forgets_is_known_to_its_owner(primary: Server) -> None:
     truth = Truth()
     async with two_nodes(primary.url(), truth) as nodes, RawSession() as session:
         await session.open(nodes[0].url)
@@ -129,7 +131,7 @@ async def test_a_claim_that_a_crash_forgets_is_known_to_its_owner(primary):
         raise AssertionError("no claim was lost")
 
 
-async def test_a_request_that_gets_the_id_of_a_forgotten_transaction_is_answered(primary):
+async def test_a_request_that_gets_the_id_of_a_forgotten_transaction_is_answered(primary: Server) -> None:
     """A crash forgets claims; the ids of their transactions are given out anew, where nobody would look again."""
     truth = Truth()
     async with two_nodes(primary.url(), truth) as nodes, RawSession() as session:
@@ -158,7 +160,9 @@ async def test_a_request_that_gets_the_id_of_a_forgotten_transaction_is_answered
         raise AssertionError("no transaction's id was given out anew")
 
 
-async def test_what_a_dead_owner_may_have_claimed_is_not_run_again(primary, cluster, truth):
+async def test_what_a_dead_owner_may_have_claimed_is_not_run_again(
+    primary: Server, cluster: Cluster, truth: Path
+) -> None:
     """PostgreSQL crashes with it, and comes back without the claim."""
     with cluster(primary.url(), **SHORT) as (nodes, _):
         for turn in range(TRIES):
@@ -180,7 +184,7 @@ async def test_what_a_dead_owner_may_have_claimed_is_not_run_again(primary, clus
         raise AssertionError("no claim was lost")
 
 
-async def test_a_line_tells_a_crash_from_an_orderly_restart(primary):
+async def test_a_line_tells_a_crash_from_an_orderly_restart(primary: Server) -> None:
     """A crash gives the ids of transactions out anew: what names them, a herald's horizon, is worth nothing then."""
     said: list[bool] = []
     settings = Settings(database_url=primary.url())

@@ -10,6 +10,7 @@ import pytest
 from pgmcp.store.history import JUMP
 from tests.harness.clients import RawExchange, RawSession
 from tests.harness.cluster import eventually, tables_of
+from tests.harness.servers import Server
 from tests.loss.inside import Truth, two_nodes, waiting
 
 UPDATED = "notifications/resources/updated"
@@ -22,7 +23,7 @@ def seq_of(exchange: RawExchange) -> int:
     return int((exchange.last_event_id or "").rpartition(".")[2])
 
 
-async def test_the_last_commits_are_lost(primary, standby):
+async def test_the_last_commits_are_lost(primary: Server, standby: Server) -> None:
     truth = Truth()
     async with two_nodes(primary.url(standby.port), truth) as nodes, AsyncExitStack() as stack:
         here, there = nodes
@@ -89,7 +90,7 @@ async def test_the_last_commits_are_lost(primary, standby):
             assert await tables.value("select term from pgmcp.history") == 1
 
 
-async def test_a_lost_request_ends_in_plain_json_too(primary, standby):
+async def test_a_lost_request_ends_in_plain_json_too(primary: Server, standby: Server) -> None:
     truth = Truth()
     async with two_nodes(primary.url(standby.port), truth, response="json") as nodes, RawSession() as session:
         await session.open(nodes[0].url)
@@ -105,7 +106,7 @@ async def test_a_lost_request_ends_in_plain_json_too(primary, standby):
         await session.call_tool(nodes[1].url, "run", 20, text="after")
 
 
-async def test_a_server_of_the_former_history_is_refused(primary, standby):
+async def test_a_server_of_the_former_history_is_refused(primary: Server, standby: Server) -> None:
     """The former primary comes back as it was: nobody works with it again."""
     truth = Truth()
     async with two_nodes(primary.url(standby.port), truth) as nodes, RawSession() as session:
@@ -129,7 +130,7 @@ async def test_a_server_of_the_former_history_is_refused(primary, standby):
             assert await tables.value("select term from pgmcp.history") == 0
 
 
-async def test_a_primary_that_takes_no_more_writes_is_left(primary, standby):
+async def test_a_primary_that_takes_no_more_writes_is_left(primary: Server, standby: Server) -> None:
     """It was demoted, and lives on: line and pool go to its successor, and running calls end there."""
     truth = Truth()
     async with two_nodes(primary.url(standby.port), truth) as nodes, RawSession() as session:

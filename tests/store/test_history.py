@@ -55,7 +55,7 @@ async def arrived(node: Store, term: int) -> None:
     assert node.database.history.term == term
 
 
-async def test_the_first_node_notes_the_history_and_nothing_jumps(database, hand):
+async def test_the_first_node_notes_the_history_and_nothing_jumps(database: str, hand: asyncpg.Connection) -> None:
     assert (await row(hand))["mark"] == ""
     async with store(database) as node:
         session = await opened(node)
@@ -67,7 +67,7 @@ async def test_the_first_node_notes_the_history_and_nothing_jumps(database, hand
         assert (await row(hand))["id"] == found["id"] == node.database.history.known
 
 
-async def test_all_numbers_jump_once_however_many_nodes_come_at_once(database, hand):
+async def test_all_numbers_jump_once_however_many_nodes_come_at_once(database: str, hand: asyncpg.Connection) -> None:
     async with store(database) as first:
         session = await opened(first)
         await first.inbox.accept([request(session, "1"), request(session, "2")])
@@ -92,7 +92,9 @@ async def test_all_numbers_jump_once_however_many_nodes_come_at_once(database, h
         assert (await opened(first)).ownership.epoch == 1 + JUMP
 
 
-async def test_a_term_begins_in_pieces_and_whoever_comes_goes_on(database, hand, monkeypatch):
+async def test_a_term_begins_in_pieces_and_whoever_comes_goes_on(
+    database: str, hand: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Neither a deadline nor a crash in the middle undoes or repeats what was moved."""
     async with store(database) as node:
         for _ in range(7):
@@ -123,7 +125,9 @@ async def test_a_term_begins_in_pieces_and_whoever_comes_goes_on(database, hand,
         assert (await row(hand))["next_id"] is None
 
 
-async def test_another_failover_while_a_term_begins(database, hand, monkeypatch):
+async def test_another_failover_while_a_term_begins(
+    database: str, hand: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What had moved moves on; an owner's numbers are those of the newest term."""
     async with store(database) as node:
         for _ in range(5):
@@ -138,7 +142,9 @@ async def test_another_failover_while_a_term_begins(database, hand, monkeypatch)
         assert epochs == [1 + 2 * JUMP] * 5
 
 
-async def test_a_term_begins_within_short_deadlines_however_many_sessions_there_are(database, hand):
+async def test_a_term_begins_within_short_deadlines_however_many_sessions_there_are(
+    database: str, hand: asyncpg.Connection
+) -> None:
     await hand.execute(
         f"""
         insert into pgmcp.sessions (session_id, owner, transport)
@@ -153,7 +159,7 @@ async def test_a_term_begins_within_short_deadlines_however_many_sessions_there_
     assert await hand.fetchval("select count(*) from pgmcp.sessions where epoch = $1", 1 + JUMP) == MANY
 
 
-async def test_nothing_of_the_former_era_is_written(database, hand):
+async def test_nothing_of_the_former_era_is_written(database: str, hand: asyncpg.Connection) -> None:
     async with store(database) as node:
         session = await opened(node)
         await node.inbox.accept([request(session)])
@@ -171,7 +177,7 @@ async def test_nothing_of_the_former_era_is_written(database, hand):
         assert await hand.fetchval("select array_agg(seq) from pgmcp.events") == [1 + JUMP]
 
 
-async def test_what_an_owner_does_not_work_on_waits_again(database, hand):
+async def test_what_an_owner_does_not_work_on_waits_again(database: str, hand: asyncpg.Connection) -> None:
     async with store(database) as node:
         session = await opened(node)
         await node.inbox.accept([request(session, "1"), request(session, "2")])
@@ -185,7 +191,7 @@ async def test_what_an_owner_does_not_work_on_waits_again(database, hand):
         assert {row["runs"] for row in await hand.fetch("select runs from pgmcp.requests")} == {1}
 
 
-async def test_what_waits_when_an_era_begins_may_have_run(database, hand):
+async def test_what_waits_when_an_era_begins_may_have_run(database: str, hand: asyncpg.Connection) -> None:
     """Its claim may be among what was lost: claims commit asynchronously."""
     async with store(database) as node:
         session = await opened(node)
@@ -198,7 +204,7 @@ async def test_what_waits_when_an_era_begins_may_have_run(database, hand):
         assert [request.key for request in left.requests] == [before.key]
 
 
-async def test_waiting_notifications_outlive_the_jump(database, hand):
+async def test_waiting_notifications_outlive_the_jump(database: str, hand: asyncpg.Connection) -> None:
     async with store(database, max_waiting_events=3) as node:
         session = await opened(node)
 
@@ -217,7 +223,7 @@ async def test_waiting_notifications_outlive_the_jump(database, hand):
         assert lag == 4
 
 
-async def test_a_statement_that_was_begun_before_is_not_sent_after(database, hand):
+async def test_a_statement_that_was_begun_before_is_not_sent_after(database: str, hand: asyncpg.Connection) -> None:
     """It waits for a connection while the node finds the new history."""
     async with store(database) as node:
         await promote(hand)
@@ -225,7 +231,9 @@ async def test_a_statement_that_was_begun_before_is_not_sent_after(database, han
             assert isinstance(await outcome(node.database.ask("ready_nodes", node.node)), DatabaseUnavailable)
 
 
-async def test_a_history_that_forked_is_another_one_though_it_counts_alike(database, hand):
+async def test_a_history_that_forked_is_another_one_though_it_counts_alike(
+    database: str, hand: asyncpg.Connection
+) -> None:
     async with store(database) as node:
         session = await opened(node)
         await hand.execute("update pgmcp.history set id = gen_random_uuid()")
@@ -234,7 +242,7 @@ async def test_a_history_that_forked_is_another_one_though_it_counts_alike(datab
         assert await hand.fetchval("select epoch from pgmcp.sessions where id = $1", session.key) == 1 + JUMP
 
 
-async def test_a_node_that_knows_more_eras_counts_on(database, hand):
+async def test_a_node_that_knows_more_eras_counts_on(database: str, hand: asyncpg.Connection) -> None:
     async with store(database) as node:
         await opened(node)
         known = node.database.history._known
@@ -244,7 +252,7 @@ async def test_a_node_that_knows_more_eras_counts_on(database, hand):
         assert await hand.fetchval("select epoch from pgmcp.sessions") == 1 + 5 * JUMP
 
 
-async def test_a_server_that_was_left_behind_is_refused(database):
+async def test_a_server_that_was_left_behind_is_refused(database: str) -> None:
     async with store(database) as node:
         history = node.database.history
         history._known = replace(history._known, present=history._known.present.replace("/00000001", "/00000002"))
@@ -252,7 +260,7 @@ async def test_a_server_that_was_left_behind_is_refused(database):
             await node.database.connect(database, timeout=5)
 
 
-async def test_an_ordinary_role_is_enough(database, hand):
+async def test_an_ordinary_role_is_enough(database: str, hand: asyncpg.Connection) -> None:
     name = urlsplit(database).path.strip("/")
     await hand.execute(
         f"""
@@ -273,7 +281,9 @@ async def test_an_ordinary_role_is_enough(database, hand):
         await hand.execute(f"drop owned by {name}; drop role {name}")
 
 
-async def test_a_role_that_may_not_look_works_without(database, hand, caplog):
+async def test_a_role_that_may_not_look_works_without(
+    database: str, hand: asyncpg.Connection, caplog: pytest.LogCaptureFixture
+) -> None:
     """Somebody has revoked what everybody may by default."""
     name = urlsplit(database).path.strip("/")
     await hand.execute(
@@ -296,7 +306,9 @@ async def test_a_role_that_may_not_look_works_without(database, hand, caplog):
         await hand.execute(f"drop owned by {name}; drop role {name}")
 
 
-async def test_a_session_that_has_jumped_twice_jumps_with_the_next_term_too(database, hand):
+async def test_a_session_that_has_jumped_twice_jumps_with_the_next_term_too(
+    database: str, hand: asyncpg.Connection
+) -> None:
     """An older build begins a term in one statement, also where a newer one has moved some of the sessions."""
     async with store(database) as node:
         session = await opened(node)
@@ -307,7 +319,9 @@ async def test_a_session_that_has_jumped_twice_jumps_with_the_next_term_too(data
         assert await node.inbox.owned() == {Ownership(session.key, session.ownership.epoch + 3 * JUMP)}
 
 
-async def test_what_is_said_in_a_new_term_waits_for_what_was_said_before_it(database, hand):
+async def test_what_is_said_in_a_new_term_waits_for_what_was_said_before_it(
+    database: str, hand: asyncpg.Connection
+) -> None:
     """What was being stored gets its new number first; a session lost step with the tables, and its calls."""
     gate, refused = asyncio.Event(), list[PgmcpError]()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 
 import asyncpg
 import pytest
@@ -359,7 +360,7 @@ async def test_a_wrapped_key_fits_its_purpose_only(database: str, hand: asyncpg.
             await StateRing(node.database, Wrapping([FIRST]), IDS).load()
 
 
-def test_where_the_secrets_key_comes_from(tmp_path, subtests) -> None:
+def test_where_the_secrets_key_comes_from(tmp_path: Path, subtests: pytest.Subtests) -> None:
     file = tmp_path / "keys"
     file.write_text(f"{FIRST}\n{SECOND}\n")
     cases: dict[str, Callable[[], Settings]] = {

@@ -71,7 +71,9 @@ async def crosswise(nodes: Sequence[RunningNode], opened: Sequence[RawSession], 
     indirect=["either_way"],
 )
 @pytest.mark.usefixtures("either_way")
-async def test_backends_are_terminated_while_calls_run(database, ledger, tables, killed):
+async def test_backends_are_terminated_while_calls_run(
+    database: str, ledger: Ledger, tables: Tables, killed: str
+) -> None:
     """Nobody polls here within the bound of a call: what is lost with a connection is found by its replacement."""
     async with cluster(database, ledger.server, 2, poll=60) as nodes:
         before = identities(nodes)
@@ -94,7 +96,9 @@ async def test_backends_are_terminated_while_calls_run(database, ledger, tables,
 
 
 @pytest.mark.parametrize("weather", ["black_hole", "stalling", "refusing"])
-async def test_a_node_that_hears_nothing_polls_until_it_hears_again(database, ledger, weather):
+async def test_a_node_that_hears_nothing_polls_until_it_hears_again(
+    database: str, ledger: Ledger, weather: str
+) -> None:
     """Its line is cut off in each way; it is owner for one caller and edge for the other."""
     times = {"renew": 0.2, "deadline": 0.3, "statement_timeout": 1.0, "poll": 1.0}
     async with (
@@ -120,7 +124,7 @@ async def test_a_node_that_hears_nothing_polls_until_it_hears_again(database, le
         assert identities(nodes) == before
 
 
-async def test_postgres_is_slow(database, ledger):
+async def test_postgres_is_slow(database: str, ledger: Ledger) -> None:
     async with proxied(database) as (proxy, through), cluster(through, ledger.server, 2) as nodes:
         before = identities(nodes)
 
@@ -134,7 +138,7 @@ async def test_postgres_is_slow(database, ledger):
         proxy.delay = 0
 
 
-async def test_an_outage_is_waited_for(database, ledger, tables):
+async def test_an_outage_is_waited_for(database: str, ledger: Ledger, tables: Tables) -> None:
     """3 s without any connection: posts are held, streams stay open, nobody is declared dead."""
     async with (
         proxied(database) as (proxy, through),
@@ -180,7 +184,7 @@ async def test_an_outage_is_waited_for(database, ledger, tables):
 HELD = {"hold": 0.6, "resume_hold": 0.6, "statement_timeout": 0.4}
 
 
-async def test_an_outage_longer_than_the_hold_is_said(database, ledger, tables):
+async def test_an_outage_longer_than_the_hold_is_said(database: str, ledger: Ledger, tables: Tables) -> None:
     async with (
         proxied(database) as (proxy, through),
         cluster(through, ledger.server, 2, **HELD) as nodes,
@@ -223,7 +227,7 @@ async def test_an_outage_longer_than_the_hold_is_said(database, ledger, tables):
         assert identities(nodes) == before
 
 
-async def test_the_hold_ends_also_while_a_statement_hangs(database, ledger):
+async def test_the_hold_ends_also_while_a_statement_hangs(database: str, ledger: Ledger) -> None:
     """Whoever came while another statement hung waits no longer than its own hold."""
     times = {"hold": 0.5, "resume_hold": 0.5, "statement_timeout": 2.0}
     async with (
@@ -263,7 +267,7 @@ async def locked(database: str, tables: Tables, opened: Sequence[RawSession]) ->
 
 
 @pytest.mark.parametrize("count", [1, 6])
-async def test_locked_sessions_wait_alone(database, ledger, tables, count):
+async def test_locked_sessions_wait_alone(database: str, ledger: Ledger, tables: Tables, count: int) -> None:
     async with cluster(database, ledger.server, 2) as nodes, sessions(nodes, count + 4) as opened:
         guilty, strangers = opened[:count], opened[count:]
 
@@ -291,7 +295,7 @@ async def test_locked_sessions_wait_alone(database, ledger, tables, count):
         assert statistics.median(took) < statistics.median(usual) + LOCK_WAIT, took
 
 
-async def test_without_any_wake_up_polls_are_enough(database, ledger):
+async def test_without_any_wake_up_polls_are_enough(database: str, ledger: Ledger) -> None:
     """Committed and never announced: each of a call's two wake-ups that is lost costs one poll at most."""
     async with cluster(database, ledger.server, 2, poll=0.5) as nodes, sessions(nodes, 4) as opened:
         lost = []

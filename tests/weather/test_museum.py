@@ -19,10 +19,10 @@ import pgmcp
 from pgmcp.settings import Settings
 from pgmcp.store import line as line_module
 from tests.harness.clients import RawSession
-from tests.harness.cluster import cluster, eventually
+from tests.harness.cluster import Tables, cluster, eventually
 from tests.harness.proxy import proxied
 from tests.harness.stores import Watcher, opened, request, store
-from tests.weather.ledger import run, sessions
+from tests.weather.ledger import Ledger, run, sessions
 
 ELSEWHERE = {
     "01 River: never pinged": "tests/store/test_line.py::test_a_black_hole_is_noticed_in_eight_seconds",
@@ -109,13 +109,15 @@ UPDATED = "notifications/resources/updated"
 
 
 @pytest.mark.parametrize("node_id", ELSEWHERE.values(), ids=ELSEWHERE.keys())
-def test_museum_is_shown_elsewhere(node_id):
+def test_museum_is_shown_elsewhere(node_id: str) -> None:
     path, _, name = node_id.partition("::")
     module = importlib.import_module(path.removesuffix(".py").replace("/", "."))
     assert inspect.isfunction(getattr(module, name, None))
 
 
-async def test_museum_03_a_lower_number_never_commits_late_in_a_stream(database, ledger, tables):
+async def test_museum_03_a_lower_number_never_commits_late_in_a_stream(
+    database: str, ledger: Ledger, tables: Tables
+) -> None:
     """Whoever stores the later of two events waits for the earlier one, so no reader can skip over it."""
     uris = [f"test://{number}" for number in range(6)]
     hand = await asyncpg.connect(database)
@@ -141,7 +143,9 @@ async def test_museum_03_a_lower_number_never_commits_late_in_a_stream(database,
     assert numbers == list(range(1, 7))
 
 
-async def test_museum_04_the_line_is_tried_for_ever(database, ledger, monkeypatch):
+async def test_museum_04_the_line_is_tried_for_ever(
+    database: str, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """solid_cable: the list of retries was exhausted, the listener gone, the process healthy."""
     monkeypatch.setattr(line_module, "REOPEN", tuple(seconds / 20 for seconds in line_module.REOPEN))
     async with (
@@ -162,7 +166,9 @@ async def test_museum_04_the_line_is_tried_for_ever(database, ledger, monkeypatc
         assert sorted(ledger.ran) == ["0", "1"]
 
 
-async def test_museum_05_what_is_pruned_between_wake_up_and_read_is_no_clean_end(database, ledger, tables):
+async def test_museum_05_what_is_pruned_between_wake_up_and_read_is_no_clean_end(
+    database: str, ledger: Ledger, tables: Tables
+) -> None:
     """socket.io: the row was gone when the notification was read, and the message with it."""
     async with cluster(database, ledger.server, 2, poll=60) as nodes, RawSession() as session:
         await session.open(nodes[0].url)
@@ -190,7 +196,7 @@ async def test_museum_05_what_is_pruned_between_wake_up_and_read_is_no_clean_end
         assert ledger.ran == ["x"]
 
 
-async def test_museum_09_a_slow_reader_is_let_go_and_can_resume(database, ledger, tables):
+async def test_museum_09_a_slow_reader_is_let_go_and_can_resume(database: str, ledger: Ledger, tables: Tables) -> None:
     """litestar: an unbounded queue for each slow client. Here it is a cursor, and its exchange ends."""
     async with cluster(database, ledger.server, 2, write_timeout=0.3) as nodes, RawSession() as session:
         await session.open(nodes[0].url)
@@ -216,7 +222,7 @@ async def test_museum_09_a_slow_reader_is_let_go_and_can_resume(database, ledger
         assert steps == list(range(1, 81))
 
 
-async def test_museum_21_a_limit_is_a_limit_also_for_sweeps_at_once(database, tables):
+async def test_museum_21_a_limit_is_a_limit_also_for_sweeps_at_once(database: str, tables: Tables) -> None:
     """Oban: a subquery with LIMIT and SKIP LOCKED that the planner runs again takes more rows than the limit."""
     async with store(database) as node:
         session = await opened(node)
@@ -242,7 +248,7 @@ async def test_museum_21_a_limit_is_a_limit_also_for_sweeps_at_once(database, ta
         assert await tables.value("select count(*) from pgmcp.streams where closed") == 2000 - sum(map(len, pruned))
 
 
-async def test_museum_21_eight_claimers_of_a_thousand_messages(database):
+async def test_museum_21_eight_claimers_of_a_thousand_messages(database: str) -> None:
     async with store(database, max_in_flight=2000) as node:
         session = await opened(node)
         await asyncio.gather(*(node.inbox.accept([request(session, None)]) for _ in range(1000)))
@@ -251,7 +257,7 @@ async def test_museum_21_eight_claimers_of_a_thousand_messages(database):
         assert len(keys) == len(set(keys)) == 1000
 
 
-async def test_museum_28_no_setting_leaks_in_the_pool(database):
+async def test_museum_28_no_setting_leaks_in_the_pool(database: str) -> None:
     """Hatchet: a statement's timeout stayed with the connection."""
     async with store(database, pool_size=3) as node:
         session = await opened(node)
@@ -265,7 +271,7 @@ async def test_museum_28_no_setting_leaks_in_the_pool(database):
                 assert row["setting"] == row["reset_val"], name
 
 
-def test_museum_30_nobody_listens_on_a_pool_connection():
+def test_museum_30_nobody_listens_on_a_pool_connection() -> None:
     """pgqueuer: the pool's driver listened, and never reconnected. Only the line does, outside of the pool."""
     folder = Path(pgmcp.__file__).parent
     found = {
@@ -278,7 +284,9 @@ def test_museum_30_nobody_listens_on_a_pool_connection():
     assert Settings(database_url="postgresql://a/b", listen_url="postgresql://c/d").line_url == "postgresql://c/d"
 
 
-async def test_museum_20_a_call_that_outlasts_the_lease_of_its_living_node_is_not_rescued(database, ledger, tables):
+async def test_museum_20_a_call_that_outlasts_the_lease_of_its_living_node_is_not_rescued(
+    database: str, ledger: Ledger, tables: Tables
+) -> None:
     """River and Oban rescue what is old; here age means nothing as long as the owner lives."""
     lease = {"renew": 0.1, "deadline": 0.2, "trust": 0.8, "ttl": 1.0, "poll": 0.1}
     async with cluster(database, ledger.server, 3, **lease) as nodes, sessions(nodes, 1) as (session,):
@@ -293,7 +301,7 @@ async def test_museum_20_a_call_that_outlasts_the_lease_of_its_living_node_is_no
         assert await tables.value("select max(epoch) from pgmcp.sessions") == 1
 
 
-async def test_museum_26_nobody_ever_sees_an_empty_cluster(database, ledger, tables):
+async def test_museum_26_nobody_ever_sees_an_empty_cluster(database: str, ledger: Ledger, tables: Tables) -> None:
     """JGroups: a table that is rewritten is empty for a moment, and everybody thinks that he is alone."""
     seen: list[int] = []
     done = asyncio.Event()
