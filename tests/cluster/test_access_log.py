@@ -58,6 +58,7 @@ async def test_a_line_for_each_exchange_at_its_end(database: str, kept: Kept) ->
             await eventually(lambda: len(kept.lines) == count + 4, "four exchanges are over")
             await listening.close()
             await eventually(lambda: len(kept.lines) == count + 5, "the stream is over")
+        assert session.session_id is not None
         secret = session.session_id.rpartition("-")[2]
     lines = [json.loads(line) for line in kept.lines[count:]]
     said = sorted((line["method"], line["path"], line["status"]) for line in lines)
@@ -114,7 +115,7 @@ async def test_somebody_elses_uvicorn_masks_session_ids(
         RawSession(path=f"{prefix}/sse") as client,
         httpx.AsyncClient(trust_env=False, verify=False) as http,
     ):
-        where = (await (await client.get(base)).next()).data
+        where = str((await (await client.get(base)).event()).data)
         path, _, session_id = where.partition("?session_id=")
         assert (await http.post(f"{base}{where}", json=PING)).status_code == 202
         for odd in (f"?a=1&session_id={session_id}&b=2", f"?session%5Fid={session_id}", "?a=b&c"):

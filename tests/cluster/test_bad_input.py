@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha512
+from typing import Any
 
 import httpx
 import pytest
@@ -79,7 +80,7 @@ CASES = [
     Case("empty object", 400, INVALID_PARAMS, {}),
     Case("JSON-RPC 1.0", 400, INVALID_PARAMS, {"jsonrpc": "1.0", "id": 1, "method": "ping"}),
     Case("params are a list", 400, INVALID_PARAMS, ask(params=[1])),
-    Case("method is a number", 400, INVALID_PARAMS, ask(method=1)),
+    Case("method is a number", 400, INVALID_PARAMS, ask(method=1)),  # type: ignore[arg-type]  # that is the case
     Case("response without id", 400, INVALID_PARAMS, {"jsonrpc": "2.0", "result": {}}),
     Case("result is a list", 400, INVALID_PARAMS, {"jsonrpc": "2.0", "id": 1, "result": [1]}),
     *(
@@ -167,7 +168,7 @@ async def check(http: httpx.AsyncClient, base: str, session: RawSession, case: C
         "mcp-session-id": session.session_id,
         **case.headers,
     }
-    encoded = {name: value.encode("latin-1") for name, value in headers.items() if value is not None}
+    encoded = {name.encode(): value.encode("latin-1") for name, value in headers.items() if value is not None}
     async with http.stream(case.method, f"{base}/mcp", headers=encoded, content=case.content) as response:
         assert response.status_code == case.status, f"{response.status_code} {response.headers}"
         body = await response.aread()
@@ -186,7 +187,7 @@ async def check(http: httpx.AsyncClient, base: str, session: RawSession, case: C
 
 @pytest.mark.parametrize(("version", "cases"), [("2025-11-25", CASES), ("2025-03-26", OLD_CASES)])
 async def test_what_is_malformed_gets_an_error_and_changes_nothing(
-    database: str, subtests: pytest.Subtests, caplog: pytest.LogCaptureFixture, version: str, cases
+    database: str, subtests: pytest.Subtests, caplog: pytest.LogCaptureFixture, version: str, cases: list[Case]
 ) -> None:
     async with (
         cluster(database, everything, 2, max_body=LIMIT, max_batch=BATCH) as nodes,
@@ -210,7 +211,7 @@ async def test_what_is_malformed_gets_an_error_and_changes_nothing(
         assert failures == []
 
 
-async def _is(value, expected) -> bool:
+async def _is(value: Awaitable[object], expected: object) -> bool:
     return await value == expected
 
 
@@ -313,7 +314,7 @@ class Gate:
         return server
 
 
-def work(text: str, tool: str = "work") -> dict:
+def work(text: str, tool: str = "work") -> dict[str, Any]:
     return {"name": tool, "arguments": {"text": text}}
 
 

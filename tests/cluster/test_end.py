@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 from collections.abc import Awaitable, Sequence
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,7 @@ OF_SESSIONS = ("sessions", "journal", "requests", "streams", "events")
 INVALID_REQUEST = -32600
 
 
-def slow(seconds: float = 60) -> dict:
+def slow(seconds: float = 60) -> dict[str, Any]:
     return {"name": "slow", "arguments": {"seconds": seconds, "steps": 1000}, "_meta": {"progressToken": 1}}
 
 

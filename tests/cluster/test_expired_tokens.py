@@ -9,6 +9,7 @@ import pytest
 from mcp.server.auth.provider import AccessToken
 from mcp.server.auth.settings import AuthSettings
 from mcp.server.mcpserver import Context, MCPServer
+from pydantic import AnyHttpUrl
 
 from pgmcp.clock import Clock
 from pgmcp.web.expiry import GRACE
@@ -46,7 +47,7 @@ class Holder:
         self.release, self.runs, self.running = asyncio.Event(), 0, 0
 
     def __call__(self) -> MCPServer:
-        auth = AuthSettings(issuer_url="https://i", resource_server_url=None, validate_token_resource=False)
+        auth = AuthSettings(issuer_url=AnyHttpUrl("https://i"), resource_server_url=None, validate_token_resource=False)
         server = MCPServer("holder", token_verifier=Verifier(), auth=auth)
         server.tool()(self.hold)
         server.tool()(self.talk)
@@ -157,7 +158,7 @@ async def test_an_http_sse_stream_ends_and_goes_on(database: str, holder: Holder
                 assert sent.status == 202
 
         first = await client.get(nodes[0].url)
-        where = (await first.next()).data
+        where = str((await first.event()).data)
         info = {"name": "c", "version": "1"}
         await post("initialize", 0, protocolVersion="2024-11-05", capabilities={}, clientInfo=info)
         while first.last_event_id is None:
@@ -165,11 +166,11 @@ async def test_an_http_sse_stream_ends_and_goes_on(database: str, holder: Holder
         await post("notifications/initialized", None)
         await post("tools/call", 1, **HOLD)
         stream = await client.get(nodes[edge].url, first.last_event_id, headers=SHORT)
-        assert (await stream.next()).data == where
+        assert (await stream.event()).data == where
         await stream.rest()
         assert (stream.error, stream.last_event_id) == (None, None)
         resumed = await client.get(nodes[1 - edge].url, first.last_event_id)
-        assert (await resumed.next()).data == where
+        assert (await resumed.event()).data == where
         holder.release.set()
         assert (await resumed.response(1))["result"]["content"][0]["text"] == "held"
 

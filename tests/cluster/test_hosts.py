@@ -56,7 +56,7 @@ def test_only_a_node_on_a_public_address_without_lists_is_unprotected() -> None:
 async def test_foreign_pages_are_refused_where_only_origins_are_listed(
     database: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    settings = {"host": "0.0.0.0", "allowed_origins": (APP,)}
+    settings: dict[str, Any] = {"host": "0.0.0.0", "allowed_origins": (APP,)}
     async with cluster(database, everything, 1, **settings) as [node], RawSession() as session, Modern() as client:
         await session.open(node.url)
         message = {"jsonrpc": "2.0", "id": 1, "method": "ping"}

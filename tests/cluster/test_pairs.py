@@ -26,7 +26,7 @@ edges = pytest.mark.parametrize("edge", NODES)
 backs = pytest.mark.parametrize("back", NODES)
 ears = pytest.mark.parametrize("ear", NODES)
 
-FORM = {"elicitation": {"form": {}}}
+FORM: dict[str, Any] = {"elicitation": {"form": {}}}
 UPDATED, WATCHED = "notifications/resources/updated", "test://watched-resource"
 
 
@@ -35,7 +35,8 @@ def tool(name: str, /, *, token: str | None = None, **arguments: object) -> dict
     return {"name": name, "arguments": arguments, **meta}
 
 
-def place(event_id: str) -> tuple[str, int]:
+def place(event_id: str | None) -> tuple[str, int]:
+    assert event_id is not None
     stream, _, seq = event_id.rpartition(".")
     return stream, int(seq)
 
@@ -304,7 +305,7 @@ async def test_hanging_up_is_no_cancel_and_the_answer_can_be_fetched_anywhere(
         exchange = await session.request(
             pair[edge].url, "tools/call", tool("slow", token="t", seconds=0.5, steps=10), request_id=8
         )
-        priming = await exchange.next()
+        priming = await exchange.event()
         assert priming.is_priming
         await exchange.close()
         stream = UUID(place(priming.id)[0])
@@ -331,7 +332,7 @@ async def test_a_resume_gives_exactly_what_is_later(pair: Sequence[RunningNode],
             await exchange.message("notifications/progress")
         await exchange.close()
         resumed = await session.get(pair[back].url, exchange.last_event_id)
-        head = await resumed.next()
+        head = await resumed.event()
         assert head.is_priming
         assert head.id == exchange.last_event_id
         for _ in range(3):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+from typing import Any
 
 import pytest
 from mcp.server.mcpserver import MCPServer
 
 from tests.harness.clients import RawExchange, RawSession
-from tests.harness.cluster import cluster, eventually, tables_of
+from tests.harness.cluster import Tables, cluster, eventually, tables_of
 
 INVALID_REQUEST = -32600
 UNFINISHED = "select count(*) from pgmcp.requests where finished_at is null"
@@ -43,12 +44,12 @@ class Gate:
         return server
 
 
-def ask(rpc_id: int, tool: str, text: str) -> dict:
+def ask(rpc_id: int, tool: str, text: str) -> dict[str, Any]:
     params = {"name": tool, "arguments": {"text": text}}
     return {"jsonrpc": "2.0", "id": rpc_id, "method": "tools/call", "params": params}
 
 
-def batch(text: str = "") -> list[dict]:
+def batch(text: str = "") -> list[dict[str, Any]]:
     return [NEWS, ask(1, "quick", f"{text}one"), ask(2, "slow", f"{text}two")]
 
 
@@ -63,8 +64,8 @@ async def texts(exchange: RawExchange) -> dict[int, str]:
     return {answer["id"]: answer["result"]["structuredContent"]["result"] for answer in answers}
 
 
-async def is_(tables, query: str, expected: int) -> bool:
-    return await tables.value(query) == expected
+async def is_(tables: Tables, query: str, expected: int) -> bool:
+    return bool(await tables.value(query) == expected)
 
 
 def old() -> RawSession:

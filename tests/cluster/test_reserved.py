@@ -24,7 +24,9 @@ def server() -> MCPServer:
 
     @made.tool()
     def restored(ctx: Context) -> list[str]:
-        return [value for name, value in ctx.request_context.request.headers.items() if name == RESTORED]
+        request = ctx.request_context.request
+        assert request is not None
+        return [value for name, value in request.headers.items() if name == RESTORED]
 
     @made.tool()
     async def waits(ctx: Context) -> str:
@@ -48,7 +50,7 @@ async def test_no_client_poses_as_a_replay(database: str) -> None:
             assert result["structuredContent"]["result"] == []
         async with RawSession(headers=SAYS, path="/sse") as client, httpx.AsyncClient(trust_env=False) as http:
             stream = await client.get(one.url)
-            where = str((await stream.next()).data)
+            where = str((await stream.event()).data)
             info = {"protocolVersion": "2024-11-05", "capabilities": {}, "clientInfo": {"name": "x", "version": "1"}}
             for body in (
                 {"id": 0, "method": "initialize", "params": info},

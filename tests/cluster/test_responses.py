@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 from mcp.server.mcpserver import Context, MCPServer
 from mcp_types import SamplingMessage, TextContent
 from pydantic import BaseModel
 
-from tests.harness.clients import RawSession
+from tests.harness.clients import RawExchange, RawSession
 from tests.harness.cluster import cluster, eventually, everything
 
 pytestmark = pytest.mark.filterwarnings("ignore::mcp.shared.exceptions.MCPDeprecationWarning")
 
 edges = pytest.mark.parametrize("edge", [0, 1])
-CAN = {"elicitation": {"form": {}}, "sampling": {}, "roots": {}}
+CAN: dict[str, Any] = {"elicitation": {"form": {}}, "sampling": {}, "roots": {}}
 
 
 class Asking:
@@ -39,7 +40,7 @@ class Asking:
         async def sample(ctx: Context) -> str:
             question = SamplingMessage(role="user", content=TextContent(text="?"))
             answer = await ctx.session.create_message([question], max_tokens=1, related_request_id=ctx.request_id)
-            return answer.model
+            return str(answer.model)
 
         @server.tool()
         async def progress(ctx: Context) -> str:
@@ -56,7 +57,7 @@ class Asking:
         return server
 
 
-def tool(name: str, **meta) -> dict:
+def tool(name: str, **meta: object) -> dict[str, Any]:
     return {"name": name, "arguments": {}} | ({"_meta": meta} if meta else {})
 
 
@@ -133,7 +134,7 @@ async def test_auto(database: str, edge: int) -> None:
         assert events[0].is_priming
         ids = [event.id for event in events]
         assert len(set(ids)) == len(ids)
-        assert [int(event_id.rpartition(".")[2]) for event_id in ids] == [0, 1, 2, 3]
+        assert [int(str(event_id).rpartition(".")[2]) for event_id in ids] == [0, 1, 2, 3]
         slow = await session.request(nodes[edge].url, "tools/call", tool("work"), request_id=4)
         assert slow.headers["content-type"] == "text/event-stream"
         asking.go.set()
@@ -164,7 +165,7 @@ async def test_only_the_newest_revision_is_primed(database: str, version: str, p
             assert [event.is_priming for event in events] == [True, False][not primed :]
             assert [event.retry for event in events] == [1234, None][not primed :]
         if primed:
-            assert (await standalone.next()).retry == 1234
+            assert (await standalone.event()).retry == 1234
         assert (await session.delete(nodes[0].url)).status == 200
         rest = await standalone.rest()
         assert all(event.retry == 1234 for event in rest)
@@ -175,7 +176,7 @@ async def test_the_answer_to_initialize_can_be_resumed(database: str) -> None:
     """Also the first stream's priming event stands before its first message."""
     async with cluster(database, everything, 2) as nodes, RawSession() as session:
         opened = await session.initialize(nodes[0].url)
-        priming = await opened.next()
+        priming = await opened.event()
         assert priming.is_priming
         await opened.close()
         resumed = await session.get(nodes[1].url, priming.id)
@@ -195,7 +196,11 @@ async def test_comments_keep_silent_streams_open(database: str, version: str, ed
         standalone = await session.get(nodes[edge].url)
         exchange = await session.request(nodes[edge].url, "tools/call", tool("work"), request_id=1)
         for stream in (standalone, exchange):
-            await eventually(lambda stream=stream: stream.comments >= 3, "comments come")
+
+            def commented(stream: RawExchange = stream) -> bool:
+                return stream.comments >= 3
+
+            await eventually(commented, "comments come")
         asking.go.set()
         assert "result" in await exchange.response(1)
 

@@ -70,7 +70,7 @@ def session_id(state: SessionState) -> str:
 
 
 async def counted(session: RawSession, base: str) -> dict[str, Any]:
-    return (await session.call_tool(base, "count"))["structuredContent"]
+    return dict((await session.call_tool(base, "count"))["structuredContent"])
 
 
 @contextlib.asynccontextmanager

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from typing import Any
 
 from mcp.server import MCPServer
 from mcp.server.mcpserver import Context
+from mcp_types import ToolAnnotations
 
 from pgmcp import keep_memory, session_state
 from tests.harness.clients import RawSession
 from tests.harness.cluster import Tables, cluster, eventually, tables_of
 
 MARKER = "mArKeR-0b5e"
-SEALED = {"secrets_key": "k" * 32, "encrypt_payloads": True}
+SEALED: dict[str, Any] = {"secrets_key": "k" * 32, "encrypt_payloads": True}
 
 
 def server() -> MCPServer:
@@ -27,7 +29,7 @@ def server() -> MCPServer:
         await session_state().set("said", text)
         return text * 1000
 
-    @mcp.tool(annotations={"readOnlyHint": True})
+    @mcp.tool(annotations=ToolAnnotations(read_only_hint=True))
     async def said() -> str:
         return str(await session_state().get("said"))
 

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 from mcp.server.mcpserver import Context, MCPServer
 from mcp.server.request_state import AESGCMRequestStateCodec, RequestStateSecurity
-from mcp_types import ElicitRequest, ElicitRequestFormParams, InputRequiredResult
+from mcp_types import ElicitRequest, ElicitRequestFormParams, ElicitResult, InputRequiredResult
 
+from pgmcp.store.secrets import KeyRing
 from tests.cluster.test_identity import bearer, server
 from tests.harness.clients import Message
 from tests.harness.cluster import RunningNode, cluster, eventually, tables_of
@@ -36,7 +37,7 @@ def add_up(ctx: Context, start: int) -> str | InputRequiredResult:
     """Ask for numbers and add them up."""
     seen = json.loads(ctx.request_state) if ctx.request_state else [start]
     answer = (ctx.input_responses or {}).get("number")
-    if answer is not None and answer.content:
+    if isinstance(answer, ElicitResult) and answer.content:
         seen.append(answer.content["number"])
     if len(seen) > ROUNDS:
         return str(sum(seen))
@@ -81,7 +82,8 @@ async def test_each_round_on_another_node(database: str) -> None:
 async def test_across_a_change_of_keys_and_a_restart_of_all_nodes(database: str) -> None:
     """Every state of before is brought to nodes that were not there when it was sealed."""
     async with tables_of(database) as tables, Modern() as client:
-        sealed, keys = [], set()
+        sealed: list[tuple[int, str]] = []
+        keys: set[int] = set()
         for generation in range(4):
             async with cluster(database, rounds, 2, key_rotation=3600) as nodes:
                 bases = itertools.cycle([node.url for node in nodes])
@@ -115,7 +117,11 @@ async def test_nodes_read_the_ring_anew_by_themselves(database: str, monkeypatch
         await tables.execute("update pgmcp.secrets set created_at = created_at - interval '31 days'")
         for node in nodes:
             for ring in (node.node._states, node.node._box):
-                await eventually(lambda ring=ring: len(ring._keys) == 2, "the next key is there")
+
+                def newer(ring: KeyRing = ring) -> bool:
+                    return len(ring._keys) == 2
+
+                await eventually(newer, "the next key is there")
         assert await tables.value("select count(*) from pgmcp.secrets") == 4, "made once for each ring"
 
 
@@ -149,7 +155,7 @@ async def test_a_state_is_used_once_where_that_is_wanted(database: str) -> None:
         assert sums_up(await play(client, bases, 5), 5)
         for _ in range(10):
             state = {"requestState": (await once(client, nodes[0].url, 1, 0, {}))["result"]["requestState"]}
-            answers = await asyncio.gather(*(once(client, node.url, 1, 1, state) for node in nodes * 2))
+            answers = await asyncio.gather(*(once(client, node.url, 1, 1, state) for node in (*nodes, *nodes)))
             assert sum(refused(answer) for answer in answers) == 3
             assert sum("result" in answer for answer in answers) == 1
         # what fails the other checks does not count as a use

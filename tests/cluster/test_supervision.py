@@ -18,7 +18,7 @@ from pgmcp.session.calls import Over
 from tests.harness.clients import RawSession
 from tests.harness.cluster import RunningNode, cluster, eventually, everything, tables_of
 
-SOON = {"poll": 0.2, "idle_poll": 0.3, "renew": 0.2}
+SOON: dict[str, Any] = {"poll": 0.2, "idle_poll": 0.3, "renew": 0.2}
 
 
 class Bug(KeyError):
@@ -145,7 +145,7 @@ async def test_an_end_that_nobody_asked_for_is_a_fault(database: str, caplog: py
         async def cancelled() -> set[Any]:
             raise asyncio.CancelledError
 
-        before.inbox.owned = cancelled
+        before.inbox.owned = cancelled  # type: ignore[method-assign]  # as if it were its own end
         await eventually(lambda: node.node.faults.counts == {"the survey": 1}, "it is counted")
         await eventually(lambda: node.node._keeper.present not in {None, before}, "the node joins again")
         assert "CancelledError" in caplog.text

@@ -83,7 +83,7 @@ class Target:
 
     def post(self, path: str, body: bytes) -> Answer:
         """One POST in the session."""
-        headers = b"content-type: application/json\r\nmcp-session-id: %s\r\n" % self.session.session_id.encode()
+        headers = b"content-type: application/json\r\nmcp-session-id: %s\r\n" % str(self.session.session_id).encode()
         return self.exchange("POST", path, ACCEPT + headers, body)
 
     async def _held(self) -> dict[str, int]:

@@ -83,7 +83,7 @@ def test_requests(
 ) -> None:
     lines = [f"{name}: {value}".encode("latin-1") + b"\r\n" for name, value in headers]
     if in_session:
-        lines.append(b"mcp-session-id: %s\r\n" % watched.session.session_id.encode())
+        lines.append(b"mcp-session-id: %s\r\n" % str(watched.session.session_id).encode())
     given_host = b"" if any(name == "host" for name, _ in headers) else b"host: 127.0.0.1\r\n"
     framed = any(name in {"content-length", "transfer-encoding"} for name, _ in headers)
     length = b"" if body is None or framed else b"content-length: %d\r\n" % len(body)

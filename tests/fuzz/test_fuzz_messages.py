@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -165,8 +166,11 @@ def test_numbers(watched: Target, digits: int) -> None:
 
 def test_answers_to_initialize(watched: Target) -> None:
     """Odd handshakes open no session that stays."""
-    for params in (None, {}, [], {"protocolVersion": 1}, {"protocolVersion": "x" * 5000, "capabilities": {},
-                   "clientInfo": {"name": 1}}, {"capabilities": "x"}):  # fmt: skip
+    odd_params: tuple[Any, ...] = (
+        None, {}, [], {"protocolVersion": 1}, {"capabilities": "x"},
+        {"protocolVersion": "x" * 5000, "capabilities": {}, "clientInfo": {"name": 1}},
+    )  # fmt: skip
+    for params in odd_params:
         body = json.dumps({"jsonrpc": "2.0", "id": 0, "method": "initialize", "params": params}).encode()
         headers = b"accept: application/json, text/event-stream\r\ncontent-type: application/json\r\n"
         answer = watched.exchange("POST", "/mcp", headers, body)

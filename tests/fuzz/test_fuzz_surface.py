@@ -73,6 +73,6 @@ surface = schemathesis.openapi.from_dict(DESCRIPTION)
     phases=[Phase.explicit, Phase.generate],
     suppress_health_check=list(HealthCheck),
 )
-def test_the_surface(case: schemathesis.Case, watched: Target) -> None:
+def test_the_surface(case: schemathesis.Case[Any], watched: Target) -> None:
     response = case.call(base_url=watched.node.url, timeout=2)  # GET /sse, made unasked, is cut short
     case.validate_response(response, checks=[not_a_server_error])

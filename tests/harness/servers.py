@@ -57,11 +57,11 @@ class Server:
     @classmethod
     def fresh(cls, site: Site, **settings: str) -> Server:
         """A new, empty server; not started yet."""
-        server = cls(site, site.folder(), **settings)
+        server = cls(site, site.folder(), None, **settings)
         handed = site.home / "password"
         handed.write_text(site.env["PGPASSWORD"])
         site.account.own(handed)
-        login = ["-U", "postgres", "-A", "scram-sha-256", "--pwfile", handed]
+        login: list[str | Path] = ["-U", "postgres", "-A", "scram-sha-256", "--pwfile", handed]
         site.run("initdb", "-D", server.data, "-E", "UTF8", "--locale=C", "--no-sync", *login)
         return server
 

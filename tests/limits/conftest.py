@@ -10,6 +10,7 @@ import pytest
 from mcp.server.auth.provider import AccessToken
 from mcp.server.auth.settings import AuthSettings
 from mcp.server.mcpserver import Context, MCPServer
+from pydantic import AnyHttpUrl
 
 Message = types.LoggingMessageNotification
 
@@ -90,7 +91,7 @@ class Talker:
         """Ask the user on the stream of the call."""
         form = {"type": "object", "properties": {"ok": {"type": "boolean"}}}
         answer = await ctx.session.elicit_form("?", form, related_request_id=ctx.request_id)
-        return answer.action
+        return str(answer.action)
 
     async def roots(self, ctx: Context) -> int:
         """Ask for the roots on the standalone stream."""
@@ -117,8 +118,8 @@ def private() -> Callable[[], MCPServer]:
         "private",
         token_verifier=Verifier(),
         auth=AuthSettings(
-            issuer_url="https://i",
-            resource_server_url="https://mcp.example/mcp",
+            issuer_url=AnyHttpUrl("https://i"),
+            resource_server_url=AnyHttpUrl("https://mcp.example/mcp"),
             required_scopes=["use"],
             validate_token_resource=False,
         ),

@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import itertools
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 from mcp.server.mcpserver import MCPServer
@@ -107,7 +109,7 @@ async def test_many_callers_at_once_do_not_pass_the_bound_by_much(database: str,
 
 @both
 async def test_requests_in_flight(database: str, talker: Talker, edge: int) -> None:
-    capabilities = {"elicitation": {"form": {}}}
+    capabilities: dict[str, Any] = {"elicitation": {"form": {}}}
     async with (
         cluster(database, talker, 2, max_in_flight=3) as nodes,
         tables_of(database) as tables,
@@ -197,7 +199,7 @@ async def test_messages_that_wait_for_a_stalled_owner(database: str, talker: Tal
         resident.taking = False
         nodes[0].incarnation.host.wake(resident.actor.ownership.session)
         for node in nodes:
-            await eventually(lambda node=node: accepted(session, node.url), "there is room again")
+            await eventually(partial(accepted, session, node.url), "there is room again")
 
 
 async def accepted(session: RawSession, base: str) -> bool:
@@ -221,7 +223,8 @@ async def test_open_streams(database: str, talker: Talker, edge: int) -> None:
         await standalone.close()
         resumed = await eventually(lambda: opened(session, nodes[edge].url, event), "the place of the other is free")
         talker.release.set()
-        assert any("result" in event.message for event in await resumed.rest() if event.data)
+        await resumed.rest()
+        assert any("result" in message for message in resumed.messages)
 
 
 async def opened(session: RawSession, base: str, event: str | None = None) -> RawExchange | None:
@@ -245,7 +248,8 @@ async def test_a_stream_that_moves_to_another_connection_is_not_one_more(
         resumed = await session.get(nodes[edge].url, call.last_event_id)
         assert resumed.status == 200, resumed.body
         talker.release.set()
-        assert any("result" in event.message for event in await resumed.rest() if event.data)
+        await resumed.rest()
+        assert any("result" in message for message in resumed.messages)
 
 
 @both
@@ -259,7 +263,7 @@ async def test_posts_open_streams_too(database: str, talker: Talker, edge: int) 
 
 @both
 async def test_body_batch_and_depth_are_the_settings(database: str, talker: Talker, edge: int) -> None:
-    settings = {"max_body": 3000, "max_batch": 3, "max_depth": 5}
+    settings: dict[str, Any] = {"max_body": 3000, "max_batch": 3, "max_depth": 5}
     async with cluster(database, talker, 2, **settings) as nodes, RawSession(protocol_version="2025-03-26") as session:
         await session.open(nodes[0].url)
         base = nodes[edge].url

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import mcp_types as types
 import pytest
@@ -17,7 +18,7 @@ KEPT = "select count(*) from pgmcp.journal where kind = 'subscription'"
 
 
 def subscribing() -> Server:
-    async def subscribe(context, params):
+    async def subscribe(context: object, params: object) -> types.EmptyResult:
         return types.EmptyResult()
 
     return Server("subscribing", on_subscribe_resource=subscribe, on_unsubscribe_resource=subscribe)
@@ -32,7 +33,7 @@ async def test_subscriptions_of_a_session(database: str, monkeypatch: pytest.Mon
     ):
         await session.open(nodes[0].url)
 
-        async def ask(method: str, uri: str, node: int) -> dict:
+        async def ask(method: str, uri: str, node: int) -> dict[str, Any]:
             exchange = await session.request(
                 nodes[node].url, f"resources/{method}", {"uri": uri}, request_id=uri + method
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pgmcp.store.upkeep import Upkeep
+from pgmcp.types import Cursor, Page
 from tests.harness.clients import RawExchange, RawSession
 from tests.harness.cluster import RunningNode, Tables, cluster, eventually, tables_of
 from tests.limits.conftest import Talker
@@ -30,7 +31,7 @@ async def age(tables: Tables, seconds: float, *columns: str) -> None:
 
 
 async def is_(tables: Tables, query: str, expected: int) -> bool:
-    return await tables.value(query) == expected
+    return bool(await tables.value(query) == expected)
 
 
 async def gone(session: RawSession, base: str) -> None:
@@ -114,7 +115,7 @@ async def test_every_session_ends_with_its_age(database: str, talker: Talker, ed
 async def test_an_http_sse_session_waits_a_minute_for_its_client(database: str, talker: Talker, edge: int) -> None:
     async with cluster(database, talker, 2) as nodes, tables_of(database) as tables, RawSession(path="/sse") as client:
         stream = await client.get(nodes[0].url)
-        assert (await stream.next()).event == "endpoint"
+        assert (await stream.event()).event == "endpoint"
         await age(tables, 180, "sessions.last_active_at")
         assert await upkeep(nodes[edge]).expire() == []  # its stream is carried
         await stream.close()
@@ -135,7 +136,7 @@ async def test_what_is_finished_goes_and_what_lives_stays(database: str, talker:
         finished = await live.request(base, "tools/call", {"name": "flood", "arguments": {"count": 3, "size": 1}})
         await finished.rest()
         broken = await live.request(base, "tools/call", HOLD, request_id="broken")
-        cursor = (await broken.next()).id
+        cursor = (await broken.event()).id
         await broken.close()
         running = await live.request(other, "tools/call", HOLD, request_id="running")
         await running.next()
@@ -192,7 +193,7 @@ class EventSource:
 
     async def get(self, base: str, last: str | None = None) -> None:
         self.stream = await self._client.get(base, last)
-        self.where = str((await self.stream.next()).data)
+        self.where = str((await self.stream.event()).data)
         self.stream.seen.clear()
 
     async def post(self, base: str, method: str, rpc_id: str | None = None, /, **params: object) -> None:
@@ -274,11 +275,11 @@ async def test_what_is_pruned_before_it_is_read_is_no_gap_either(database: str, 
         log = nodes[edge].incarnation.log
         read = log.read
 
-        async def late(cursor):
+        async def late(cursor: Cursor) -> Page:
             await upkeep(nodes[1 - edge]).prune()
             return await read(cursor)
 
-        log.read = late
+        log.read = late  # type: ignore[method-assign]  # it takes its time
         resumed = await session.get(base, first)
         await resumed.rest()
         assert resumed.messages == []
@@ -297,7 +298,7 @@ async def test_a_stream_that_is_being_carried_is_not_pruned(database: str, talke
         await session.open(nodes[0].url)
         flood = {"name": "flood", "arguments": {"count": count, "size": size}}
         body = {"jsonrpc": "2.0", "id": "big", "method": "tools/call", "params": flood}
-        headers = {"mcp-session-id": session.session_id, "accept": "application/json, text/event-stream",
+        headers = {"mcp-session-id": str(session.session_id), "accept": "application/json, text/event-stream",
                    "content-type": "application/json"}  # fmt: skip
         async with session._http.stream("POST", f"{nodes[edge].url}/mcp", json=body, headers=headers) as response:
             pieces = response.aiter_raw()

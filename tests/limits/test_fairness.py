@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
 import pytest
 from starlette.requests import ClientDisconnect
 
 from pgmcp.clock import Clock
 from pgmcp.errors import NodeNotReady, SessionBusy
-from pgmcp.types import ANONYMOUS, Accepted, Message
+from pgmcp.types import ANONYMOUS, Accepted, Message, RequestKey
 from pgmcp.web.admission import ALONE, MOST, SHARE, SLOTS, Admission, Guest, Kind
 from tests.harness.clients import RawSession
 from tests.harness.clock import FakeClock, settle
@@ -260,9 +260,10 @@ async def test_a_node_that_leaves_keeps_nobody_waiting(exchanges: Exchanges) -> 
 
 
 @contextlib.contextmanager
-def gate(node: RunningNode, session: RawSession | str) -> Callable[[], int]:
+def gate(node: RunningNode, session: RawSession | str) -> Iterator[Callable[[], int]]:
     """Requests of one session stay in acceptance, and keep their slots, until the context ends."""
-    inbox, admission, opened, inside = node.incarnation.inbox, node.incarnation.edge.admission, asyncio.Event(), set()
+    inbox, admission, opened = node.incarnation.inbox, node.incarnation.edge.admission, asyncio.Event()
+    inside: set[RequestKey] = set()
     accept = inbox.accept
     gated = session if isinstance(session, str) else session.session_id
 
@@ -272,12 +273,13 @@ def gate(node: RunningNode, session: RawSession | str) -> Callable[[], int]:
             await opened.wait()
         return await accept(messages)
 
-    inbox.accept, admission._young = accept_later, LONG
+    admission._young = LONG
+    inbox.accept = accept_later  # type: ignore[method-assign]  # until the context ends
     try:
         yield lambda: len(inside)
     finally:
         opened.set()
-        inbox.accept = accept
+        inbox.accept = accept  # type: ignore[method-assign]
 
 
 async def test_others_get_through_beside_a_flood(database: str, talker: Talker) -> None:
@@ -307,8 +309,7 @@ async def test_others_get_through_beside_a_flood_over_http_sse(database: str, ta
         [node] = nodes
         await other.open(node.url)
         stream = await older.get(node.url)
-        endpoint = await stream.next()
-        older.path, ids = endpoint.data, itertools.count(1)
+        older.path, ids = str((await stream.event()).data), itertools.count(1)
         admission = node.incarnation.edge.admission
         with gate(node, older.path.partition("=")[2]) as inside:
             posts = [asyncio.create_task(older.request(node.url, "ping", request_id=next(ids))) for _ in range(50)]

@@ -20,7 +20,7 @@ Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 @pytest.fixture(autouse=True)
-def short(monkeypatch):
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(protocol, "HEADERS", 0.3)
 
 
@@ -122,7 +122,7 @@ async def test_what_follows_a_body_is_no_header(database: str, talker: Talker) -
         accept = b"accept: application/json\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n"
         first = b"POST /mcp HTTP/1.1\r\nhost: 127.0.0.1:1\r\n%s\r\n%x\r\n%s\r\n" % (accept, len(PING), PING)
         async with connected(node, first) as (reader, writer):
-            writer.write(b"0\r\nmcp-session-id: %s\r\n\r\n" % session.session_id.encode())
+            writer.write(b"0\r\nmcp-session-id: %s\r\n\r\n" % str(session.session_id).encode())
             assert b" 400 " in await asyncio.wait_for(reader.readline(), 10)
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from pgmcp.session.adapter import Kind, Outgoing
 from pgmcp.session.sizes import Sizes
+from pgmcp.types import Cursor
 from tests.harness.clients import RawSession
-from tests.harness.cluster import cluster, eventually, tables_of
+from tests.harness.cluster import Tables, cluster, eventually, tables_of
 from tests.limits.conftest import Talker
 
 MIB = 1 << 20
@@ -19,7 +21,7 @@ HANGS = 20.0
 """Seconds after which a neighbour's call hangs: how quick it is, is measured elsewhere."""
 
 
-async def calls_until(done: asyncio.Task, neighbour: RawSession, url: str) -> list[float]:
+async def calls_until(done: asyncio.Task[Any], neighbour: RawSession, url: str) -> list[float]:
     """Call again and again while something else goes on; how long each call took."""
     took, loop = [], asyncio.get_running_loop()
     while not done.done():
@@ -60,7 +62,7 @@ async def test_an_answer_that_is_too_large(database: str, talker: Talker, respon
     limit = 256 * 1024
     async with cluster(database, talker, 2, response=response, max_message=limit) as nodes, RawSession() as session:
         await session.open(nodes[0].url)
-        params = {"name": "whole", "arguments": {"size": limit}}
+        params: dict[str, Any] = {"name": "whole", "arguments": {"size": limit}}
         error = (await session.call(nodes[1].url, "tools/call", params))["error"]
         assert error["code"] == -32603
         assert error["data"]["reason"] == "too_large"
@@ -80,7 +82,7 @@ async def test_a_notification_that_is_too_large_is_its_senders_error(
         RawSession() as session,
     ):
         await session.open(nodes[0].url)
-        params = {"name": "flood", "arguments": {"count": 1, "size": limit}}
+        params: dict[str, Any] = {"name": "flood", "arguments": {"count": 1, "size": limit}}
         result = (await session.call(nodes[1].url, "tools/call", params))["result"]
         assert result["isError"]
         assert "--max-message" in caplog.text
@@ -100,15 +102,15 @@ async def test_a_large_event_that_another_reader_takes_ends_abruptly(database: s
         log = nodes[1].incarnation.log
         read_on, reading, go_on = log.read_on, asyncio.Event(), asyncio.Event()
 
-        async def late(cursor, start):
+        async def late(cursor: Cursor, start: int) -> bytes | None:
             reading.set()
             await go_on.wait()
             return await read_on(cursor, start)
 
-        log.read_on = late
+        log.read_on = late  # type: ignore[method-assign]  # it takes its time
         params = {"name": "whole", "arguments": {"size": 3 * MIB}}
         call = await session.request(nodes[1].url, "tools/call", params, request_id=9)
-        assert (await call.next()).is_priming
+        assert (await call.event()).is_priming
         async with asyncio.timeout(20):
             await reading.wait()
         resumed = await session.get(nodes[0].url, call.last_event_id)
@@ -121,8 +123,8 @@ async def test_a_large_event_that_another_reader_takes_ends_abruptly(database: s
         await eventually(lambda: zero(tables, sinks), "nobody carries it")
 
 
-async def zero(tables, query: str) -> bool:
-    return await tables.value(query) == 0
+async def zero(tables: Tables, query: str) -> bool:
+    return bool(await tables.value(query) == 0)
 
 
 def test_a_refused_answer_is_small() -> None:

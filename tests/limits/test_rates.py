@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from mcp.server.mcpserver import MCPServer
@@ -70,11 +71,16 @@ def test_few_buckets_are_kept_and_those_of_whoever_asks_on(monkeypatch: pytest.M
     assert len(bucket) == 10
 
 
+async def silent(*_: object) -> Any:
+    """What an exchange that does not speak is given to speak with."""
+    raise AssertionError
+
+
 def test_a_proxy_that_is_not_believed_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
     def call(peer: str, forwarded: str = "") -> Call:
         headers = [(b"x-forwarded-for", forwarded.encode())] if forwarded else []
         request = Request({"type": "http", "method": "POST", "headers": headers, "client": (peer, 1)})
-        return Call(request, Connection(None, None, 1))
+        return Call(request, Connection(silent, silent, 1))
 
     opened = Rates(Settings(), FakeClock())
     for known in (call("10.0.0.1"), call("10.0.0.1", "10.0.0.9, 10.0.0.1"), call("10.0.0.1", "10.0.0.1:5000")):

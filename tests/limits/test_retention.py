@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
 from pgmcp.store.upkeep import Upkeep
@@ -30,7 +32,7 @@ async def pass_by(tables: Tables, seconds: float) -> None:
         await tables.execute(f"update pgmcp.{table} set {changes}", seconds)
 
 
-async def swept(nodes: list[RunningNode]) -> None:
+async def swept(nodes: Sequence[RunningNode]) -> None:
     for node in nodes:
         upkeep: Upkeep = node.incarnation._upkeep
         await Upkeep(upkeep._database, upkeep._ids).prune()  # it knows of no earlier sweep
@@ -38,7 +40,7 @@ async def swept(nodes: list[RunningNode]) -> None:
 
 async def let_go(tables: Tables) -> None:
     async def nobody() -> bool:
-        return await tables.value(SINKS) == 0
+        return bool(await tables.value(SINKS) == 0)
 
     await eventually(nobody, "the streams are let go")
 
@@ -59,7 +61,7 @@ async def test_what_waited_for_long_can_be_had_again_after_its_delivery(
         await pass_by(tables, RETENTION + 100)
         await swept(nodes)
         listening = await session.get(base)
-        primed = (await listening.next()).id
+        primed = (await listening.event()).id
         await listening.message("notifications/message")
         await listening.close()  # and who knows what of the rest has arrived
         await let_go(tables)
@@ -112,7 +114,7 @@ async def test_an_answer_that_was_fetched_late_can_be_fetched_again(database: st
         base, other = nodes[edge].url, nodes[1 - edge].url
         flood = {"name": "flood", "arguments": {"count": 2, "size": 1}}
         call = await session.request(base, "tools/call", flood, request_id="c")
-        cursor = (await call.next()).id
+        cursor = (await call.event()).id
         await call.close()
         await let_go(tables)
         await eventually(lambda: tables.value(CLOSED), "it is answered")
@@ -137,7 +139,7 @@ async def test_a_client_that_comes_again_and_again_keeps_nothing_for_ever(databa
         await session.open(nodes[0].url)
         note = {"name": "note", "arguments": {"first": 0, "count": 1}}
         call = await session.request(nodes[0].url, "tools/call", note)
-        cursor = (await call.next()).id
+        cursor = (await call.event()).id
         await call.rest()
         await let_go(tables)
         await tables.execute("update pgmcp.streams set closed_at = closed_at - interval '1 hour' where closed")

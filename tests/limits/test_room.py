@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 from mcp.server.mcpserver import MCPServer
 
 from tests.harness.clients import RawSession
-from tests.harness.cluster import cluster, eventually, tables_of
+from tests.harness.cluster import Tables, cluster, eventually, tables_of
 from tests.limits.conftest import Talker
 
 SINKS = "select count(*) from pgmcp.streams where sink is not null"
@@ -67,7 +68,7 @@ async def test_a_callers_session_that_was_used_longest_ago_makes_room(
         await eventually(lambda: carried(tables, 2), "only the stream and the call are carried")
         await more.open(there)
         for node in nodes:
-            await eventually(lambda node=node: over(late, node.url), "the one unused for longest is over", 1)
+            await eventually(partial(over, late, node.url), "the one unused for longest is over", 1)
         await eventually(lambda: nodes[0].incarnation.host.sessions == 4, "its owner has heard of it")
         await eventually(lambda: carried(tables, 2), "only the stream and the call are carried")
         await last.open(here)
@@ -79,8 +80,8 @@ async def test_a_callers_session_that_was_used_longest_ago_makes_room(
         await call.close()
 
 
-async def carried(tables, streams: int) -> bool:
-    return await tables.value(SINKS) == streams
+async def carried(tables: Tables, streams: int) -> bool:
+    return bool(await tables.value(SINKS) == streams)
 
 
 async def test_a_caller_whose_sessions_are_all_in_use_is_refused(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import urlsplit
@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from tests.harness.clients import RawSession
-from tests.harness.cluster import RunningNode, cluster, eventually, tables_of
+from tests.harness.cluster import RunningNode, Tables, cluster, eventually, tables_of
 from tests.limits.conftest import Talker
 
 both = pytest.mark.parametrize("edge", [0, 1])
@@ -61,7 +61,7 @@ def transports() -> set[Any]:
             if hasattr(getattr(handle._callback, "__self__", None), "get_write_buffer_size")}  # fmt: skip
 
 
-def buffered(nodes: list[RunningNode]) -> int:
+def buffered(nodes: Sequence[RunningNode]) -> int:
     """Bytes that wait in the transports of this process."""
     return sum(transport.get_write_buffer_size() for transport in transports())
 
@@ -75,7 +75,7 @@ def tightened(client: socket.socket) -> bool:
     return False
 
 
-async def first_event(node: RunningNode, session: RawSession, tables) -> str:
+async def first_event(node: RunningNode, session: RawSession, tables: Tables) -> str:
     """The id that a client of the only call would have got first."""
     stream = await tables.value("select stream from pgmcp.requests where rpc_id = '\"big\"'")
     return f"{stream.hex}.0"
@@ -114,16 +114,17 @@ async def test_a_client_that_does_not_read_its_answer(
             await eventually(lambda: zero(tables, done), "the call ran on to its end")
             resumed = await session.get(nodes[1 - edge].url, await first_event(nodes[edge], session, tables))
             assert resumed.status == 200
-            events = [event for event in await resumed.rest() if event.data]
-            assert [event.message["params"]["data"].split()[0] for event in events[:-1]] == [*map(str, range(count))]
-            assert events[-1].message["result"]["content"][0]["text"] == "flooded"
-            assert [len(event.message["params"]["data"]) for event in events[:-1]] == [size] * count
+            await resumed.rest()
+            *flood, answer = resumed.messages
+            assert [message["params"]["data"].split()[0] for message in flood] == [*map(str, range(count))]
+            assert answer["result"]["content"][0]["text"] == "flooded"
+            assert [len(message["params"]["data"]) for message in flood] == [size] * count
     errors = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
     assert errors in ([], ["ASGI callable returned without completing response."])  # uvicorn's word for an abrupt end
 
 
-async def zero(tables, query: str) -> bool:
-    return await tables.value(query) == 0
+async def zero(tables: Tables, query: str) -> bool:
+    return bool(await tables.value(query) == 0)
 
 
 @both

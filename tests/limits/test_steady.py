@@ -8,7 +8,7 @@ import pytest
 
 from pgmcp.node import incarnation
 from tests.harness.clients import RawSession
-from tests.harness.cluster import cluster, eventually, tables_of
+from tests.harness.cluster import Tables, cluster, eventually, tables_of
 from tests.limits.conftest import Talker
 
 CALLS = 150
@@ -52,5 +52,5 @@ async def test_tables_do_not_grow_under_steady_load(
         assert made >= 4 * CALLS
 
 
-async def nothing(tables) -> bool:
+async def nothing(tables: Tables) -> bool:
     return not await tables.value(OVERDUE, LATE)

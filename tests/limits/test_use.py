@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
+from functools import partial
 
 import pytest
 
 from pgmcp.errors import DatabaseUnavailable
 from pgmcp.store.upkeep import Upkeep
-from pgmcp.types import ANONYMOUS
+from pgmcp.types import ANONYMOUS, Cursor
 from tests.harness.clients import RawSession
 from tests.harness.cluster import RunningNode, Tables, cluster, eventually, tables_of
 from tests.limits.conftest import Talker
@@ -34,7 +36,7 @@ async def age(tables: Tables, seconds: float) -> None:
     await tables.execute(text, seconds)
 
 
-async def has_the_whole_time(tables: Tables, nodes: list[RunningNode], seconds: float = HOUR) -> None:
+async def has_the_whole_time(tables: Tables, nodes: Sequence[RunningNode], seconds: float = HOUR) -> None:
     """Check that a session which nothing is left of any more may still be idle for so long, and then ends."""
     await eventually(lambda: tables.value(NOTHING), "nothing is carried or runs")
     for node in nodes:
@@ -109,7 +111,7 @@ async def test_a_notification_is_use(database: str, talker: Talker, edge: int) -
 
 @pytest.mark.parametrize(("path", "seconds"), [("/mcp", HOUR), ("/sse", 60.0)])
 async def test_a_stream_whose_edge_has_crashed_was_use_until_that_is_noticed(
-    database: str, talker: Talker, path: str, seconds
+    database: str, talker: Talker, path: str, seconds: float
 ) -> None:
     async with (
         cluster(database, talker, 2, idle_timeout=HOUR) as nodes,
@@ -155,7 +157,7 @@ async def test_a_stream_that_nobody_carries_is_let_go_by_its_node(
             with monkeypatch.context() as patch:
                 lost = asyncio.Event()
 
-                async def away(cursor, *, keep=False):
+                async def away(cursor: Cursor, *, keep: bool = False) -> bool:
                     lost.set()
                     raise DatabaseUnavailable
 
@@ -184,7 +186,7 @@ async def test_wake_ups_that_bring_nothing_are_no_use(database: str, talker: Tal
         await age(tables, HOUR + LATER)
         incarnation = nodes[0].incarnation
         [resident] = incarnation.host._residents.values()
-        looks = (lambda: incarnation._heard("*"), lambda: incarnation._on_line_open(crashed=False))
+        looks = (partial(incarnation._heard, "*"), partial(incarnation._on_line_open, crashed=False))
         for look in looks:
             look()
             await eventually(lambda: not resident.taking, "it has looked")

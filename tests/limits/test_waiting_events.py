@@ -6,9 +6,9 @@ import asyncio
 
 import pytest
 
-from pgmcp.types import CARRIED
-from tests.harness.clients import RawExchange, RawSession
-from tests.harness.cluster import cluster, eventually, tables_of
+from pgmcp.types import CARRIED, Cursor, Page
+from tests.harness.clients import Message, RawExchange, RawSession
+from tests.harness.cluster import Tables, cluster, eventually, tables_of
 from tests.limits.conftest import Talker
 
 both = pytest.mark.parametrize("edge", [0, 1])
@@ -16,7 +16,7 @@ WAITING = """select count(*) from pgmcp.events e join pgmcp.streams s on s.id = 
 QUIET = 0.3
 
 
-async def all_of(exchange: RawExchange) -> list[dict]:
+async def all_of(exchange: RawExchange) -> list[Message]:
     """What comes until it is silent for a while."""
     while True:
         try:
@@ -25,7 +25,7 @@ async def all_of(exchange: RawExchange) -> list[dict]:
             return exchange.messages
 
 
-def said(messages: list[dict], method: str, key: str) -> list[object]:
+def said(messages: list[Message], method: str, key: str) -> list[object]:
     return [message["params"][key] for message in messages if message["method"] == method]
 
 
@@ -68,8 +68,8 @@ async def test_what_was_delivered_is_not_taken_back(database: str, talker: Talke
         assert len(await all_of(await session.get(nodes[edge].url))) == 0
 
 
-async def is_(tables, query: str, expected: int) -> bool:
-    return await tables.value(query) == expected
+async def is_(tables: Tables, query: str, expected: int) -> bool:
+    return bool(await tables.value(query) == expected)
 
 
 @both
@@ -163,15 +163,15 @@ async def test_a_listener_that_falls_behind_too_far_notices(database: str, talke
     async with cluster(database, talker, 2, max_waiting_events=1) as nodes, RawSession() as session:
         await session.open(nodes[0].url)
         listening = await session.get(nodes[edge].url)
-        primed = (await listening.next()).id
+        primed = (await listening.event()).id
         log = nodes[edge].incarnation.log
         read, turn = log.read, asyncio.Event()
 
-        async def slow(cursor):
+        async def slow(cursor: Cursor) -> Page:
             await turn.wait()
             return await read(cursor)
 
-        log.read = slow
+        log.read = slow  # type: ignore[method-assign]  # it takes its time
         await session.call_tool(nodes[1 - edge].url, "note", first=0, count=CARRIED)
         turn.set()
         got = [(await listening.message("notifications/message"))["params"]["data"] for _ in range(CARRIED)]
@@ -238,7 +238,7 @@ async def test_answers_that_no_http_sse_client_fetches_are_bounded(database: str
     async with cluster(database, talker, 2, max_in_flight=2) as nodes, tables_of(database) as tables:
         async with RawSession(path="/sse") as client:
             stream = await client.get(nodes[0].url)
-            where = (await stream.next()).data
+            where = str((await stream.event()).data)
             await stream.close()
         await eventually(lambda: is_(tables, "select count(*) from pgmcp.streams where sink is not null", 0), "gone")
         async with RawSession(path=where) as poster:

@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,15 @@ async def test_a_crash_takes_nothing_back_though_the_role_commits_asynchronously
         assert {node.node._database.history.term for node in nodes} == {0}
 
 
+def starts(truth: Path, text: str) -> int:
+    """How often a call has begun to run."""
+    return truth.read_text().count(f'["start", "{text}"')
+
+
+def copied(source: Path, target: Path) -> None:
+    subprocess.run(["cp", "-a", source, target], check=True)
+
+
 async def test_a_storage_that_was_put_back_begins_a_term(primary: Server) -> None:
     """The same server, the same timeline, some seconds younger than its nodes."""
     truth, snapshot = Truth(), primary.data.with_name("snapshot")
@@ -87,7 +97,7 @@ async def test_a_storage_that_was_put_back_begins_a_term(primary: Server) -> Non
         await session.open(nodes[0].url)
         ear = await session.get(nodes[1].url)
         primary.kill()
-        await asyncio.to_thread(subprocess.run, ["cp", "-a", primary.data, snapshot], check=True)
+        await asyncio.to_thread(copied, primary.data, snapshot)
         await back(primary)
         for number in range(3):
             await session.call_tool(nodes[1].url, "update", 20, uri=f"test://{number}")
@@ -96,7 +106,7 @@ async def test_a_storage_that_was_put_back_begins_a_term(primary: Server) -> Non
         seen = int((ear.last_event_id or "").rpartition(".")[2])
         primary.kill()
         shutil.rmtree(primary.data)
-        await asyncio.to_thread(subprocess.run, ["cp", "-a", snapshot, primary.data], check=True)
+        await asyncio.to_thread(copied, snapshot, primary.data)
         await back(primary)
         await session.call_tool(nodes[1].url, "update", 20, uri="test://after")
         assert (await ear.message("notifications/resources/updated"))["params"]["uri"] == "test://after"
@@ -152,7 +162,7 @@ async def test_a_request_that_gets_the_id_of_a_forgotten_transaction_is_answered
                 below = await tables.value("select pg_current_xact_id()::text::bigint")
                 call = asyncio.create_task(session.call_tool(nodes[1].url, "run", text=f"after {turn}"))
                 stored = f"select exists (select from pgmcp.requests where xact > {below} and rpc_id is not null)"
-                await eventually(lambda stored=stored: tables.value(stored), "the request is stored")
+                await eventually(partial(tables.value, stored), "the request is stored")
             host.unsettled = False
             await call
             if below < given_out:
@@ -171,13 +181,14 @@ async def test_what_a_dead_owner_may_have_claimed_is_not_run_again(
                 text = f"turn {turn}"
                 params = {"name": "unsafe_long", "arguments": {"text": text, "seconds": 1.0}}
                 call = await session.request(nodes[1].url, "tools/call", params, request_id=text)
-                await eventually(lambda text=text: text in truth.read_text(), "it runs")
+
+                await eventually(partial(starts, truth, text), "it runs")
                 primary.crash()
                 nodes[0].kill()
                 lost = await claim_was_lost(primary, text)
                 answer = await call.response(text, 40)
                 assert answer["error"]["data"] == {"reason": "owner_lost", "outcome": "unknown", "runs": 1}
-                assert truth.read_text().count(f'["start", "{text}"') == 1
+                assert starts(truth, text) == 1
                 if lost:
                     return
                 nodes[0].start().wait_ready()
@@ -207,7 +218,11 @@ async def test_a_line_tells_a_crash_from_an_orderly_restart(primary: Server) -> 
             count = len(said)
             await asyncio.to_thread(end)
             primary.start(wait=False)
-            await eventually(lambda count=count: len(said) > count, "the line is open again", 20)
+
+            def said_more(count: int = count) -> bool:
+                return len(said) > count
+
+            await eventually(said_more, "the line is open again", 20)
         assert said[1:] == [False, True, False]
     finally:
         running.cancel()

@@ -7,7 +7,8 @@ from contextlib import AsyncExitStack
 
 import pytest
 
-from pgmcp.store.history import JUMP
+from pgmcp.node.continuation import Continuation
+from pgmcp.store.history import JUMP, History
 from tests.harness.clients import RawExchange, RawSession
 from tests.harness.cluster import eventually, tables_of
 from tests.harness.servers import Server
@@ -55,10 +56,11 @@ async def test_the_last_commits_are_lost(primary: Server, standby: Server) -> No
         await asyncio.to_thread(standby.promote)
         for node in nodes:
             history, continuation = node.node._database.history, node.incarnation._continuation
-            await eventually(
-                lambda history=history, continuation=continuation: history.term == 1 and continuation._settled.is_set(),
-                "it goes on in the next term",
-            )
+
+            def went_on(history: History = history, continuation: Continuation = continuation) -> bool:
+                return history.term == 1 and continuation._settled.is_set()
+
+            await eventually(went_on, "it goes on in the next term")
 
         # What ran and is complete goes on where it was.
         assert (await calls["quiet"].response("quiet early"))["result"]["content"][0]["text"] == "quiet early"

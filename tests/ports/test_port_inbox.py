@@ -155,10 +155,14 @@ async def test_a_batch_that_is_there_is_joined_as_a_whole(pair: Pair) -> None:
     first = posted(pair, "1", None, "2")
     await pair.one.inbox.accept(first)
     before = await pair.bench.counts()
-    for ids in (("1", None, "2"), ("2", "1", None)):
+    same: list[tuple[str | None, ...]] = [("1", None, "2"), ("2", "1", None)]
+    for ids in same:
         again = await pair.two.inbox.accept(posted(pair, *ids))
         assert (again.stream, again.joined) == (first[0].stream, True)
-    for ids in (("1", "2"), ("1", None, None, "2"), ("1",), ("2", None), ("1", None, "2", "3"), ("3", "2")):
+    others: list[tuple[str | None, ...]] = [
+        ("1", "2"), ("1", None, None, "2"), ("1",), ("2", None), ("1", None, "2", "3"), ("3", "2"),
+    ]  # fmt: skip
+    for ids in others:
         assert isinstance(await outcome(pair.two.inbox.accept(posted(pair, *ids))), DuplicateRequest), ids
     other = [*posted(pair, "1", None), *posted(pair, "2", body=b"other")]
     assert isinstance(await outcome(pair.two.inbox.accept(other)), DuplicateRequest)
@@ -181,12 +185,14 @@ async def test_a_finished_batch_gives_its_answers_until_they_were_written(pair: 
     await pair.one.log.append(answer(two, 2))
     again = await pair.one.inbox.accept(posted(pair, "1", None, "2"))
     assert (again.stream, again.joined) == (stream, True)
-    for ids in (("1",), ("1", "2"), ("2", "3")):
+    others: list[tuple[str | None, ...]] = [("1",), ("1", "2"), ("2", "3")]
+    for ids in others:
         assert isinstance(await outcome(pair.two.inbox.accept(posted(pair, *ids))), DuplicateRequest), ids
     attached = await pair.two.log.attach(pair.session.session_id, ANONYMOUS, stream)
     assert isinstance(attached, Attachment)
     await pair.two.log.release(Cursor(stream, attached.sink_epoch, 2))
-    for ids in (("1", None, "2"), ("3",)):
+    free: list[tuple[str | None, ...]] = [("1", None, "2"), ("3",)]
+    for ids in free:
         assert (await pair.one.inbox.accept(posted(pair, *ids))).joined is False
     assert (await pair.bench.counts())["requests"] == 7
 

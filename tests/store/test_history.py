@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from urllib.parse import urlsplit
+from uuid import UUID
 
 import asyncpg
 import pytest
@@ -46,7 +47,9 @@ async def promote(hand: asyncpg.Connection) -> None:
 
 
 async def row(hand: asyncpg.Connection) -> asyncpg.Record:
-    return await hand.fetchrow("select * from pgmcp.history")
+    found = await hand.fetchrow("select * from pgmcp.history")
+    assert found is not None
+    return found
 
 
 async def arrived(node: Store, term: int) -> None:
@@ -83,6 +86,8 @@ async def test_all_numbers_jump_once_however_many_nodes_come_at_once(database: s
         assert len(changes) == 1
         assert (await row(hand))["term"] == 1
         assert await hand.fetchval("select epoch from pgmcp.sessions") == 1 + JUMP
+        assert done.stream is not None
+        assert running.stream is not None
         stands = await first.log.stands([done.stream, running.stream, session.standalone])
         assert {stream: stand.next_seq for stream, stand in stands.items()} == {
             done.stream: 2,
@@ -100,10 +105,10 @@ async def test_a_term_begins_in_pieces_and_whoever_comes_goes_on(
         for _ in range(7):
             await opened(node)
         monkeypatch.setattr(history, "PIECE", 2)
-        move, pieces = history.History._move, []
+        move, pieces = history.History._move, list[int]()
 
-        async def broken(self, connection, following, **how):
-            pieces.append(await move(self, connection, following, **how))
+        async def broken(self: history.History, connection: asyncpg.Connection, following: UUID, *, first: bool) -> int:
+            pieces.append(await move(self, connection, following, first=first))
             if len(pieces) == 2:
                 connection.terminate()  # as its deadline does
             return pieces[-1]
@@ -246,6 +251,7 @@ async def test_a_node_that_knows_more_eras_counts_on(database: str, hand: asyncp
     async with store(database) as node:
         await opened(node)
         known = node.database.history._known
+        assert known is not None
         node.database.history._known = replace(known, id=IDS.uuid(), term=4)
         await hand.execute(f"select pg_terminate_backend(pid) {BACKENDS}")
         await arrived(node, 5)
@@ -255,7 +261,9 @@ async def test_a_node_that_knows_more_eras_counts_on(database: str, hand: asyncp
 async def test_a_server_that_was_left_behind_is_refused(database: str) -> None:
     async with store(database) as node:
         history = node.database.history
-        history._known = replace(history._known, present=history._known.present.replace("/00000001", "/00000002"))
+        known = history._known
+        assert known is not None
+        history._known = replace(known, present=known.present.replace("/00000001", "/00000002"))
         with pytest.raises(ConnectionError, match="history that is over"):
             await node.database.connect(database, timeout=5)
 

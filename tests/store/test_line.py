@@ -156,7 +156,7 @@ async def test_a_notifier_says_when_postgres_refuses(database: str, refusal: Bas
         raise refusal
 
     async with store(database) as node:
-        node.database.fetch = fetch  # type: ignore[method-assign]
+        node.database.fetch = fetch  # type: ignore[method-assign,assignment]
         with pytest.raises(DatabaseUnavailable):
             await TableNotifier(node.database).notify([(None, "*")])
 
@@ -356,8 +356,8 @@ async def test_renewals_and_states_hit_live_rows_only(database: str, hand: async
         await join(database, found.node)
         assert await found.line.renew()
         assert await found.line.set_state(NodeState.READY)
-        row = await hand.fetchrow("select * from pgmcp.nodes where node_id = $1", found.node)
-        line = await hand.fetchrow(f"select pid, backend_start {LINES}")
+        [row] = await hand.fetch("select * from pgmcp.nodes where node_id = $1", found.node)
+        [line] = await hand.fetch(f"select pid, backend_start {LINES}")
         assert (row["state"], row["line_pid"], row["line_started_at"]) == ("ready", line["pid"], line["backend_start"])
         await hand.execute("update pgmcp.nodes set state = 'dead'")
         assert not await found.line.renew()

@@ -433,4 +433,4 @@ def test_the_public_views_have_the_public_columns_in_order(empty_database: str) 
         "where c.relkind = 'v' and c.relnamespace = $1::regnamespace group by 1",
         "pgmcp",
     )
-    assert {name: tuple(columns) for name, columns in found} == views.COLUMNS  # type: ignore[arg-type, misc]
+    assert {name: tuple(columns) for name, columns in found} == views.COLUMNS  # type: ignore[arg-type]

@@ -152,10 +152,10 @@ async def test_an_unknown_key_is_looked_for_once_in_a_while(database: str, hand:
         await ring.load()
         load = ring.load
 
-        async def counting() -> None:
+        async def counting(*, make: bool = False) -> None:
             nonlocal loads
             loads += 1
-            await load()
+            await load(make=make)
 
         ring.load = counting  # type: ignore[method-assign]
         junk = [b"\xff\xff\xff" + bytes([number]) + bytes(40) for number in range(20)]

@@ -10,6 +10,7 @@ import importlib
 import inspect
 import re
 from pathlib import Path
+from typing import Any
 from uuid import UUID
 
 import asyncpg
@@ -18,6 +19,7 @@ import pytest
 import pgmcp
 from pgmcp.settings import Settings
 from pgmcp.store import line as line_module
+from pgmcp.types import Cursor, Page
 from tests.harness.clients import RawSession
 from tests.harness.cluster import Tables, cluster, eventually
 from tests.harness.proxy import proxied
@@ -175,15 +177,15 @@ async def test_museum_05_what_is_pruned_between_wake_up_and_read_is_no_clean_end
         log = nodes[1].incarnation.log
         read, pruned = log.read, asyncio.Event()
 
-        async def late(cursor):
+        async def late(cursor: Cursor) -> Page:
             await pruned.wait()
             return await read(cursor)
 
-        log.read = late
+        log.read = late  # type: ignore[method-assign]  # it takes its time
         exchange = await session.request(nodes[1].url, "tools/call", {"name": "run", "arguments": {"text": "x"}})
         closed = "select count(*) from pgmcp.streams where kind = 'request' and closed and next_seq = 2 and id = $1"
-        priming = await exchange.next()
-        stream = UUID(priming.id.partition(".")[0])
+        priming = await exchange.event()
+        stream = UUID(str(priming.id).partition(".")[0])
         await eventually(lambda: tables.value(closed, stream), "the answer is stored")
         await tables.execute("delete from pgmcp.streams where id = $1", stream)
         pruned.set()
@@ -267,7 +269,7 @@ async def test_museum_28_no_setting_leaks_in_the_pool(database: str) -> None:
         assert node.database._idle
         for connection in node.database._idle:
             for name in ("lock_timeout", "statement_timeout", "synchronous_commit"):
-                row = await connection.fetchrow("select setting, reset_val from pg_settings where name = $1", name)
+                [row] = await connection.fetch("select setting, reset_val from pg_settings where name = $1", name)
                 assert row["setting"] == row["reset_val"], name
 
 
@@ -288,7 +290,7 @@ async def test_museum_20_a_call_that_outlasts_the_lease_of_its_living_node_is_no
     database: str, ledger: Ledger, tables: Tables
 ) -> None:
     """River and Oban rescue what is old; here age means nothing as long as the owner lives."""
-    lease = {"renew": 0.1, "deadline": 0.2, "trust": 0.8, "ttl": 1.0, "poll": 0.1}
+    lease: dict[str, Any] = {"renew": 0.1, "deadline": 0.2, "trust": 0.8, "ttl": 1.0, "poll": 0.1}
     async with cluster(database, ledger.server, 3, **lease) as nodes, sessions(nodes, 1) as (session,):
         calling = asyncio.create_task(session.call_tool(nodes[1].url, "wait", text="long"))
         ticks = [node.incarnation.lease for node in nodes]

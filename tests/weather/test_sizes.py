@@ -46,11 +46,11 @@ class Statements:
                 self.payloads.extend(args[1])
             return await fetch(name, *args)
 
-        database.fetch = counted
+        database.fetch = counted  # type: ignore[method-assign]  # until the context ends
         try:
             yield
         finally:
-            database.fetch = fetch
+            database.fetch = fetch  # type: ignore[method-assign]
 
 
 async def carried(session: RawSession, base: str, body: bytes) -> tuple[RawExchange, bytes]:
@@ -59,7 +59,7 @@ async def carried(session: RawSession, base: str, body: bytes) -> tuple[RawExcha
     assert exchange.status == 200, exchange.body
     events = await exchange.rest()
     assert exchange.error is None
-    (message,) = [event.data for event in events if event.message is not None]
+    (message,) = [event.data for event in events if event.data]
     return exchange, message.encode()
 
 
@@ -135,11 +135,11 @@ async def one_statement(node: RunningNode, name: str, count: int) -> AsyncIterat
                 await eventually(lambda: len(inbox._accepts._waiting) >= count, f"{count} rows wait")
         return await fetch(asked, *args)
 
-    inbox._database.fetch = held
+    inbox._database.fetch = held  # type: ignore[method-assign,assignment]
     try:
         yield sizes
     finally:
-        inbox._database.fetch = fetch
+        inbox._database.fetch = fetch  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("edge", [0, 1], ids=["owner", "other"])

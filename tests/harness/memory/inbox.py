@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from uuid import UUID
 
 from pgmcp.clock import Ids
@@ -11,6 +12,7 @@ from pgmcp.errors import (
     ClusterFull,
     Fenced,
     OutOfStep,
+    PgmcpError,
     SessionBusy,
     SessionUnknown,
     TooManySessions,
@@ -94,7 +96,8 @@ class MemoryInbox:
         unused = [row for row in rows if not self._in_use(row)]
         own = self._own(principal, address)
         if own and len(own) >= settings.max_sessions_per_caller:
-            candidates, error = [row for row in unused if row in own], TooManySessions()
+            candidates = [row for row in unused if row in own]
+            error: PgmcpError = TooManySessions()
         elif len(rows) >= settings.max_sessions:
             late = self._cluster.now() - CLIENT_GONE
             begun = {place[0] for place in self._cluster.journal if place[1] == "initialized"}
@@ -144,7 +147,7 @@ class MemoryInbox:
                     await self._wire.clock.sleep(0.01)
                 case Fate.FREE:
                     for each in verdict.known:
-                        await self._wire.persist("free_request_id", lambda key=each.key: self._free(key))
+                        await self._wire.persist("free_request_id", partial(self._free, each.key))
 
     def _free(self, key: RequestKey) -> None:
         row = self._cluster.requests.get(key)
