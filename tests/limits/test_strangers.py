@@ -14,8 +14,9 @@ from mcp.server.mcpserver import MCPServer
 from pgmcp.errors import NodeFull
 from pgmcp.types import ANONYMOUS, Accepted, Message
 from pgmcp.web.admission import Guest
-from pgmcp.web.bodies import SHARES, SMALL, Bodies
+from pgmcp.web.bodies import SHARES, SMALL, Bodies, Body
 from tests.harness.clients import RawSession
+from tests.harness.clock import FakeClock
 from tests.harness.cluster import RunningNode, cluster, eventually
 from tests.limits.conftest import Talker
 from tests.limits.test_admission import refused
@@ -56,7 +57,7 @@ async def test_no_body_holds_the_loop(database: str, talker: Talker) -> None:
         RawSession(headers={"mcp-protocol-version": "2026-07-28", "mcp-method": "tools/call"}) as modern,
     ):
         await session.open(node.url)
-        older.path = (await (await older.get(node.url)).next()).data
+        older.path = str((await (await older.get(node.url)).event()).data)
         stranger.session_id = "made-up"
         async with longest_hold() as held:
             answers = await asyncio.gather(*(each.post(node.url, BOMB) for each in (session, older, stranger, modern)))
@@ -90,7 +91,7 @@ def whose(name: str) -> Guest:
 
 
 def test_bodies_in_memory_are_bounded_for_all_and_for_each_caller() -> None:
-    bodies, large = Bodies(100_000), 100_000
+    bodies, large = Bodies(100_000, FakeClock()), 100_000
     with contextlib.ExitStack() as stack:
         for name in "abcd":
             for _ in range(SHARES // 4):
@@ -99,9 +100,9 @@ def test_bodies_in_memory_are_bounded_for_all_and_for_each_caller() -> None:
                 with pytest.raises(NodeFull, match="your bodies"):
                     more.grow(SMALL + 1)
         assert bodies.total == SHARES * large
-        for attempt in (lambda body: body.expect(SMALL + 1), lambda body: body.grow(SMALL + 1)):
+        for attempt in (Body.expect, Body.grow):
             with bodies.body(whose("e")) as body, pytest.raises(NodeFull, match="another one"):
-                attempt(body)
+                attempt(body, SMALL + 1)
         for name in "abcde":  # calls get through all the same
             stack.enter_context(bodies.body(whose(name))).grow(SMALL)
         with bodies.body(whose("e")) as body:
@@ -164,12 +165,12 @@ def held_up(node: RunningNode, subject: str) -> Iterator[list[str]]:
             await opened.wait()
         return await accept(messages)
 
-    inbox.accept = accept_later
+    inbox.accept = accept_later  # type: ignore[method-assign]  # until the context ends
     try:
         yield inside
     finally:
         opened.set()
-        inbox.accept = accept
+        inbox.accept = accept  # type: ignore[method-assign]
 
 
 async def test_a_strangers_requests_take_no_room_of_a_session_and_tell_him_nothing(
@@ -185,6 +186,7 @@ async def test_a_strangers_requests_take_no_room_of_a_session_and_tell_him_nothi
         of("bob") as made_up,
     ):
         await ada.open(node.url)
+        assert ada.session_id is not None
         known.session_id, made_up.session_id = ada.session_id, f"{ada.session_id[:-1]}~"
         with held_up(node, "bob") as inside:
             posts = {
