@@ -39,6 +39,10 @@ from tests.harness.pooler import way_to
 BOUND = 10.0
 LOOK = 0.002
 IDS, CLOCK = Ids(), Clock()
+ELSEWHERE = "7000000000000000000/00000001"
+"""The mark of a history that no server of a test has."""
+
+BACKENDS = "from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()"
 HELD = ("sessions", "journal", "streams", "events", "requests")
 
 
@@ -166,6 +170,12 @@ async def check_streams(connection: asyncpg.Connection) -> None:
         "having count(e.seq) <> s.next_seq - 1 or coalesce(max(e.seq), 0) <> s.next_seq - 1"
     )
     assert wrong == []
+
+
+async def promote(connection: asyncpg.Connection) -> None:
+    """The numbers in the tables belong to another history now, as after a failover; every other connection is cut."""
+    await connection.execute("update pgmcp.history set mark = $1", ELSEWHERE)
+    await connection.execute(f"select pg_terminate_backend(pid) {BACKENDS}")
 
 
 async def until(condition: Callable[[], Awaitable[bool]], what: str) -> None:

@@ -19,7 +19,7 @@ from pgmcp.store.publications import TablePublications
 from pgmcp.types import NodeId, NodeRecord, NodeState, Outcome, RequestKey, SessionKey
 from tests.harness.memory import MemoryCluster, MemoryStore, memory_store
 from tests.harness.proxy import Cut, Proxy, proxied
-from tests.harness.stores import HELD, IDS, Session, check_streams, row_counts, store, until
+from tests.harness.stores import HELD, IDS, Session, check_streams, promote, row_counts, store, until
 
 LONG = 60.0
 
@@ -60,6 +60,10 @@ class Bench(ABC):
     @abstractmethod
     async def hang_up(self, node: Ports) -> None:
         """End the backend of a node's line."""
+
+    @abstractmethod
+    async def fail_over(self) -> None:
+        """Another server goes on with every commit of the former one: a term begins, and all numbers jump."""
 
     @abstractmethod
     async def counts(self) -> dict[str, int]:
@@ -165,6 +169,9 @@ class TableBench(Bench):
 
         await until(gone, "the line's backend ends")
 
+    async def fail_over(self) -> None:
+        await promote(self._hand)
+
     async def counts(self) -> dict[str, int]:
         return await row_counts(self._hand)
 
@@ -219,6 +226,9 @@ class MemoryBench(Bench):
     async def hang_up(self, node: Ports) -> None:
         self._stores[node.node].lease.hang_up()
         self._stores[node.node].lease.notice()
+
+    async def fail_over(self) -> None:
+        self._cluster.begin_term()
 
     async def counts(self) -> dict[str, int]:
         cluster = self._cluster

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from pgmcp.errors import DuplicateRequest, Fenced, SessionUnknown
+from pgmcp.store.history import JUMP
 from pgmcp.types import ANONYMOUS, Attachment, Claimed, Cursor, Message, Principal, StreamId
 from tests.harness.stores import HELD, IDS, answer, opened, outcome, request
 from tests.ports.benches import Pair
@@ -245,6 +246,32 @@ async def test_a_claim_that_came_to_nobody_is_given_up_and_taken_again(pair: Pai
     for node, epoch in ((pair.one, 2), (pair.two, 1)):
         refused = node.inbox.put_back(replace(pair.session.ownership, epoch=epoch), seen)
         assert isinstance(await outcome(refused), Fenced)
+
+
+async def test_what_an_owner_works_on_stays_its_own_when_a_term_begins(pair: Pair) -> None:
+    for rpc_id in ("1", "2", None):
+        await pair.two.inbox.accept([request(pair.session, rpc_id)])
+    kept, other, _ = await pair.one.inbox.claim(pair.session.ownership)
+    await pair.bench.fail_over()
+    now = replace(pair.session.ownership, epoch=pair.session.ownership.epoch + JUMP)
+    assert await pair.one.inbox.unfinished([pair.session.key]) == {pair.session.key: {kept.key, other.key}}
+    await pair.two.inbox.keep_claims([now], [])  # it is not the owner
+    await pair.one.inbox.keep_claims([now], [kept.key])
+    assert isinstance(await outcome(pair.one.inbox.claim(pair.session.ownership)), Fenced)
+    assert [item.key for item in await pair.one.inbox.claim(now)] == [other.key]
+    await pair.one.inbox.keep_claims([now], [])  # a late try gives up nothing that was claimed in this term
+    assert await pair.one.inbox.claim(now) == []
+    assert [await pair.bench.runs(item.key) for item in (kept, other)] == [1, 1]
+
+
+async def test_only_requests_that_have_not_ended_are_unfinished(pair: Pair) -> None:
+    await answered(pair, request(pair.session))
+    running = request(pair.session, "2")
+    for message in (running, request(pair.session, None)):
+        await pair.two.inbox.accept([message])
+    stranger = await opened(pair.two)
+    assert await pair.one.inbox.unfinished([pair.session.key, stranger.key]) == {pair.session.key: {running.key}}
+    assert await pair.one.inbox.unfinished([]) == {}
 
 
 async def test_nothing_makes_room_where_there_is_room(pair: Pair) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from pgmcp.errors import Fenced
+from pgmcp.store.history import JUMP
 from pgmcp.types import (
     ANONYMOUS,
     Attachment,
@@ -353,3 +354,14 @@ async def test_a_wake_up_reaches_its_node_and_one_for_all_everybody(pair: Pair) 
         return pair.two.heard == ["i1", "o"] and pair.one.heard == ["o"]
 
     await until(heard, "the wake-ups are heard")
+
+
+async def test_what_waited_when_a_term_began_may_have_run(pair: Pair) -> None:
+    """Its claim may be among the commits that nobody waited for."""
+    before, after = request(pair.session, "1"), request(pair.session, "2")
+    await pair.two.inbox.accept([before])
+    await pair.bench.fail_over()
+    await pair.two.inbox.accept([after])
+    now = replace(pair.session.ownership, epoch=pair.session.ownership.epoch + JUMP)
+    left = await pair.one.takeovers.inherit(now)
+    assert [item.key for item in left.requests] == [before.key]

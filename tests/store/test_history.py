@@ -24,13 +24,21 @@ from pgmcp.store.database import Database
 from pgmcp.store.history import JUMP
 from pgmcp.store.statements import statement
 from pgmcp.types import Entry, Ownership
-from tests.harness.stores import IDS, Store, answer, opened, outcome, request, store
+from tests.harness.stores import (
+    BACKENDS,
+    ELSEWHERE,
+    IDS,
+    Store,
+    answer,
+    opened,
+    outcome,
+    promote,
+    request,
+    store,
+)
 
-ELSEWHERE = "7000000000000000000/00000001"
 MANY = 10_000
 """Sessions, which one statement does not move within the deadline of the test."""
-
-BACKENDS = "from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()"
 
 
 @pytest.fixture
@@ -38,12 +46,6 @@ async def hand(database: str) -> AsyncIterator[asyncpg.Connection]:
     connection = await asyncpg.connect(database, timeout=10)
     yield connection
     await connection.close()
-
-
-async def promote(hand: asyncpg.Connection) -> None:
-    """The numbers in the tables belong to another history now, as after a failover; every connection is cut."""
-    await hand.execute("update pgmcp.history set mark = $1", ELSEWHERE)
-    await hand.execute(f"select pg_terminate_backend(pid) {BACKENDS}")
 
 
 async def row(hand: asyncpg.Connection) -> asyncpg.Record:

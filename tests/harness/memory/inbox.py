@@ -350,6 +350,37 @@ class MemoryInbox:
 
         await self._wire.persist("write_journal", work, gated=True)
 
+    async def unfinished(self, sessions: Sequence[SessionKey]) -> dict[SessionKey, set[RequestKey]]:
+        def work() -> dict[SessionKey, set[RequestKey]]:
+            found: dict[SessionKey, set[RequestKey]] = {}
+            for row in self._cluster.requests.values():
+                if row.session in sessions and row.message.rpc_id is not None and not row.finished:
+                    found.setdefault(row.session, set()).add(row.key)
+            return found
+
+        return await self._wire.persist("unfinished", work)
+
+    async def keep_claims(self, ownerships: Sequence[Ownership], keys: Sequence[RequestKey]) -> None:
+        def work() -> None:
+            for ownership in ownerships:
+                if self._cluster.owned_by(self._node, ownership) is not None:
+                    self._keep_claims(ownership, keys)
+                    self._cluster.stored(self._node, "keep_claims", ownership)
+
+        await self._wire.persist("keep_claims", work)
+        self._unheard.clear()
+
+    def _keep_claims(self, ownership: Ownership, keys: Sequence[RequestKey]) -> None:
+        for row in self._cluster.requests_of(ownership.session):
+            former = row.claimed_epoch
+            if row.message.rpc_id is None or row.finished or (former or 0) >= ownership.epoch:
+                continue  # what was claimed in the term already is let be
+            row.claim = None
+            if row.key in keys:
+                row.claimed_epoch, row.runs = ownership.epoch, max(row.runs, 1)
+            else:
+                row.claimed_epoch, row.runs = None, row.runs if former is None else max(row.runs - 1, 0)
+
     async def end(self, session_id: str, principal: Principal = ANONYMOUS) -> SessionKey:
         facts = await self.find(session_id, principal)
         await self._wire.persist("end_session", lambda: self._cluster.forget(facts.session))
