@@ -234,7 +234,7 @@ async def _open_with(session: RawSession, urls: list[str], asked: object) -> Non
     assert exchange.status == 200
     session.session_id = exchange.headers["mcp-session-id"]
     chosen = (await exchange.response(0))["result"]["protocolVersion"]
-    assert chosen == asked or asked != "2024-11-05"
+    assert chosen == (asked if asked == "2024-11-05" else "2025-11-25")
     assert (await session.notify(urls[1], "notifications/initialized")).status == 202
     later = await session.request(urls[1], "ping")
     assert (await later.rest())[0].is_priming == (chosen >= "2025-11-25")

@@ -5,6 +5,7 @@ Most of it is shown elsewhere; ``ELSEWHERE`` names the tests, and a test here se
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import importlib
 import inspect
@@ -112,9 +113,44 @@ UPDATED = "notifications/resources/updated"
 
 @pytest.mark.parametrize("node_id", ELSEWHERE.values(), ids=ELSEWHERE.keys())
 def test_museum_is_shown_elsewhere(node_id: str) -> None:
+    """By a test of that file that is always run, and that looks at what comes of it."""
     path, _, name = node_id.partition("::")
     module = importlib.import_module(path.removesuffix(".py").replace("/", "."))
-    assert inspect.isfunction(getattr(module, name, None))
+    test = getattr(module, name, None)
+    assert inspect.isfunction(test)
+    assert (name[:5], test.__module__) == ("test_", module.__name__)
+    own, common = getattr(test, "pytestmark", []), getattr(module, "pytestmark", [])
+    marks = {mark.name for mark in (*own, *(common if isinstance(common, list) else [common]))}
+    assert marks.isdisjoint({"skip", "skipif", "xfail"})
+    assert asserts(ast.parse(inspect.getsource(module)), name)
+
+
+def asserts(module: ast.Module, name: str) -> bool:
+    """Whether a function asserts something, itself or in what it calls of its module."""
+    functions = {
+        node.name: node for node in ast.walk(module) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    called, known = {name}, set[str]()
+    while called:
+        known |= called
+        parts = [part for each in called if each in functions for part in ast.walk(functions[each])]
+        if any(isinstance(part, ast.Assert) for part in parts):
+            return True
+        callees = [part.func for part in parts if isinstance(part, ast.Call)]
+        named = {callee.id for callee in callees if isinstance(callee, ast.Name)}
+        methods = {callee.attr for callee in callees if isinstance(callee, ast.Attribute)}
+        if "raises" in methods:
+            return True
+        called = (named | methods) - known
+    return False
+
+
+def test_a_test_that_looks_at_nothing_shows_nothing() -> None:
+    """The museum's own rule can fail."""
+    module = ast.parse(
+        "def test_a(): assert x\ndef test_b(): look()\ndef look(): assert x\ndef test_c(): do()\ndef test_d(): test_d()"
+    )
+    assert [asserts(module, f"test_{letter}") for letter in "abcde"] == [True, True, False, False, False]
 
 
 async def test_museum_03_a_lower_number_never_commits_late_in_a_stream(
@@ -273,8 +309,24 @@ async def test_museum_28_no_setting_leaks_in_the_pool(database: str) -> None:
                 assert row["setting"] == row["reset_val"], name
 
 
-def test_museum_30_nobody_listens_on_a_pool_connection() -> None:
+LISTENING = "select count(*) from pg_listening_channels()"
+
+
+async def test_museum_30_nobody_listens_on_a_pool_connection(database: str, ledger: Ledger) -> None:
     """pgqueuer: the pool's driver listened, and never reconnected. Only the line does, outside of the pool."""
+    async with cluster(database, ledger.server, 1) as [node], sessions([node], 2) as opened:
+        await asyncio.gather(*(run(session, node.url, f"{number}") for number, session in enumerate(opened)))
+        line, idle = node.incarnation.line, node.node._database._idle
+        assert line._connection is not None
+        async with line._turn:
+            assert await line._connection.fetchval(LISTENING) == 2
+        assert idle
+        for _ in range(len(idle)):
+            connection = idle.pop()
+            try:
+                assert await connection.fetchval(LISTENING) == 0
+            finally:
+                idle.insert(0, connection)
     folder = Path(pgmcp.__file__).parent
     found = {
         path.relative_to(folder).as_posix()
@@ -282,7 +334,6 @@ def test_museum_30_nobody_listens_on_a_pool_connection() -> None:
         if re.search(r"\.add_listener\(", path.read_text("utf-8"))
     }
     assert found == {"store/line.py"}
-    assert "pool" not in inspect.getsource(line_module.Line._connect)
     assert Settings(database_url="postgresql://a/b", listen_url="postgresql://c/d").line_url == "postgresql://c/d"
 
 
