@@ -56,7 +56,7 @@ class Stage:
                 name=f"node-{len(self.nodes) + number}",
                 port=port,
                 log_dir=self._folder,
-                env={"CHAOS_TRUTH": str(self._truth), "PGMCP_RERUN": "named", "PGMCP_DRAIN_LIMIT": "2", **env},
+                env={"TRUTH": str(self._truth), "PGMCP_RERUN": "named", "PGMCP_DRAIN_LIMIT": "2", **env},
             ).start()
             for number, port in enumerate(free_ports(count), start=1)
         ]

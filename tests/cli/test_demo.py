@@ -17,7 +17,8 @@ from rich.console import Console
 
 from pgmcp.cli.scenes import charged_once, only_forward, outcome_is_unknown
 from pgmcp.cli.story import Finding, Lost, Story
-from tests.harness.processes import ManagedProcess, wait_until
+from tests.harness.processes import ManagedProcess
+from tests.harness.waiting import wait_until
 
 BOUND = 200
 STORY = (

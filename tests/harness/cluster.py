@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import inspect
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from pgmcp.settings import Settings
 from pgmcp.types import SessionKey
 from tests.harness.pooler import way_to
 from tests.harness.schemas import remember
+from tests.harness.waiting import eventually as eventually  # noqa: PLC0414 - most tests look for it here
 
 START = 20.0
 remember()
@@ -116,20 +116,6 @@ async def serving(
 def owner_of(nodes: Sequence[RunningNode], session: SessionKey) -> RunningNode:
     """The node that runs a session's actor."""
     return next(node for node in nodes if session in node.incarnation.host._residents)
-
-
-async def eventually(condition: Callable[[], Any], what: str, seconds: float = 10.0) -> Any:
-    """Return the first true value of ``condition`` (which may be a coroutine function), or fail with the last one."""
-    end = asyncio.get_running_loop().time() + seconds
-    while True:
-        value = condition()
-        if inspect.isawaitable(value):
-            value = await value
-        if value:
-            return value
-        if asyncio.get_running_loop().time() > end:
-            raise AssertionError(f"not within {seconds} s: {what} (last: {value!r})")
-        await asyncio.sleep(0.01)
 
 
 class Tables:

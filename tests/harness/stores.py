@@ -35,10 +35,10 @@ from pgmcp.types import (
     StreamId,
 )
 from tests.harness.pooler import way_to
+from tests.harness.waiting import eventually
 
 BOUND = 10.0
-LOOK = 0.002
-IDS, CLOCK = Ids(), Clock()
+IDS = Ids()
 ELSEWHERE = "7000000000000000000/00000001"
 """The mark of a history that no server of a test has."""
 
@@ -178,16 +178,6 @@ async def promote(connection: asyncpg.Connection) -> None:
     await connection.execute(f"select pg_terminate_backend(pid) {BACKENDS}")
 
 
-async def until(condition: Callable[[], Awaitable[bool]], what: str) -> None:
-    """Look again and again until the condition holds; fail with ``what`` after the bound."""
-    try:
-        async with asyncio.timeout(BOUND):
-            while not await condition():
-                await CLOCK.sleep(LOOK)
-    except TimeoutError:
-        raise AssertionError(what) from None
-
-
 class Watcher:
     """Sees who waits for a lock in the test's database."""
 
@@ -209,7 +199,7 @@ class Watcher:
         async def seen() -> bool:
             return task.done() or await self.waiting(word) >= count
 
-        await until(seen, f"nobody waits in {word}")
+        await eventually(seen, f"nobody waits in {word}")
         return not task.done()
 
 

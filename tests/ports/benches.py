@@ -19,7 +19,8 @@ from pgmcp.store.publications import TablePublications
 from pgmcp.types import NodeId, NodeRecord, NodeState, Outcome, RequestKey, SessionKey
 from tests.harness.memory import MemoryCluster, MemoryStore, memory_store
 from tests.harness.proxy import Cut, Proxy, proxied
-from tests.harness.stores import HELD, IDS, Session, check_streams, promote, row_counts, store, until
+from tests.harness.stores import HELD, IDS, Session, check_streams, promote, row_counts, store
+from tests.harness.waiting import eventually
 
 LONG = 60.0
 
@@ -98,7 +99,7 @@ class Bench(ABC):
             await observer.lease.renew()
             return bool(await observer.takeovers.condemn(by_lease=True, by_silence=False))
 
-        await until(dead, "the node is declared dead")
+        await eventually(dead, "the node is declared dead")
 
 
 @dataclass
@@ -167,7 +168,7 @@ class TableBench(Bench):
             )
             return bool(await self._hand.fetchval(text, node.node) == 0)
 
-        await until(gone, "the line's backend ends")
+        await eventually(gone, "the line's backend ends")
 
     async def fail_over(self) -> None:
         await promote(self._hand)

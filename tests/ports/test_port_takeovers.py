@@ -22,7 +22,8 @@ from pgmcp.types import (
     SessionFacts,
 )
 from tests.harness.proxy import Cut
-from tests.harness.stores import Session, answer, opened, outcome, request, until
+from tests.harness.stores import Session, answer, opened, outcome, request
+from tests.harness.waiting import eventually
 from tests.ports.benches import LONG, Bench, Pair, Ports
 
 each_cut = pytest.mark.parametrize("where", [Cut.BEFORE, Cut.AFTER], ids=["before", "after"])
@@ -60,7 +61,7 @@ async def test_a_lease_that_ran_out_is_a_death(pair: Pair) -> None:
     async def dead() -> bool:
         return await condemned(pair.two, by_lease=True) == [(pair.one.node, "lease")]
 
-    await until(dead, "the node is declared dead")
+    await eventually(dead, "the node is declared dead")
     assert await condemned(pair.two, by_lease=True) == []
 
 
@@ -79,7 +80,7 @@ async def test_silence_is_a_death_when_the_line_is_gone_too(pair: Pair) -> None:
     async def dead() -> bool:
         return await condemned(pair.two, by_silence=True) == [(pair.one.node, "silence")]
 
-    await until(dead, "the node is declared dead")
+    await eventually(dead, "the node is declared dead")
 
 
 async def test_who_is_silent_itself_declares_nobody_dead(pair: Pair) -> None:
@@ -110,7 +111,7 @@ async def test_of_two_observers_one_declares_a_death(pair: Pair) -> None:
             found.extend(some)
         return found != []
 
-    await until(dead, "the node is declared dead")
+    await eventually(dead, "the node is declared dead")
     assert found == [(pair.one.node, "lease")]
 
 
@@ -353,7 +354,7 @@ async def test_a_wake_up_reaches_its_node_and_one_for_all_everybody(pair: Pair) 
     async def heard() -> bool:
         return pair.two.heard == ["i1", "o"] and pair.one.heard == ["o"]
 
-    await until(heard, "the wake-ups are heard")
+    await eventually(heard, "the wake-ups are heard")
 
 
 async def test_what_waited_when_a_term_began_may_have_run(pair: Pair) -> None:

@@ -14,7 +14,8 @@ import pytest
 
 from tests.harness.clients import RawSession
 from tests.harness.modern import Modern
-from tests.harness.processes import NodeProcess, free_ports, wait_until
+from tests.harness.processes import NodeProcess, free_ports
+from tests.harness.waiting import wait_until
 
 MARK = "m4rk3r"
 EVIL = f"{MARK}\r\n2026-01-01 00:00:00,000 ERROR root: forged {MARK}\x1b[31m\u2028"
