@@ -72,7 +72,7 @@ async def test_a_call_goes_on_whatever_is_made_up(database: str, word: str, ever
         await session.open(nodes[0].url)
         call = await begun(session, nodes[1])
         key = await tables.value("select id from pgmcp.sessions")
-        actor = owner_of(nodes, key).incarnation.host._residents[key].actor
+        actor = owner_of(nodes, key).residents[key].actor
         for _ in range(3):
             for node in nodes:
                 await say(hand, word.format(key=key), None if everybody else node.incarnation.node_id)
@@ -80,7 +80,7 @@ async def test_a_call_goes_on_whatever_is_made_up(database: str, word: str, ever
             await heard(node, hand)
         answer = await call.response(1)
         assert "15 steps" in answer["result"]["content"][0]["text"]
-        assert owner_of(nodes, key).incarnation.host._residents[key].actor is actor
+        assert owner_of(nodes, key).residents[key].actor is actor
         await session.call(nodes[1].url, "ping")
 
 
@@ -127,13 +127,13 @@ async def test_a_flood_costs_a_bounded_number_of_looks(database: str, monkeypatc
     asked = Counter[str]()
     async with cluster(database, everything, 1) as (node,), stranger(database) as hand, RawSession() as session:
         await session.open(node.url)
-        incarnation, fetch = node.incarnation, node.node._database.fetch
+        incarnation, fetch = node.incarnation, node.database.fetch
 
         async def counting(name: str, *args: object, **more: Any) -> Any:
             asked[name] += 1
             return await fetch(name, *args, **more)
 
-        monkeypatch.setattr(node.node._database, "fetch", counting)
+        monkeypatch.setattr(node.database, "fetch", counting)
         begun = asyncio.get_running_loop().time()
         flood = asyncio.create_task(flooding(hand))
         try:

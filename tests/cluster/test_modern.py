@@ -164,7 +164,7 @@ async def test_a_client_that_goes_cancels_what_it_asked_for(database: str, respo
             return await running() == 0
 
         await eventually(stopped, "the call has stopped")
-        assert node.node._modern.busy == 0
+        assert node.modern.busy == 0
 
 
 async def test_plain_json_where_the_node_is_told_to(database: str) -> None:
@@ -223,10 +223,10 @@ async def test_it_is_served_while_the_database_is_away_and_after_the_node_was_fe
         for _ in range(3):
             assert await client.result(node.url, "test_simple_text")
         node.incarnation.over.set()
-        await eventually(lambda: node.node._keeper.present is None, "the node is not part of the cluster", 20)
+        await eventually(lambda: node.present is None, "the node is not part of the cluster", 20)
         assert await client.result(node.url, "test_simple_text")
         proxy.refusing = False
-        await eventually(lambda: node.node._keeper.present is not None, "the node joins again")
+        await eventually(lambda: node.present is not None, "the node joins again")
         assert await client.result(node.url, "test_simple_text")
 
 
@@ -258,8 +258,8 @@ async def test_a_client_that_does_not_read_is_let_go(database: str) -> None:
     async with cluster(database, lambda: made, 1, write_timeout=0.3) as [node]:
         first = b"".join(wire(node.url, "tools/call", {"name": "shout", "arguments": {}}))
         async with connected(node.url, first) as reader:
-            await eventually(lambda: node.node._modern.busy == 1, "the call runs")
-            await eventually(lambda: node.node._modern.busy == 0, "the call has ended")
+            await eventually(lambda: node.modern.busy == 1, "the call runs")
+            await eventually(lambda: node.modern.busy == 0, "the call has ended")
             assert (await reader.readline()).startswith(b"HTTP/1.1 200")
 
 
@@ -317,7 +317,7 @@ async def test_a_node_that_has_to_leave_at_once_cuts_calls_and_ends_streams(data
         seen = await client.tool(node.url, "slow", seconds=60, steps=600)
         await seen.message("notifications/progress")
         silent = asyncio.create_task(client.tool(node.url, "slow", seconds=60, steps=1))
-        await eventually(lambda: node.node._modern.busy == 2, "both run")
+        await eventually(lambda: node.modern.busy == 2, "both run")
         node.node.stop_streams()
         assert (await stream.response(json.loads(stream.request_body)["id"]))["result"]
         await seen.rest()
@@ -331,6 +331,6 @@ async def test_a_node_that_is_not_in_the_cluster_finishes_its_calls_when_it_leav
         await call.message("notifications/progress")
         here, node.node._keeper.present = node.node._keeper.present, None
         await asyncio.wait_for(node.node.drain(), 10)
-        assert node.node._modern.busy == 0
+        assert node.modern.busy == 0
         assert (await call.response(json.loads(call.request_body)["id"]))["result"]
         node.node._keeper.present = here

@@ -170,7 +170,7 @@ async def test_states_are_sealed_and_opened_while_the_database_is_away(database:
         proxy.cut_all()
         assert sums_up(await play(client, itertools.cycle([node.url for node in nodes]), 5), 5)
         unknown = f"pgmcp1.{'A' * 80}"
-        nodes[0].node._database.settings = nodes[0].node.settings.model_copy(update={"statement_timeout": 0.3})
+        nodes[0].database.settings = nodes[0].node.settings.model_copy(update={"statement_timeout": 0.3})
         answer = await once(client, nodes[0].url, 1, 1, {"requestState": unknown})
         assert answer["error"]["code"] == -32603, "nobody can say now whether it is good"
         proxy.refusing = False

@@ -79,7 +79,7 @@ async def test_a_node_that_was_declared_dead_stops_and_joins_again(database: str
             assert not [message for message in stream.messages if "error" in message]
 
         async def joined() -> bool:
-            return nodes[0].node._keeper.present not in {None, old} and nodes[0].incarnation.lease.trusted
+            return nodes[0].present not in {None, old} and nodes[0].incarnation.lease.trusted
 
         await eventually(joined, "the node joins again")
         assert nodes[0].incarnation.node_id != old.node_id
@@ -293,7 +293,7 @@ async def test_comments_go_on_while_the_database_does_not_answer(database: str) 
         await session.open(nodes[0].url)
         call = await session.request(nodes[1].url, "tools/call", slow(0.5, 10))
         await call.message("notifications/progress")
-        store = nodes[1].node._database
+        store = nodes[1].database
         fetch = store.fetch
 
         async def gone(name: str, *args: object) -> list[asyncpg.Record]:

@@ -111,7 +111,7 @@ class Target:
                 assert self.loop.time() < end, f"{before} has become {held}"
                 await asyncio.sleep(0.02)
                 await self.tables.execute(AGED)
-                await self.node.incarnation._sweep()
+                await self.node.sweep()
                 held = await self._held()
 
         self.run(wait())

@@ -16,8 +16,13 @@ from pgmcp.clock import Clock, Ids
 from pgmcp.node import KEEP_ALIVE, Incarnation, Node
 from pgmcp.node.protocol import limited
 from pgmcp.session.adapters.target import load
+from pgmcp.session.birth import Resident
 from pgmcp.settings import Settings
+from pgmcp.store.database import Database
+from pgmcp.store.upkeep import Upkeep
 from pgmcp.types import SessionKey
+from pgmcp.web.bodies import Bodies
+from pgmcp.web.modern import Modern
 from tests.harness.pooler import way_to
 from tests.harness.schemas import remember
 from tests.harness.waiting import eventually as eventually  # noqa: PLC0414 - most tests look for it here
@@ -43,6 +48,42 @@ class RunningNode:
     def incarnation(self) -> Incarnation:
         """The node's present incarnation."""
         return self.node.incarnation()
+
+    # What tests see of a node's inside: nobody else has to, so it is private there, and its names are here only.
+
+    @property
+    def present(self) -> Incarnation | None:
+        """The incarnation, if the node is part of the cluster."""
+        return self.node._keeper.present
+
+    @property
+    def database(self) -> Database:
+        """The node's connections."""
+        return self.node._database
+
+    @property
+    def bodies(self) -> Bodies:
+        """The bodies that it holds in memory."""
+        return self.node._bodies
+
+    @property
+    def modern(self) -> Modern:
+        """What it answers without a session."""
+        return self.node._modern
+
+    @property
+    def residents(self) -> dict[SessionKey, Resident]:
+        """The actors that live here, by session."""
+        return self.incarnation.host._residents
+
+    @property
+    def upkeep(self) -> Upkeep:
+        """What ends sessions and prunes streams."""
+        return self.incarnation._upkeep
+
+    async def sweep(self) -> None:
+        """Do one round of its upkeep now."""
+        await self.incarnation._sweep()
 
     async def leave(self) -> None:
         """Leave the cluster for good; what is served without a session goes on."""
@@ -115,7 +156,7 @@ async def serving(
 
 def owner_of(nodes: Sequence[RunningNode], session: SessionKey) -> RunningNode:
     """The node that runs a session's actor."""
-    return next(node for node in nodes if session in node.incarnation.host._residents)
+    return next(node for node in nodes if session in node.residents)
 
 
 class Tables:

@@ -186,7 +186,7 @@ async def test_messages_that_wait_for_a_stalled_owner(database: str, talker: Tal
         RawSession() as session,
     ):
         await session.open(nodes[0].url)
-        [resident] = nodes[0].incarnation.host._residents.values()
+        [resident] = nodes[0].residents.values()
         assert (await session.call(nodes[1].url, "ping"))["result"] == {}
         await eventually(lambda: not resident.taking, "the inbox is empty")
         resident.taking = True  # the owner is stuck

@@ -20,7 +20,7 @@ LATER = 62.0
 
 
 def upkeep(node: RunningNode) -> Upkeep:
-    return node.incarnation._upkeep
+    return node.upkeep
 
 
 async def age(tables: Tables, seconds: float, *columns: str) -> None:
@@ -70,7 +70,7 @@ async def test_an_idle_session_ends_and_a_used_one_does_not(database: str, talke
         await used.call(nodes[edge].url, "ping")
         await age(tables, 10 + LATER, "sessions.last_active_at")
         await eventually(lambda: is_(tables, SINKS, 1), "the streams are released")
-        await nodes[edge].incarnation._sweep()
+        await nodes[edge].sweep()
         assert await tables.value("select count(*) from pgmcp.sessions") == 3
         for node in nodes:
             await gone(idle, node.url)
@@ -96,7 +96,7 @@ async def test_every_session_ends_with_its_age(database: str, talker: Talker, ed
         await eventually(lambda: talker.running == 1, "the call runs")
         await age(tables, HOUR + 1, "sessions.created_at")
         await young.open(nodes[edge].url)
-        await nodes[edge].incarnation._sweep()
+        await nodes[edge].sweep()
         for stream in (call, standalone):  # both nodes end their exchanges, with the final chunk
             await stream.rest(timeout=5)
             assert stream.error is None
@@ -123,7 +123,7 @@ async def test_an_http_sse_session_waits_a_minute_for_its_client(database: str, 
         await age(tables, 59, "sessions.last_active_at")
         assert await upkeep(nodes[edge]).expire() == []  # it was used until now
         await age(tables, LATER, "sessions.last_active_at")
-        await nodes[edge].incarnation._sweep()
+        await nodes[edge].sweep()
         assert await tables.value("select count(*) from pgmcp.sessions") == 0
         await eventually(lambda: nodes[0].incarnation.host.sessions == 0, "its actor has stopped")
 

@@ -34,7 +34,7 @@ async def pass_by(tables: Tables, seconds: float) -> None:
 
 async def swept(nodes: Sequence[RunningNode]) -> None:
     for node in nodes:
-        upkeep: Upkeep = node.incarnation._upkeep
+        upkeep: Upkeep = node.upkeep
         await Upkeep(upkeep._database, upkeep._ids).prune()  # it knows of no earlier sweep
 
 

@@ -95,4 +95,4 @@ async def test_who_lies_about_its_method_gains_nothing(database: str) -> None:
             sent = {"accept": ACCEPT, "content-type": "application/json", **headers, "mcp-method": told}
             refused = await client.send("POST", node.url, sent, json.dumps(body).encode())
             assert (refused.status, refused.json()["error"]["code"]) == (400, -32020)
-        assert not node.node._modern._open
+        assert not node.modern._open

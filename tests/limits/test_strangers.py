@@ -80,7 +80,7 @@ async def test_a_strangers_host_is_told_so_before_its_body(database: str, talker
             assert head.split()[1] in {b"421", b"403", b"400"}
         async with sending(node.url, "/sse", "content-length: 4000000") as (reader, _):
             assert b" 405 " in await asyncio.wait_for(reader.readuntil(b"\r\n"), 10)
-        assert node.node._bodies.total == 0
+        assert node.bodies.total == 0
 
 
 # -- bodies in memory --------------------------------------------------------------------------------------------------
@@ -126,7 +126,7 @@ async def test_a_caller_whose_bodies_are_too_many_is_told_so_before_the_next_is_
         for _ in range(SHARES // 4):
             _, writer = await stack.enter_async_context(sending(node.url, "/mcp", f"content-length: {size}"))
             writer.write(part)
-        await eventually(lambda: node.node._bodies.total == SHARES // 4 * len(part), "the bodies trickle")
+        await eventually(lambda: node.bodies.total == SHARES // 4 * len(part), "the bodies trickle")
         async with sending(node.url, "/mcp", f"content-length: {size}") as (reader, _):
             answer = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10)
         assert b" 503 " in answer
@@ -136,7 +136,7 @@ async def test_a_caller_whose_bodies_are_too_many_is_told_so_before_the_next_is_
             assert b" 503 " in await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10)
         assert (await session.call(node.url, "ping"))["result"] == {}
         await stack.aclose()
-        await eventually(lambda: node.node._bodies.total == 0, "whoever hung up counts no longer")
+        await eventually(lambda: node.bodies.total == 0, "whoever hung up counts no longer")
 
 
 async def test_what_was_stored_is_not_held_while_it_is_answered(database: str, talker: Talker) -> None:
@@ -145,7 +145,7 @@ async def test_what_was_stored_is_not_held_while_it_is_answered(database: str, t
         params = {"name": "hold", "arguments": {}, "_meta": {"x": "y" * 1_000_000}}
         call = await session.request(node.url, "tools/call", params)
         await eventually(lambda: talker.running == 1, "the call runs")
-        assert node.node._bodies.total == 0
+        assert node.bodies.total == 0
         talker.release.set()
         await call.rest()
 

@@ -27,7 +27,7 @@ select not exists (select from pgmcp.streams where sink is not null)
 
 
 def upkeep(node: RunningNode) -> Upkeep:
-    return node.incarnation._upkeep
+    return node.upkeep
 
 
 async def age(tables: Tables, seconds: float) -> None:
@@ -67,7 +67,7 @@ async def test_a_stream_is_use_until_it_is_let_go(database: str, talker: Talker,
                 nodes[edge].incarnation.edge.leave(at_once=True)
                 await stream.rest()
             case "server":
-                [resident] = nodes[0].incarnation.host._residents.values()
+                [resident] = nodes[0].residents.values()
                 await nodes[0].incarnation.log.drop_sink(resident.actor.ownership, None)
             case "next":
                 other = await session.get(nodes[1 - edge].url)
@@ -241,6 +241,6 @@ async def test_a_handshake_that_is_never_ended_is_not_waited_for(database: str, 
         await age(tables, 59)
         assert await upkeep(nodes[1]).expire() == []
         await age(tables, LATER)
-        await nodes[1].incarnation._sweep()
+        await nodes[1].sweep()
         assert (await half.notify(nodes[0].url, "notifications/initialized")).status == 404
         assert (await whole.call(nodes[1].url, "ping"))["result"] == {}

@@ -78,7 +78,7 @@ async def test_a_crash_takes_nothing_back_though_the_role_commits_asynchronously
             await back(primary)
             await session.call_tool(nodes[turn % 2].url, "run", 20, text=f"after {turn}")
         assert max(truth.ran.values()) == 1
-        assert {node.node._database.history.term for node in nodes} == {0}
+        assert {node.database.history.term for node in nodes} == {0}
 
 
 def starts(truth: Path, text: str) -> int:
@@ -112,7 +112,7 @@ async def test_a_storage_that_was_put_back_begins_a_term(primary: Server) -> Non
         assert (await ear.message("notifications/resources/updated"))["params"]["uri"] == "test://after"
         assert int((ear.last_event_id or "").rpartition(".")[2]) > JUMP > seen
         assert (await late.request(nodes[0].url, "ping")).status == 404
-        assert {node.node._database.history.term for node in nodes} == {1}
+        assert {node.database.history.term for node in nodes} == {1}
 
 
 async def claim_was_lost(primary: Server, text: str) -> bool:

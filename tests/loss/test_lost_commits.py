@@ -55,7 +55,7 @@ async def test_the_last_commits_are_lost(primary: Server, standby: Server) -> No
         truth.gates["quiet early"].set()  # its answer is on its way when the term begins
         await asyncio.to_thread(standby.promote)
         for node in nodes:
-            history, continuation = node.node._database.history, node.incarnation._continuation
+            history, continuation = node.database.history, node.incarnation._continuation
 
             def went_on(history: History = history, continuation: Continuation = continuation) -> bool:
                 return history.term == 1 and continuation._settled.is_set()
@@ -119,7 +119,7 @@ async def test_a_server_of_the_former_history_is_refused(primary: Server, standb
         await asyncio.to_thread(primary.start)
         for node in nodes:
             with pytest.raises(ConnectionError, match="history that is over"):
-                await node.node._database.connect(primary.url(), timeout=5)
+                await node.database.connect(primary.url(), timeout=5)
         async with tables_of(standby.url()) as tables:
             await tables.value(
                 "select count(pg_terminate_backend(pid)) from pg_stat_activity where pid <> pg_backend_pid()"

@@ -477,7 +477,7 @@ async def test_foreign_sessions_are_as_unknown_ones(database: str) -> None:
 
 async def test_sessions_of_vanished_clients_expire(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     async with cluster(database, everything) as pair, Sse() as stays, Sse() as works, Sse() as goes:
-        expire = pair[1].incarnation._upkeep.expire
+        expire = pair[1].upkeep.expire
         kept, working, gone = [await client.open(pair[0].url) for client in (stays, works, goes)]
         calls = {"name": "slow", "arguments": {"seconds": 1.5, "steps": 1}}
         await works.send(pair[1].url, "tools/call", 50, **calls)

@@ -56,7 +56,7 @@ async def test_two_clusters_in_one_postgres_do_not_hear_each_other(
         sessions(there, 2) as theirs,
     ):
         assert [node.incarnation.host.sessions for node in (*here, *there)] == [1] * 4
-        keys = [set(nodes[0].incarnation.host._residents) for nodes in (here, there)]
+        keys = [set(nodes[0].residents) for nodes in (here, there)]
         assert keys[0] == keys[1]
         heard = heard_by(here), heard_by(there)
         for turn in range(3):

@@ -316,7 +316,7 @@ async def test_museum_30_nobody_listens_on_a_pool_connection(database: str, ledg
     """pgqueuer: the pool's driver listened, and never reconnected. Only the line does, outside of the pool."""
     async with cluster(database, ledger.server, 1) as [node], sessions([node], 2) as opened:
         await asyncio.gather(*(run(session, node.url, f"{number}") for number, session in enumerate(opened)))
-        line, idle = node.incarnation.line, node.node._database._idle
+        line, idle = node.incarnation.line, node.database._idle
         assert line._connection is not None
         async with line._turn:
             assert await line._connection.fetchval(LISTENING) == 2

@@ -121,7 +121,7 @@ async def test_pool_and_line_have_what_is_pinned(role: Role) -> None:
         for turn, node in enumerate([*nodes, *nodes], 1):
             assert (await session.call_tool(node.url, "count"))["structuredContent"] == {"result": turn}
         for node in nodes:
-            line, database = node.incarnation.line, node.node._database
+            line, database = node.incarnation.line, node.database
             assert line._connection is not None
             async with line._turn:
                 assert pairs(await line._connection.fetch(LOOK, list(PINNED))) == PINNED
