@@ -1,4 +1,4 @@
-"""A session that floods a node holds up nobody else's (``tests/unit/test_admission.py`` has the rules)."""
+"""A session that floods a node holds up nobody else's (``tests/unit/test_turns.py`` has the rules)."""
 
 from __future__ import annotations
 
