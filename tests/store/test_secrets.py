@@ -152,7 +152,7 @@ async def test_an_unknown_key_is_looked_for_once_in_a_while(database: str, hand:
         await ring.load()
         load = ring.load
 
-        async def counting(*, make: bool = False) -> None:
+        async def counting(*, make: bool = True) -> None:
             nonlocal loads
             loads += 1
             await load(make=make)
