@@ -9,7 +9,6 @@ import pytest
 from mcp.server.auth.provider import AccessToken
 from mcp.server.auth.settings import AuthSettings
 from mcp.server.mcpserver import Context, MCPServer
-from pydantic import AnyHttpUrl
 
 from pgmcp.clock import Clock
 from pgmcp.web.expiry import GRACE
@@ -47,7 +46,9 @@ class Holder:
         self.release, self.runs, self.running = asyncio.Event(), 0, 0
 
     def __call__(self) -> MCPServer:
-        auth = AuthSettings(issuer_url=AnyHttpUrl("https://i"), resource_server_url=None, validate_token_resource=False)
+        auth = AuthSettings.model_validate(
+            {"issuer_url": "https://i", "resource_server_url": None, "validate_token_resource": False}
+        )
         server = MCPServer("holder", token_verifier=Verifier(), auth=auth)
         server.tool()(self.hold)
         server.tool()(self.talk)

@@ -16,7 +16,7 @@ from mcp.server.auth.middleware.auth_context import get_access_token
 from mcp.server.auth.provider import AccessToken
 from mcp.server.auth.settings import AuthSettings
 from mcp.server.mcpserver import Context, MCPServer
-from pydantic import AnyHttpUrl, Field
+from pydantic import Field
 
 from pgmcp.store.line import channel
 from tests.harness.clients import RawExchange, RawSession
@@ -64,11 +64,13 @@ def server() -> MCPServer:
     server = MCPServer(
         "private",
         token_verifier=Verifier(),
-        auth=AuthSettings(
-            issuer_url=AnyHttpUrl("https://issuer.example"),
-            resource_server_url=AnyHttpUrl("https://mcp.example/mcp"),
-            required_scopes=["use"],
-            validate_token_resource=False,
+        auth=AuthSettings.model_validate(
+            {
+                "issuer_url": "https://issuer.example",
+                "resource_server_url": "https://mcp.example/mcp",
+                "required_scopes": ["use"],
+                "validate_token_resource": False,
+            }
         ),
     )
 

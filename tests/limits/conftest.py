@@ -10,7 +10,6 @@ import pytest
 from mcp.server.auth.provider import AccessToken
 from mcp.server.auth.settings import AuthSettings
 from mcp.server.mcpserver import Context, MCPServer
-from pydantic import AnyHttpUrl
 
 Message = types.LoggingMessageNotification
 
@@ -117,10 +116,12 @@ def private() -> Callable[[], MCPServer]:
     return lambda: MCPServer(
         "private",
         token_verifier=Verifier(),
-        auth=AuthSettings(
-            issuer_url=AnyHttpUrl("https://i"),
-            resource_server_url=AnyHttpUrl("https://mcp.example/mcp"),
-            required_scopes=["use"],
-            validate_token_resource=False,
+        auth=AuthSettings.model_validate(
+            {
+                "issuer_url": "https://i",
+                "resource_server_url": "https://mcp.example/mcp",
+                "required_scopes": ["use"],
+                "validate_token_resource": False,
+            }
         ),
     )

@@ -19,7 +19,7 @@ from mcp.client.sse import sse_client
 from mcp.server.auth.provider import AccessToken
 from mcp.server.auth.settings import AuthSettings
 from mcp.server.mcpserver import Context, MCPServer
-from pydantic import AnyHttpUrl, FileUrl
+from pydantic import FileUrl
 
 from pgmcp.settings import Settings
 from pgmcp.store import upkeep
@@ -440,11 +440,13 @@ def guarded() -> MCPServer:
     server = MCPServer(
         "guarded",
         token_verifier=Verifier(),
-        auth=AuthSettings(
-            issuer_url=AnyHttpUrl("https://issuer.example"),
-            resource_server_url=AnyHttpUrl("https://mcp.example/mcp"),
-            required_scopes=["use"],
-            validate_token_resource=False,
+        auth=AuthSettings.model_validate(
+            {
+                "issuer_url": "https://issuer.example",
+                "resource_server_url": "https://mcp.example/mcp",
+                "required_scopes": ["use"],
+                "validate_token_resource": False,
+            }
         ),
     )
     server.add_tool(count_to_two, name="count")

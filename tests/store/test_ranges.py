@@ -266,9 +266,9 @@ def test_each_migration_says_what_it_is() -> None:
         number, kind, _ = Path(script.path).name.split("_", 2)
         assert number == script.revision
         assert len(number) == 4
-        before_it = script.down_revision or "0000"
-        assert isinstance(before_it, str)
-        assert before_it < number, "builds and databases are compared by these numbers"
+        former = script.down_revision or "0000"
+        assert isinstance(former, str)
+        assert former < number, "builds and databases are compared by these numbers"
         assert script.doc.lower().startswith(f"{kind}: ")
         assert kind in {"expand", "contract"}
         assert (kind == "contract") == hasattr(script.module, "needs"), "only what takes something away says `needs`"
