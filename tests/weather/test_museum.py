@@ -126,7 +126,7 @@ def test_museum_is_shown_elsewhere(node_id: str) -> None:
 
 
 def asserts(module: ast.Module, name: str) -> bool:
-    """Whether a function asserts something, itself or in what it calls of its module."""
+    """Whether a function asserts something, or waits for it in vain, itself or in what it calls of its module."""
     functions = {
         node.name: node for node in ast.walk(module) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
     }
@@ -139,7 +139,7 @@ def asserts(module: ast.Module, name: str) -> bool:
         callees = [part.func for part in parts if isinstance(part, ast.Call)]
         named = {callee.id for callee in callees if isinstance(callee, ast.Name)}
         methods = {callee.attr for callee in callees if isinstance(callee, ast.Attribute)}
-        if "raises" in methods:
+        if "raises" in methods or "eventually" in named:
             return True
         called = (named | methods) - known
     return False
