@@ -281,7 +281,7 @@ def sampled(port: int, response: str) -> None:
     sampler = Sampler()
     signal.signal(signal.SIGUSR1, lambda *_: sampler.start())
     signal.signal(signal.SIGUSR2, lambda *_: sampler.report())
-    serve(Settings(port=port, response=response), TARGET)  # type: ignore[arg-type]
+    serve(Settings(port=port, response=response), TARGET)
 
 
 def profile(given: argparse.Namespace) -> None:

@@ -32,8 +32,8 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -42,19 +42,27 @@ from typing import Any
 import uvloop
 from measure import end, machine, percentile, postgres, spawn, spread, table
 from starlette.requests import Request
+from starlette.types import Message, Receive, Scope, Send
 
-from pgmcp import node
 from pgmcp.clock import Clock, Ids
 from pgmcp.errors import DatabaseUnavailable
-from pgmcp.session.adapter import Conversation, Kind, Outgoing
+from pgmcp.node import incarnation
+from pgmcp.service import Faults
+from pgmcp.session.adapter import Conversation, Kind, Outgoing, Shared
+from pgmcp.session.adapters.bus import PostgresSubscriptionBus
+from pgmcp.session.state import Hooks
 from pgmcp.settings import Settings
 from pgmcp.store import database, statements
 from pgmcp.store.key_wrapping import KeyWrapping
 from pgmcp.store.line import TableNotifier
+from pgmcp.store.payloads import Payloads
+from pgmcp.store.publications import TablePublications
 from pgmcp.store.revisions import head
 from pgmcp.store.secrets import CONTEXTS, KeyRing
 from pgmcp.types import ANONYMOUS, NewSession, NodeId, StreamId
 from pgmcp.web.admission import Admission
+from pgmcp.web.bodies import Bodies
+from pgmcp.web.connection import Connection
 from pgmcp.web.http_exchange import HttpExchange
 from pgmcp.web.post_handler import PostHandler
 
@@ -156,7 +164,21 @@ class SwitchedNotifier(TableNotifier):
 class EchoAdapter:
     """Answers every request after ``SERVER_WORK``."""
 
-    async def converse(self, _session_id: str, conversation: Conversation) -> None:
+    hooks = Hooks()
+
+    @asynccontextmanager
+    async def lifespan(self, shared: Shared) -> AsyncIterator[None]:
+        """Nothing to start."""
+        yield
+
+    async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Without a session nothing is asked here."""
+        raise NotImplementedError
+
+    def end_streams(self) -> None:
+        """There are none."""
+
+    async def converse(self, session_id: str, conversation: Conversation) -> None:
         """Echo."""
         while (incoming := await conversation.receive()) is not None:
             work(SERVER_WORK)
@@ -164,7 +186,7 @@ class EchoAdapter:
             answer = {"jsonrpc": "2.0", "id": request["id"], "result": request["params"]}
             await conversation.emit(Outgoing(Kind.RESULT, json.dumps(answer).encode(), json.dumps(request["id"])))
 
-    def describe(self, scope: Any) -> dict[str, Any]:
+    def describe(self, scope: Mapping[str, Any]) -> dict[str, Any]:
         """Of an exchange: its headers."""
         return {"headers": [[name.decode(), value.decode()] for name, value in scope["headers"]]}
 
@@ -184,6 +206,7 @@ class BenchNode:
         self._clock, self._ids = Clock(), Ids()
         self._database = CountingDatabase(self._settings, self._clock)
         self._box = KeyRing(self._database, CONTEXTS, KeyWrapping([]))
+        self._bodies = Bodies(self._settings.max_body, self._clock)
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self, folder: Path) -> None:
@@ -191,19 +214,23 @@ class BenchNode:
         SwitchedNotifier.folder = folder
         await self._database.open()
         await self._box.load()
-        adapter: Any = EchoAdapter()
-        turns = Admission(self._clock)
-        self._here = node.Incarnation(
-            self._settings, self._database, self._box, adapter, turns, self._clock, self._ids, busy=lambda: 0
-        )
-        await self._here.join(head())
+        self._here = incarnation.Incarnation(
+            self._settings, self._database, self._box, Payloads.of(self._database, KeyWrapping([])), EchoAdapter(),
+            Admission(self._clock), TablePublications(self._database, self._clock, self._ids),
+            PostgresSubscriptionBus(), self._clock, self._ids,
+            revision=head(), serves="echo", faults=Faults(), busy=lambda: 0,
+        )  # fmt: skip
+        await self._here.start()
+        living = asyncio.create_task(self._here.run())
         peers = await asyncio.start_unix_server(self._peer, folder / self._here.node_id.hex)
         clients = await asyncio.start_unix_server(self._client, folder / self._settings.node_name)
         print("ready", flush=True)
         await asyncio.to_thread(sys.stdin.read)
         for server in (peers, clients):
             server.close()
-        await self._here.leave()
+        self._here.over.set()
+        await living
+        await self._here.stop()
         await self._database.close()
 
     async def _peer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -246,16 +273,24 @@ class BenchNode:
             "headers": [(b"accept", b"application/json"), (b"mcp-session-id", session.encode())],
         }
 
-        async def receive() -> Any:
-            await asyncio.get_running_loop().create_future()
+        parts: list[Message] = [{"type": "http.request", "body": body}]
 
-        async def send(message: Any) -> None:
+        async def receive() -> Message:
+            if not parts:
+                await asyncio.get_running_loop().create_future()  # the client stays
+            return parts.pop()
+
+        async def send(message: Message) -> None:
             if message["type"] == "http.response.body":
                 took = time.perf_counter() - start if b'"result"' in message["body"] else -1.0
                 writer.write(b"%f\n" % took)
 
         try:
-            await PostHandler(self._here.edge, HttpExchange(Request(scope), receive, send)).answer(body)
+            limits = self._settings
+            call = HttpExchange(Request(scope), Connection(receive, send, limits.write_timeout))
+            with self._bodies.body(call.caller) as held:
+                await call.read(held, limits.max_body, limits.read_timeout)
+                await PostHandler(self._here.edge, call, held).answer()
         except Exception as error:
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
             writer.write(b"-1\n")
@@ -425,7 +460,8 @@ def main() -> None:
     if given.node is None:
         run(given)
         return
-    database.statement, node.TableNotifier = changed, SwitchedNotifier  # type: ignore[assignment,misc]
+    database.statement = changed  # type: ignore[attr-defined,assignment]  # as it is imported there
+    incarnation.TableNotifier = SwitchedNotifier  # type: ignore[attr-defined,assignment]
     with suppress(KeyboardInterrupt):
         uvloop.run(BenchNode(given.node, os.environ["PGMCP_DATABASE_URL"]).run(given.folder))
 

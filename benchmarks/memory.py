@@ -18,9 +18,11 @@ import os
 import signal
 import sys
 import tracemalloc
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import TypeVar
 
 import asyncpg
 import uvloop
@@ -34,6 +36,7 @@ AT_ONCE = 10
 LIMIT = 300.0  # seconds that all of it may take
 SETTLED = 0.5  # seconds between two looks that agree
 KB = 1024
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,11 +117,11 @@ async def ready(port: int) -> None:
             await asyncio.sleep(0.1)
 
 
-async def each(count: int, work) -> list:
+async def each(count: int, work: Callable[[int], Awaitable[T]]) -> list[T]:
     """Do the work ``count`` times, a few at once."""
     turns = asyncio.Semaphore(AT_ONCE)
 
-    async def one(number: int):
+    async def one(number: int) -> T:
         async with turns:
             return await work(number)
 

@@ -24,7 +24,6 @@ import json
 import os
 import statistics
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -87,7 +86,7 @@ class Modern:
         self._reader, self._writer = await asyncio.open_connection("127.0.0.1", self._port, limit=1 << 20)
 
     def send(self, method: str, params: dict[str, Any], name: str = "") -> None:
-        meta = {f"io.modelcontextprotocol/{key}": value for key, value in
+        meta: dict[str, Any] = {f"io.modelcontextprotocol/{key}": value for key, value in
                 (("protocolVersion", VERSION), ("clientCapabilities", {}))}  # fmt: skip
         message = {"jsonrpc": "2.0", "id": next(self.ids), "method": method, "params": {**params, "_meta": meta}}
         body = json.dumps(message).encode()
@@ -332,4 +331,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -19,7 +19,7 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,8 @@ class Member(Client):
 
     def __init__(self, ports: list[int], first: int) -> None:
         super().__init__(ports[first % NODES])
-        self._ports, self._links = ports, {}
+        self._ports = ports
+        self._links: dict[int, tuple[asyncio.StreamReader, asyncio.StreamWriter]] = {}
 
     async def turn(self, number: int) -> None:
         """Speak over the next node from now on."""
@@ -92,7 +93,7 @@ class Member(Client):
             message = f"not deleted: {head!r}"
             raise RuntimeError(message)
 
-    async def heard(self, number: int, last: bytes) -> AsyncIterator[tuple[bytes, bytes]]:
+    async def heard(self, number: int, last: bytes) -> AsyncGenerator[tuple[bytes, bytes]]:
         """The standalone stream over the next node: id and data of each event."""
         port = self._ports[number % NODES]
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -215,12 +216,13 @@ async def hot(server: EmbeddedPostgres) -> tuple[int, int]:
     """Updates of ``nodes``, and how many of them were heap-only."""
     connection = await asyncpg.connect(server.url)
     try:
-        return await connection.fetchrow(
+        [row] = await connection.fetch(
             "select n_tup_upd, n_tup_hot_upd from pg_stat_user_tables where schemaname = $1 and relname = 'nodes'",
             SCHEMA,
         )
     finally:
         await connection.close()
+    return row[0], row[1]
 
 
 async def run(

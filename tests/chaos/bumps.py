@@ -119,8 +119,8 @@ class Client:
             raise Fault(message)
         try:
             while (event := await exchange.next(patience)) is not None:
-                if (message := event.message) is not None and message.get("id") == name:
-                    return message
+                if (said := event.message) is not None and said.get("id") == name:
+                    return said
         except TimeoutError:
             pass
         return None

@@ -14,33 +14,29 @@ from mcp.server import ServerRequestContext
 from mcp.server.mcpserver import Context, MCPServer
 from mcp.server.session import ServerSession
 from mcp_types import ToolAnnotations
-from pydantic import BaseModel
 
 from pgmcp import SessionState, keep_memory, session_state
+from tests.harness.deploys import SAFE, Confirmation, counted, counts, export, note
 
 mcp = MCPServer("chaos", log_level="WARNING")
-SAFE, IDEMPOTENT = ToolAnnotations(read_only_hint=True), ToolAnnotations(idempotent_hint=True)
+IDEMPOTENT = ToolAnnotations(idempotent_hint=True)
 LONG = 60.0
 """Seconds that a first run takes which somebody is to interrupt."""
 
-counts: dict[str, int] = {}
 levels: dict[str, str] = {}
 subscribers: dict[str, ServerSession] = {}
 bumping: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
 
-def note(what: str, text: str) -> int:
-    """Leave a line: what happened, in which call, in which process; how often it has happened by now."""
-    line = json.dumps([what, text, os.getpid()]) + "\n"
-    path = Path(os.environ["CHAOS_TRUTH"])
-    with path.open("a") as truth:
-        truth.write(line)
-    return path.read_text().count(json.dumps([what, text])[:-1] + ",")
+def noted(what: str, text: str) -> int:
+    """Leave a line, as ``note`` does; how often the same has happened by now."""
+    note(what, text)
+    return Path(os.environ["TRUTH"]).read_text().count(json.dumps([what, text])[:-1] + ",")
 
 
 async def work(text: str, first: float, again: float) -> str:
     """Run for a while, which may be another one in a later run; say in which process."""
-    await asyncio.sleep(first if note("start", text) == 1 else again)
+    await asyncio.sleep(first if noted("start", text) == 1 else again)
     note("end", text)
     return f"{text} {os.getpid()}"
 
@@ -79,7 +75,7 @@ async def deadly(text: str) -> str:
 @mcp.tool(annotations=SAFE, structured_output=False)
 async def steps(text: str, count: int, seconds: float, stall: int, ctx: Context) -> str:
     """Report progress step by step; the first run goes no further than the step ``stall``, later ones go faster."""
-    first = note("start", text) == 1
+    first = noted("start", text) == 1
     for step in range(1, count + 1):
         await asyncio.sleep(seconds if first else seconds / 10)
         await ctx.report_progress(step, count, f"{step} {os.getpid()}")
@@ -101,10 +97,6 @@ async def mutter(text: str, ctx: Context) -> str:
     return text
 
 
-class Confirmation(BaseModel):
-    ok: bool
-
-
 @mcp.tool(annotations=SAFE, structured_output=False)
 async def ask(text: str, ctx: Context) -> str:
     """Ask the user."""
@@ -117,16 +109,8 @@ async def ask(text: str, ctx: Context) -> str:
 @mcp.tool()
 async def count() -> dict[str, Any]:
     """Count in memory and in what is kept; tell what is known of the session."""
-    state = session_state()
-    await state.set("count", await state.get("count", 0) + 1)
-    counts[state.session_id] = counts.get(state.session_id, 0) + 1
-    return {
-        "memory": counts[state.session_id],
-        "kept": await state.get("count"),
-        "restored": state.restored,
-        "level": levels.get(state.session_id),
-        "subscribed": state.session_id in subscribers,
-    }
+    session = session_state().session_id
+    return {**await counted(), "level": levels.get(session), "subscribed": session in subscribers}
 
 
 @mcp.tool(structured_output=False)
@@ -168,12 +152,8 @@ lowlevel.add_request_handler("logging/setLevel", types.SetLevelRequestParams, se
 lowlevel.add_request_handler("resources/subscribe", types.SubscribeRequestParams, subscribe)
 
 
-async def export(state: SessionState) -> int:
-    return counts.get(state.session_id, 0)
-
-
 async def restore(state: SessionState, exported: int | None) -> None:
-    restores = note("restore", state.session_id)
+    restores = noted("restore", state.session_id)
     if await state.get("poison"):
         os._exit(1)
     if await state.get("hang") and restores == 1:

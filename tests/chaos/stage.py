@@ -8,6 +8,7 @@ import signal
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ class Stage:
                 name=f"node-{len(self.nodes) + number}",
                 port=port,
                 log_dir=self._folder,
-                env={"CHAOS_TRUTH": str(self._truth), "PGMCP_RERUN": "named", "PGMCP_DRAIN_LIMIT": "2", **env},
+                env={"TRUTH": str(self._truth), "PGMCP_RERUN": "named", "PGMCP_DRAIN_LIMIT": "2", **env},
             ).start()
             for number, port in enumerate(free_ports(count), start=1)
         ]
@@ -74,7 +75,7 @@ class Stage:
             if not node.running:
                 node.start()
         for node in self.nodes if nodes is None else nodes:
-            await eventually(lambda node=node: self.is_ready(node), f"{node.name} is ready\n{node.log[-3000:]}", WAIT)
+            await eventually(partial(self.is_ready, node), f"{node.name} is ready\n{node.log[-3000:]}", WAIT)
 
     async def is_ready(self, node: NodeProcess) -> bool:
         """Whether a node says that it is; one that has ended meanwhile is started."""
@@ -157,7 +158,7 @@ class Stage:
         """Every request has ended, no stream has a gap, and nothing ran too often."""
 
         async def ended() -> bool:
-            return await self.tables.value(UNFINISHED) == 0
+            return bool(await self.tables.value(UNFINISHED) == 0)
 
         await eventually(ended, "every request has ended")
         assert await self.tables.rows(GAPS) == []

@@ -12,6 +12,7 @@ import pytest_asyncio
 from pgmcp.settings import Settings
 from tests.chaos.figures import ROUNDS, took
 from tests.chaos.stage import Call, Case, Stage, step, text_of
+from tests.harness.clients import RawSession
 from tests.harness.cluster import eventually
 from tests.harness.processes import NodeProcess
 from tests.harness.proxy import Proxy, proxied
@@ -116,7 +117,7 @@ class Lost:
         await call.next()
         took(FIRST_BYTE, asyncio.get_running_loop().time() - began, most=0.1)
 
-    async def _moved(self, began: float, safe: Call, unsafe: Call, idle: object, edge: NodeProcess) -> None:
+    async def _moved(self, began: float, safe: Call, unsafe: Call, idle: RawSession, edge: NodeProcess) -> None:
         loop = asyncio.get_running_loop()
 
         async def served() -> None:

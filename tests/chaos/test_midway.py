@@ -61,7 +61,8 @@ async def _taken(stage: Stage, session_id: str) -> str | None:
     query = """
         select n.name from pgmcp.takeovers t join pgmcp.nodes n on n.node_id = t.to_node where t.session_id = $1
     """
-    return await stage.tables.value(query, session_id)
+    taker: str | None = await stage.tables.value(query, session_id)
+    return taker
 
 
 @pytest.mark.parametrize("turn", range(ROUNDS))

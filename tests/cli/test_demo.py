@@ -17,7 +17,8 @@ from rich.console import Console
 
 from pgmcp.cli.scenes import charged_once, only_forward, outcome_is_unknown
 from pgmcp.cli.story import Finding, Lost, Story
-from tests.harness.processes import ManagedProcess, wait_until
+from tests.harness.processes import ManagedProcess
+from tests.harness.waiting import wait_until
 
 BOUND = 200
 STORY = (
@@ -122,7 +123,8 @@ def test_being_late_is_shown_and_is_no_loss() -> None:
 
 def test_what_counts_as_a_loss(tmp_path: Path) -> None:
     only_forward([1, 2, 3], 3)
-    for reports in ([1, 2, 2, 3], [1, 3, 2, 3], [1, 2], []):
+    losses: list[list[float]] = [[1, 2, 2, 3], [1, 3, 2, 3], [1, 2], []]
+    for reports in losses:
         with pytest.raises(Lost):
             only_forward(reports, 3)
     outcome_is_unknown(MCPError(-32000, "gone", {"outcome": "unknown"}))

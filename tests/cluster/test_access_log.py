@@ -44,7 +44,7 @@ def kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[Kept]:
     logger.removeHandler(handler)
 
 
-async def test_a_line_for_each_exchange_at_its_end(database, kept):
+async def test_a_line_for_each_exchange_at_its_end(database: str, kept: Kept) -> None:
     kept.setFormatter(logs._Json())
     async with cluster(database, everything, 2, access_log=True) as nodes:
         async with RawSession() as session, httpx.AsyncClient(trust_env=False, verify=False) as http:
@@ -58,6 +58,7 @@ async def test_a_line_for_each_exchange_at_its_end(database, kept):
             await eventually(lambda: len(kept.lines) == count + 4, "four exchanges are over")
             await listening.close()
             await eventually(lambda: len(kept.lines) == count + 5, "the stream is over")
+        assert session.session_id is not None
         secret = session.session_id.rpartition("-")[2]
     lines = [json.loads(line) for line in kept.lines[count:]]
     said = sorted((line["method"], line["path"], line["status"]) for line in lines)
@@ -77,7 +78,7 @@ async def test_a_line_for_each_exchange_at_its_end(database, kept):
     assert not any(secret in line or "secret" in line for line in kept.lines)
 
 
-async def test_an_exchange_that_was_not_answered(database, kept):
+async def test_an_exchange_that_was_not_answered(database: str, kept: Kept) -> None:
     async with cluster(database, everything, 1, access_log=True) as [node]:
         at = urlsplit(node.url)
         _, writer = await asyncio.open_connection(at.hostname, at.port)
@@ -90,13 +91,13 @@ async def test_an_exchange_that_was_not_answered(database, kept):
 
 
 @pytest.mark.parametrize("wanted", [False, True])
-async def test_nothing_is_written_unasked(database, kept, wanted):
+async def test_nothing_is_written_unasked(database: str, kept: Kept, wanted: bool) -> None:
     async with cluster(database, everything, 1, access_log=wanted) as [node], RawSession() as session:
         await session.open(node.url)
     assert bool(kept.lines) == wanted
 
 
-async def test_inside_a_litestar_application(database, kept):
+async def test_inside_a_litestar_application(database: str, kept: Kept) -> None:
     app = Litestar(plugins=[ClusterPlugin(everything(), database, access_log=True)], openapi_config=None)
     async with serving(app) as base, RawSession() as session:
         await session.open(base)
@@ -104,7 +105,9 @@ async def test_inside_a_litestar_application(database, kept):
 
 
 @pytest.mark.parametrize("prefix", ["", "/tools"], ids=["plain", "mounted"])
-async def test_somebody_elses_uvicorn_masks_session_ids(database, capsys, prefix):
+async def test_somebody_elses_uvicorn_masks_session_ids(
+    database: str, capsys: pytest.CaptureFixture[str], prefix: str
+) -> None:
     inner = Cluster(database).app(everything())
     app = Starlette(routes=[Mount(prefix, inner)], lifespan=lambda _: inner.lifespan()) if prefix else inner
     async with (
@@ -112,7 +115,7 @@ async def test_somebody_elses_uvicorn_masks_session_ids(database, capsys, prefix
         RawSession(path=f"{prefix}/sse") as client,
         httpx.AsyncClient(trust_env=False, verify=False) as http,
     ):
-        where = (await (await client.get(base)).next()).data
+        where = str((await (await client.get(base)).event()).data)
         path, _, session_id = where.partition("?session_id=")
         assert (await http.post(f"{base}{where}", json=PING)).status_code == 202
         for odd in (f"?a=1&session_id={session_id}&b=2", f"?session%5Fid={session_id}", "?a=b&c"):

@@ -43,7 +43,7 @@ async def listeners(node: RunningNode, count: int) -> AsyncIterator[list[RawExch
 @contextlib.contextmanager
 def statements(node: RunningNode, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Count what a node asks PostgreSQL."""
-    database, counted = node.node._database, Counter[str]()
+    database, counted = node.database, Counter[str]()
     fetch = database.fetch
 
     async def counting(name: str, *args: object, **more: Any) -> Any:

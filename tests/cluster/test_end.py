@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 from collections.abc import Awaitable, Sequence
+from typing import Any
 
 import pytest
 
@@ -16,12 +17,12 @@ OF_SESSIONS = ("sessions", "journal", "requests", "streams", "events")
 INVALID_REQUEST = -32600
 
 
-def slow(seconds: float = 60) -> dict:
+def slow(seconds: float = 60) -> dict[str, Any]:
     return {"name": "slow", "arguments": {"seconds": seconds, "steps": 1000}, "_meta": {"progressToken": 1}}
 
 
 @pytest.mark.parametrize(("at", "version"), [(0, "2025-11-25"), (1, "2025-11-25"), (2, "2025-03-26")])
-async def test_after_delete_every_node_says_404(database, at, version):
+async def test_after_delete_every_node_says_404(database: str, at: int, version: str) -> None:
     async with (
         cluster(database, everything, 3) as nodes,
         tables_of(database) as tables,
@@ -65,7 +66,7 @@ async def test_after_delete_every_node_says_404(database, at, version):
         await eventually(lambda: nodes[0].incarnation.host.sessions == 1, "the actor is gone")
 
 
-async def test_the_tools_of_an_ended_session_stop(database):
+async def test_the_tools_of_an_ended_session_stop(database: str) -> None:
     async with cluster(database, everything, 2) as nodes, RawSession() as session:
         await session.open(nodes[0].url)
         call = await session.request(nodes[1].url, "tools/call", slow())
@@ -128,7 +129,7 @@ async def _sessions(nodes: Sequence[RunningNode], count: int, *, delete: bool) -
     await asyncio.gather(*(one(number) for number in range(count)))
 
 
-async def test_nothing_is_left_of_two_hundred_sessions(database):
+async def test_nothing_is_left_of_two_hundred_sessions(database: str) -> None:
     async with cluster(database, everything, 2) as nodes, tables_of(database) as tables:
         await _sessions(nodes, 8, delete=True)  # every connection of the pools has been used once
         await eventually(lambda: nodes[0].incarnation.host.sessions + nodes[1].incarnation.host.sessions == 0, "quiet")
@@ -147,7 +148,7 @@ async def test_nothing_is_left_of_two_hundred_sessions(database):
         assert not [task for task in asyncio.all_tasks() if task.get_name().startswith("session ")]
 
 
-async def test_clients_that_just_go_leave_no_stream_behind(database):
+async def test_clients_that_just_go_leave_no_stream_behind(database: str) -> None:
     count = 24
     async with cluster(database, everything, 2) as nodes, tables_of(database) as tables:
         await _sessions(nodes, count, delete=False)
@@ -163,7 +164,7 @@ async def test_clients_that_just_go_leave_no_stream_behind(database):
 
 
 @pytest.mark.parametrize("at", [0, 1])
-async def test_a_handshake_that_fails_leaves_nothing(database, at):
+async def test_a_handshake_that_fails_leaves_nothing(database: str, at: int) -> None:
     async with cluster(database, everything, 2) as nodes, tables_of(database) as tables, RawSession() as session:
         before = await tables.counts()
         refused = await session.post(nodes[at].url, {"jsonrpc": "2.0", "id": 0, "method": "initialize", "params": {}})

@@ -46,7 +46,9 @@ class Holder:
         self.release, self.runs, self.running = asyncio.Event(), 0, 0
 
     def __call__(self) -> MCPServer:
-        auth = AuthSettings(issuer_url="https://i", resource_server_url=None, validate_token_resource=False)
+        auth = AuthSettings.model_validate(
+            {"issuer_url": "https://i", "resource_server_url": None, "validate_token_resource": False}
+        )
         server = MCPServer("holder", token_verifier=Verifier(), auth=auth)
         server.tool()(self.hold)
         server.tool()(self.talk)
@@ -85,7 +87,7 @@ async def ended(exchange: RawExchange) -> None:
 
 @edges
 @pytest.mark.parametrize("tool", ["hold", "talk"])
-async def test_a_calls_stream_ends_and_its_call_goes_on(database, holder, edge, tool):
+async def test_a_calls_stream_ends_and_its_call_goes_on(database: str, holder: Holder, edge: int, tool: str) -> None:
     async with (
         cluster(database, holder, 2, clock=StandingDate) as nodes,
         RawSession(headers=FRESH) as session,
@@ -108,7 +110,7 @@ async def test_a_calls_stream_ends_and_its_call_goes_on(database, holder, edge, 
 
 
 @edges
-async def test_a_standalone_stream_ends_and_what_comes_waits(database, holder, edge):
+async def test_a_standalone_stream_ends_and_what_comes_waits(database: str, holder: Holder, edge: int) -> None:
     async with (
         cluster(database, holder, 2, clock=StandingDate) as nodes,
         tables_of(database) as tables,
@@ -126,7 +128,7 @@ async def test_a_standalone_stream_ends_and_what_comes_waits(database, holder, e
 
 
 @edges
-async def test_plain_json_is_401_and_the_same_request_gets_the_answer(database, holder, edge):
+async def test_plain_json_is_401_and_the_same_request_gets_the_answer(database: str, holder: Holder, edge: int) -> None:
     async with (
         cluster(database, holder, 2, clock=StandingDate, response="json") as nodes,
         RawSession(headers=FRESH) as session,
@@ -144,7 +146,7 @@ async def test_plain_json_is_401_and_the_same_request_gets_the_answer(database, 
 
 
 @edges
-async def test_an_http_sse_stream_ends_and_goes_on(database, holder, edge):
+async def test_an_http_sse_stream_ends_and_goes_on(database: str, holder: Holder, edge: int) -> None:
     async with (
         cluster(database, holder, 2, clock=StandingDate) as nodes,
         RawSession(headers=FRESH, path="/sse") as client,
@@ -157,7 +159,7 @@ async def test_an_http_sse_stream_ends_and_goes_on(database, holder, edge):
                 assert sent.status == 202
 
         first = await client.get(nodes[0].url)
-        where = (await first.next()).data
+        where = str((await first.event()).data)
         info = {"name": "c", "version": "1"}
         await post("initialize", 0, protocolVersion="2024-11-05", capabilities={}, clientInfo=info)
         while first.last_event_id is None:
@@ -165,16 +167,16 @@ async def test_an_http_sse_stream_ends_and_goes_on(database, holder, edge):
         await post("notifications/initialized", None)
         await post("tools/call", 1, **HOLD)
         stream = await client.get(nodes[edge].url, first.last_event_id, headers=SHORT)
-        assert (await stream.next()).data == where
+        assert (await stream.event()).data == where
         await stream.rest()
         assert (stream.error, stream.last_event_id) == (None, None)
         resumed = await client.get(nodes[1 - edge].url, first.last_event_id)
-        assert (await resumed.next()).data == where
+        assert (await resumed.event()).data == where
         holder.release.set()
         assert (await resumed.response(1))["result"]["content"][0]["text"] == "held"
 
 
-async def test_without_a_session_it_is_cancelled_and_listening_ends(database, holder):
+async def test_without_a_session_it_is_cancelled_and_listening_ends(database: str, holder: Holder) -> None:
     async with cluster(database, holder, 1, clock=StandingDate) as [node], Modern(SHORT) as client:
         listening = await client.request(
             node.url, "subscriptions/listen", {"notifications": {"toolsListChanged": True}}
@@ -191,7 +193,7 @@ async def test_without_a_session_it_is_cancelled_and_listening_ends(database, ho
         await talking.rest()
         assert talking.error is None
         assert not any("result" in message for message in talking.messages)
-        assert not node.node._modern._open
+        assert not node.modern._open
     async with cluster(database, holder, 1, clock=StandingDate) as [node], Modern(FRESH) as client:
         fresh = asyncio.create_task(client.result(node.url, "hold"))
         await eventually(lambda: holder.running == 1, "it runs")

@@ -62,7 +62,7 @@ async def begun(session: RawSession, node: RunningNode) -> RawExchange:
 
 @pytest.mark.parametrize("word", ["e{key}", "h{key}.9", "h{key}.1", "e{key},e1,e2,e3,o,p", "*", "o,p"])
 @pytest.mark.parametrize("everybody", [True, False], ids=["to all", "to the owner"])
-async def test_a_call_goes_on_whatever_is_made_up(database, word, everybody):
+async def test_a_call_goes_on_whatever_is_made_up(database: str, word: str, everybody: bool) -> None:
     async with (
         cluster(database, everything, 2, poll=30) as nodes,
         stranger(database) as hand,
@@ -72,7 +72,7 @@ async def test_a_call_goes_on_whatever_is_made_up(database, word, everybody):
         await session.open(nodes[0].url)
         call = await begun(session, nodes[1])
         key = await tables.value("select id from pgmcp.sessions")
-        actor = owner_of(nodes, key).incarnation.host._residents[key].actor
+        actor = owner_of(nodes, key).residents[key].actor
         for _ in range(3):
             for node in nodes:
                 await say(hand, word.format(key=key), None if everybody else node.incarnation.node_id)
@@ -80,11 +80,11 @@ async def test_a_call_goes_on_whatever_is_made_up(database, word, everybody):
             await heard(node, hand)
         answer = await call.response(1)
         assert "15 steps" in answer["result"]["content"][0]["text"]
-        assert owner_of(nodes, key).incarnation.host._residents[key].actor is actor
+        assert owner_of(nodes, key).residents[key].actor is actor
         await session.call(nodes[1].url, "ping")
 
 
-async def test_an_end_that_the_tables_know_is_believed(database):
+async def test_an_end_that_the_tables_know_is_believed(database: str) -> None:
     """Its own node dies before it tells anybody; somebody else says it."""
     async with (
         cluster(database, everything, 2, poll=30) as nodes,
@@ -100,7 +100,7 @@ async def test_an_end_that_the_tables_know_is_believed(database):
             await stream.rest(timeout=5)
 
 
-async def test_junk_is_counted_and_harms_nobody(database):
+async def test_junk_is_counted_and_harms_nobody(database: str) -> None:
     trouble: list[dict[str, Any]] = []
 
     def note(_: object, context: dict[str, Any]) -> None:
@@ -121,19 +121,19 @@ async def test_junk_is_counted_and_harms_nobody(database):
         assert not node.node.faults.counts
 
 
-async def test_a_flood_costs_a_bounded_number_of_looks(database, monkeypatch):
+async def test_a_flood_costs_a_bounded_number_of_looks(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is not read for long: the node polls then, until it is over."""
     monkeypatch.setattr(line_module, "QUIET_SECONDS", 2.0)
     asked = Counter[str]()
     async with cluster(database, everything, 1) as (node,), stranger(database) as hand, RawSession() as session:
         await session.open(node.url)
-        incarnation, fetch = node.incarnation, node.node._database.fetch
+        incarnation, fetch = node.incarnation, node.database.fetch
 
         async def counting(name: str, *args: object, **more: Any) -> Any:
             asked[name] += 1
             return await fetch(name, *args, **more)
 
-        monkeypatch.setattr(node.node._database, "fetch", counting)
+        monkeypatch.setattr(node.database, "fetch", counting)
         begun = asyncio.get_running_loop().time()
         flood = asyncio.create_task(flooding(hand))
         try:
@@ -150,7 +150,7 @@ async def test_a_flood_costs_a_bounded_number_of_looks(database, monkeypatch):
         assert incarnation.line.dropped > 100
 
 
-async def test_calls_over_another_node_go_on_beside_a_flood(database):
+async def test_calls_over_another_node_go_on_beside_a_flood(database: str) -> None:
     """Polls as rare as they are here would leave each of them without an answer."""
     async with (
         cluster(database, everything, 2, poll=60) as nodes,

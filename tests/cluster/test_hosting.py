@@ -64,7 +64,7 @@ async def two(build: Callable[[str], Any], database: str) -> AsyncIterator[tuple
 
 
 @everywhere
-async def test_it_works_there(build, prefix, database):
+async def test_it_works_there(build: Callable[[str], Any], prefix: str, database: str) -> None:
     async with two(build, database) as (one, other), RawSession(path=f"{prefix}/mcp") as session:
         await session.open(one, other)
         for turn, base in enumerate([one, other, one, other], 1):
@@ -75,7 +75,9 @@ async def test_it_works_there(build, prefix, database):
 
 
 @everywhere
-async def test_http_and_sse_names_an_endpoint_that_is_there(build, prefix, database):
+async def test_http_and_sse_names_an_endpoint_that_is_there(
+    build: Callable[[str], Any], prefix: str, database: str
+) -> None:
     async with (
         two(build, database) as (one, other),
         httpx.AsyncClient(verify=False) as client,
@@ -89,7 +91,7 @@ async def test_http_and_sse_names_an_endpoint_that_is_there(build, prefix, datab
         assert posted.status_code == 202
 
 
-async def test_a_lifespan_that_was_not_run_is_said_so(database):
+async def test_a_lifespan_that_was_not_run_is_said_so(database: str) -> None:
     app = Starlette(routes=[Mount("/tools", Cluster(database).app(everything()))])
     async with serving(app) as base, httpx.AsyncClient(verify=False) as client:
         answer = await client.post(
@@ -101,7 +103,7 @@ async def test_a_lifespan_that_was_not_run_is_said_so(database):
         assert "lifespan" in answer.json()["error"]["message"]
 
 
-async def test_what_cannot_be_served_is_said_so(database, monkeypatch):
+async def test_what_cannot_be_served_is_said_so(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PGMCP_DATABASE_URL", raising=False)
     with pytest.raises(TargetError, match="pgmcp serves"):
         Cluster(database).app(object())

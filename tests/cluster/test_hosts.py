@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import pytest
 from starlette.requests import Request
@@ -37,7 +38,7 @@ EVIL, APP = "http://evil.example", "https://app.example"
         ({"allowed_hosts": "mcp.example"}, "mcp.example", EVIL, 403),
     ],
 )
-async def test_each_list_is_a_rule(settings, host, origin, status):
+async def test_each_list_is_a_rule(settings: dict[str, Any], host: str, origin: str, status: int | None) -> None:
     sent = [(b"content-type", b"application/json")]
     sent += [(name, value.encode()) for name, value in ((b"host", host), (b"origin", origin)) if value]
     request = Request({"type": "http", "method": "POST", "headers": sent})
@@ -45,15 +46,17 @@ async def test_each_list_is_a_rule(settings, host, origin, status):
     assert (refused and refused.status_code) == status
 
 
-def test_only_a_node_on_a_public_address_without_lists_is_unprotected():
+def test_only_a_node_on_a_public_address_without_lists_is_unprotected() -> None:
     assert unprotected(Settings()) is None
     assert unprotected(Settings(host="0.0.0.0", allowed_hosts="a")) is None
     assert unprotected(Settings(host="0.0.0.0", allowed_origins="a")) is None
     assert "0.0.0.0" in (unprotected(Settings(host="0.0.0.0")) or "")
 
 
-async def test_foreign_pages_are_refused_where_only_origins_are_listed(database, caplog):
-    settings = {"host": "0.0.0.0", "allowed_origins": (APP,)}
+async def test_foreign_pages_are_refused_where_only_origins_are_listed(
+    database: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings: dict[str, Any] = {"host": "0.0.0.0", "allowed_origins": (APP,)}
     async with cluster(database, everything, 1, **settings) as [node], RawSession() as session, Modern() as client:
         await session.open(node.url)
         message = {"jsonrpc": "2.0", "id": 1, "method": "ping"}
@@ -66,7 +69,7 @@ async def test_foreign_pages_are_refused_where_only_origins_are_listed(database,
     assert "evil.example" not in caplog.text
 
 
-async def test_a_node_that_answers_to_everybody_says_so_once(database, caplog):
+async def test_a_node_that_answers_to_everybody_says_so_once(database: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
     async with cluster(database, everything, 1, host="0.0.0.0"):
         pass

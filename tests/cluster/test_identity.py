@@ -64,11 +64,13 @@ def server() -> MCPServer:
     server = MCPServer(
         "private",
         token_verifier=Verifier(),
-        auth=AuthSettings(
-            issuer_url="https://issuer.example",
-            resource_server_url="https://mcp.example/mcp",
-            required_scopes=["use"],
-            validate_token_resource=False,
+        auth=AuthSettings.model_validate(
+            {
+                "issuer_url": "https://issuer.example",
+                "resource_server_url": "https://mcp.example/mcp",
+                "required_scopes": ["use"],
+                "validate_token_resource": False,
+            }
         ),
     )
 
@@ -78,6 +80,7 @@ def server() -> MCPServer:
         await asyncio.sleep(0)
         found, request = get_access_token(), ctx.request_context.request
         assert found is not None
+        assert request is not None
         assert isinstance(request.user.access_token, type(found))
         return json.dumps(
             {
@@ -107,7 +110,7 @@ def server() -> MCPServer:
     return server
 
 
-async def raw(base: str, method: str, headers: dict[str, str], body: dict | None = None) -> httpx.Response:
+async def raw(base: str, method: str, headers: dict[str, str], body: dict[str, Any] | None = None) -> httpx.Response:
     fixed = {"accept": "application/json, text/event-stream", "content-type": "application/json"}
     async with httpx.AsyncClient(trust_env=False, verify=False, timeout=10) as http:
         return await http.request(method, f"{base}/mcp", headers={**fixed, **headers}, json=body)
@@ -118,7 +121,7 @@ async def settled(tables: Tables) -> dict[str, int]:
     waiting = "select count(*) from pgmcp.requests where claimed_epoch is null"
 
     async def taken() -> bool:
-        return await tables.value(waiting) == 0
+        return bool(await tables.value(waiting) == 0)
 
     await eventually(taken, "everything is claimed")
     return await tables.counts()
@@ -135,7 +138,7 @@ STRANGERS = [
 ]
 
 
-async def test_who_may_not_is_told_so_on_every_node(database, subtests):
+async def test_who_may_not_is_told_so_on_every_node(database: str, subtests: pytest.Subtests) -> None:
     metadata = 'resource_metadata="https://mcp.example/.well-known/oauth-protected-resource/mcp"'
     async with (
         cluster(database, server, 2) as nodes,
@@ -145,7 +148,7 @@ async def test_who_may_not_is_told_so_on_every_node(database, subtests):
         await session.open(nodes[0].url)
         await session.call(nodes[0].url, "ping")
         before = await settled(tables)
-        known = {"mcp-session-id": session.session_id}
+        known = {"mcp-session-id": str(session.session_id)}
         tries = itertools.product(STRANGERS, ("POST", "GET", "DELETE"), ({}, known, {"mcp-session-id": "x"}), nodes)
         for (headers, status, error), method, session_id, node in tries:
             with subtests.test(method, headers=headers, session_id=session_id):
@@ -158,7 +161,7 @@ async def test_who_may_not_is_told_so_on_every_node(database, subtests):
         assert await tables.counts() == before
 
 
-async def test_every_node_serves_the_resource_metadata(database):
+async def test_every_node_serves_the_resource_metadata(database: str) -> None:
     async with cluster(database, server, 2) as nodes, httpx.AsyncClient(trust_env=False, verify=False) as http:
         for node in nodes:
             answer = await http.get(f"{node.url}/.well-known/oauth-protected-resource/mcp")
@@ -176,7 +179,7 @@ def seen(answer: RawExchange | httpx.Response) -> tuple[int, bytes, list[tuple[s
 
 
 @edges
-async def test_a_stranger_gets_what_an_unknown_session_gets(database, edge):
+async def test_a_stranger_gets_what_an_unknown_session_gets(database: str, edge: int) -> None:
     async with (
         cluster(database, server, 2) as nodes,
         tables_of(database) as tables,
@@ -186,10 +189,10 @@ async def test_a_stranger_gets_what_an_unknown_session_gets(database, edge):
         await session.open(nodes[0].url)
         standalone = await session.get(nodes[edge].url)
         running = await session.request(nodes[edge].url, "tools/call", {"name": "wait", "arguments": {}}, request_id=5)
-        primed = (await running.next()).id
+        primed = (await running.event()).id
         before = await settled(tables)
 
-        async def try_all(session_id: str) -> list[tuple[int, bytes, list[tuple[str, str]]]]:
+        async def try_all(session_id: str | None) -> list[tuple[int, bytes, list[tuple[str, str]]]]:
             eve.session_id = session_id
             call = {"name": "who", "arguments": {}}
             init = {"protocolVersion": "2025-11-25", "capabilities": {}, "clientInfo": {"name": "e", "version": "1"}}
@@ -220,18 +223,18 @@ async def test_a_stranger_gets_what_an_unknown_session_gets(database, edge):
 
 
 @edges
-async def test_the_tool_sees_the_request_that_called_it(database, edge):
+async def test_the_tool_sees_the_request_that_called_it(database: str, edge: int) -> None:
     async with cluster(database, server, 2) as nodes, RawSession(headers=bearer()) as session:
         await session.open(nodes[0].url)
 
-        async def ask(number: int) -> dict:
+        async def ask(number: int) -> dict[str, Any]:
             exchange = await session.post(
                 nodes[edge].url,
                 {"jsonrpc": "2.0", "id": number, "method": "tools/call", "params": {"name": "who", "arguments": {}}},
                 headers={**bearer(number=number), "x-number": str(number)},
             )
             answer = await exchange.response(number)
-            return json.loads(answer["result"]["content"][0]["text"])
+            return dict(json.loads(answer["result"]["content"][0]["text"]))
 
         for number, told in enumerate(await asyncio.gather(*(ask(number) for number in range(1, 31))), 1):
             assert told["type"] == "Badge"
@@ -248,7 +251,7 @@ async def test_the_tool_sees_the_request_that_called_it(database, edge):
 
 
 @edges
-async def test_the_query_reaches_the_tool(database, edge):
+async def test_the_query_reaches_the_tool(database: str, edge: int) -> None:
     async with cluster(database, server, 2) as nodes, RawSession(headers=bearer()) as session:
         await session.open(nodes[0].url)
         session.path = "/mcp?tenant=a%20b&x=1"
@@ -257,7 +260,7 @@ async def test_the_query_reaches_the_tool(database, edge):
         assert told["path"] == "/mcp"
 
 
-async def test_nothing_secret_lies_about(database, caplog):
+async def test_nothing_secret_lies_about(database: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     heard: list[str] = []
     async with (
@@ -289,7 +292,7 @@ async def test_nothing_secret_lies_about(database, caplog):
         await lost.rest()
         await eventually(lambda: any(payload.startswith("e") for payload in heard), "the end was announced")
         await spy.close()
-        session_id = session.session_id
+        session_id = str(session.session_id)
     words = [word for payload in heard for word in payload.split(",")]
     assert words
     shape = re.compile(r"\*|i\d+|e\d+|t[0-9a-f]{32}|probe:[0-9a-f]{32}")
@@ -305,7 +308,7 @@ def _ours(record: logging.LogRecord) -> bool:
 
 
 @pytest.mark.parametrize("bind_to", ["client,subject", "subject"])
-async def test_whose_a_session_is_may_leave_out_the_client(database, bind_to):
+async def test_whose_a_session_is_may_leave_out_the_client(database: str, bind_to: str) -> None:
     """A client that registers anew is another client, and the same subject."""
     badges = {
         "first": ("old", "ada", "https://one"),
@@ -329,12 +332,13 @@ async def test_whose_a_session_is_may_leave_out_the_client(database, bind_to):
         @made.tool()
         async def whose() -> str:
             found = get_access_token()
+            assert found is not None
             return f"{found.client_id} {found.subject}"
 
         return made
 
-    async def status(who: str, session_id: str) -> int:
-        headers = {"authorization": f"Bearer {who}", "mcp-session-id": session_id}
+    async def status(who: str, session_id: str | None) -> int:
+        headers = {"authorization": f"Bearer {who}", "mcp-session-id": str(session_id)}
         return (await raw(nodes[1].url, "POST", headers, PING)).status_code
 
     async with (

@@ -117,7 +117,7 @@ async def test_streams_outlive_an_incarnation_and_are_told_what_they_missed(data
         before = nodes[0].incarnation
         await tables.execute("update pgmcp.nodes set state = 'dead' where node_id = $1", before.node_id)
         await Cluster(database).publish(ResourceUpdated(uri="a://1"))
-        await eventually(lambda: nodes[0].node._supervisor.present not in (None, before), "it has joined again")
+        await eventually(lambda: nodes[0].present not in (None, before), "it has joined again")
         assert {"a://1", FENCE} == set(await stream.until("a://1", FENCE))
 
 

@@ -12,7 +12,7 @@ WATCHED, UPDATED = "test://watched-resource", "notifications/resources/updated"
 RELEASED = "select sink is null from pgmcp.streams where kind = 'standalone'"
 
 
-async def test_listeners_that_displace_each_other(database):
+async def test_listeners_that_displace_each_other(database: str) -> None:
     """Over both nodes; each comes back as clients do, with the last event id that it has."""
     async with (
         cluster(database, everything, 2) as nodes,
@@ -51,7 +51,7 @@ async def test_listeners_that_displace_each_other(database):
         assert (await session.get(nodes[0].url)).status == 200
 
 
-async def test_the_resume_of_a_requests_stream_always_replaces(database):
+async def test_the_resume_of_a_requests_stream_always_replaces(database: str) -> None:
     """A client behind a network that breaks silently comes back as often as it must."""
     async with cluster(database, everything, 2) as nodes, RawSession() as session:
         await session.open(nodes[0].url)

@@ -44,7 +44,7 @@ class Witness:
 
 
 @pytest.mark.parametrize(("first", "second"), [(1, 0), (0, 1), (1, 2)], ids=["other-owner", "owner-other", "others"])
-async def test_a_call_is_handled_after_what_was_acknowledged_before_it(database, first, second):
+async def test_a_call_is_handled_after_what_was_acknowledged_before_it(database: str, first: int, second: int) -> None:
     witness = Witness()
     turns = TURNS if (first, second) == (1, 0) else TURNS // 20
     async with cluster(database, witness.server, 3) as nodes, RawSession() as session:
@@ -56,7 +56,7 @@ async def test_a_call_is_handled_after_what_was_acknowledged_before_it(database,
     assert witness.seen == [(kind, number) for number in range(turns) for kind in ("told", "asked")]
 
 
-async def test_a_burst_of_acknowledged_messages_keeps_its_order(database):
+async def test_a_burst_of_acknowledged_messages_keeps_its_order(database: str) -> None:
     """Round robin over the nodes, each sent when the one before was acknowledged."""
     witness = Witness()
     async with cluster(database, witness.server, 3) as nodes, RawSession() as session:

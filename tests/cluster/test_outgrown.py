@@ -24,7 +24,7 @@ async def test_a_running_node_learns_that_the_database_needs_a_newer_build(datab
         await eventually(lambda: is_(503, "schema"), "the node has learnt of it")
         first = node.incarnation.node_id
         await tables.execute("update pgmcp.nodes set state = 'dead'")
-        await eventually(lambda: node.node._supervisor.present is None, "the node is fenced")
+        await eventually(lambda: node.present is None, "the node is fenced")
         await eventually(lambda: is_(503, "schema"), "it may not join again")
         assert await tables.value("select count(*) from pgmcp.nodes") == 1
         await tables.execute("update pgmcp.schema_range set needs = '0001'")

@@ -7,12 +7,14 @@ comes back from the client (answers, cancels, resumes), ``ear`` the node of the 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
+from typing import Any
 from uuid import UUID
 
 import pytest
 
-from tests.harness.clients import RawExchange, RawSession
-from tests.harness.cluster import eventually
+from tests.harness.clients import Message, RawExchange, RawSession
+from tests.harness.cluster import RunningNode, Tables, eventually
 
 pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),
@@ -24,16 +26,17 @@ edges = pytest.mark.parametrize("edge", NODES)
 backs = pytest.mark.parametrize("back", NODES)
 ears = pytest.mark.parametrize("ear", NODES)
 
-FORM = {"elicitation": {"form": {}}}
+FORM: dict[str, Any] = {"elicitation": {"form": {}}}
 UPDATED, WATCHED = "notifications/resources/updated", "test://watched-resource"
 
 
-def tool(name: str, /, *, token: str | None = None, **arguments):
+def tool(name: str, /, *, token: str | None = None, **arguments: object) -> dict[str, Any]:
     meta = {} if token is None else {"_meta": {"progressToken": token}}
     return {"name": name, "arguments": arguments, **meta}
 
 
-def place(event_id: str) -> tuple[str, int]:
+def place(event_id: str | None) -> tuple[str, int]:
+    assert event_id is not None
     stream, _, seq = event_id.rpartition(".")
     return stream, int(seq)
 
@@ -45,19 +48,19 @@ def numbers(exchange: RawExchange) -> list[int]:
     return [seq for _, seq in places]
 
 
-def text_of(answer) -> str:
-    return answer["result"]["content"][0]["text"]
+def text_of(answer: Message) -> str:
+    return str(answer["result"]["content"][0]["text"])
 
 
 async def running(session: RawSession, base: str) -> int:
-    return (await session.call_tool(base, "slow_calls_running"))["structuredContent"]["result"]
+    return int((await session.call_tool(base, "slow_calls_running"))["structuredContent"]["result"])
 
 
 # A call and what belongs to it
 
 
 @edges
-async def test_a_call_is_answered_on_its_own_stream(pair, edge):
+async def test_a_call_is_answered_on_its_own_stream(pair: Sequence[RunningNode], edge: int) -> None:
     async with RawSession() as session:
         await session.open(pair[0].url)
         for turn in (1, 2, 3):
@@ -79,7 +82,7 @@ async def test_a_call_is_answered_on_its_own_stream(pair, edge):
 
 @edges
 @ears
-async def test_progress_is_on_the_requests_stream_in_order(pair, edge, ear):
+async def test_progress_is_on_the_requests_stream_in_order(pair: Sequence[RunningNode], edge: int, ear: int) -> None:
     async with RawSession() as session:
         await session.open(pair[0].url)
         standalone = await session.get(pair[ear].url)
@@ -101,7 +104,7 @@ async def test_progress_is_on_the_requests_stream_in_order(pair, edge, ear):
 
 @edges
 @backs
-async def test_elicitation(pair, edge, back):
+async def test_elicitation(pair: Sequence[RunningNode], edge: int, back: int) -> None:
     async with RawSession(capabilities=FORM) as session:
         await session.open(pair[0].url)
         exchange = await session.request(
@@ -122,7 +125,7 @@ async def test_elicitation(pair, edge, back):
 
 @edges
 @backs
-async def test_sampling(pair, edge, back):
+async def test_sampling(pair: Sequence[RunningNode], edge: int, back: int) -> None:
     async with RawSession(capabilities={"sampling": {}}) as session:
         await session.open(pair[0].url)
         exchange = await session.request(pair[edge].url, "tools/call", tool("test_sampling", prompt="Hi"), request_id=5)
@@ -134,7 +137,7 @@ async def test_sampling(pair, edge, back):
 
 @edges
 @backs
-async def test_an_error_is_an_answer_to_a_question_too(pair, edge, back):
+async def test_an_error_is_an_answer_to_a_question_too(pair: Sequence[RunningNode], edge: int, back: int) -> None:
     async with RawSession(capabilities=FORM) as session:
         await session.open(pair[0].url)
         exchange = await session.request(
@@ -149,7 +152,9 @@ async def test_an_error_is_an_answer_to_a_question_too(pair, edge, back):
 @edges
 @backs
 @ears
-async def test_roots_are_asked_for_on_the_standalone_stream(pair, edge, back, ear):
+async def test_roots_are_asked_for_on_the_standalone_stream(
+    pair: Sequence[RunningNode], edge: int, back: int, ear: int
+) -> None:
     async with RawSession(capabilities={"roots": {}}) as session:
         await session.open(pair[0].url)
         standalone = await session.get(pair[ear].url)
@@ -161,7 +166,7 @@ async def test_roots_are_asked_for_on_the_standalone_stream(pair, edge, back, ea
         assert [message.get("method") for message in exchange.messages] == [None]
 
 
-async def test_an_answer_that_nobody_asked_for_is_dropped(pair):
+async def test_an_answer_that_nobody_asked_for_is_dropped(pair: Sequence[RunningNode]) -> None:
     async with RawSession(capabilities=FORM) as session:
         await session.open(pair[0].url)
         exchange = await session.request(
@@ -174,7 +179,7 @@ async def test_an_answer_that_nobody_asked_for_is_dropped(pair):
         assert (await session.answer(pair[1].url, question, {"action": "decline"})).status == 202
         assert text_of(await exchange.response(5)) == "User response: action=decline, content=null"
         assert (await session.answer(pair[0].url, question, {"action": "cancel"})).status == 202
-        assert await session.call(pair[0].url, "ping")
+        assert (await session.call(pair[0].url, "ping"))["result"] == {}
 
 
 # State of the session
@@ -182,7 +187,9 @@ async def test_an_answer_that_nobody_asked_for_is_dropped(pair):
 
 @edges
 @backs
-async def test_a_log_level_that_one_node_took_holds_for_calls_on_the_other(pair, edge, back):
+async def test_a_log_level_that_one_node_took_holds_for_calls_on_the_other(
+    pair: Sequence[RunningNode], edge: int, back: int
+) -> None:
     async with RawSession() as session:
         await session.open(pair[0].url)
         for level, expected in (("error", 0), ("info", 3), ("alert", 0)):
@@ -199,7 +206,9 @@ async def test_a_log_level_that_one_node_took_holds_for_calls_on_the_other(pair,
 @edges
 @backs
 @ears
-async def test_subscriptions_are_told_on_the_standalone_stream(pair, edge, back, ear):
+async def test_subscriptions_are_told_on_the_standalone_stream(
+    pair: Sequence[RunningNode], edge: int, back: int, ear: int
+) -> None:
     async with RawSession() as session, RawSession() as stranger, RawSession() as witness:
         for one in (session, stranger, witness):
             await one.open(pair[0].url)
@@ -223,7 +232,7 @@ async def test_subscriptions_are_told_on_the_standalone_stream(pair, edge, back,
 
 
 @ears
-async def test_what_nobody_listens_to_waits_for_the_next_listener(pair, ear):
+async def test_what_nobody_listens_to_waits_for_the_next_listener(pair: Sequence[RunningNode], ear: int) -> None:
     async with RawSession() as session:
         await session.open(pair[0].url)
         await session.call(pair[1].url, "resources/subscribe", {"uri": WATCHED})
@@ -234,7 +243,7 @@ async def test_what_nobody_listens_to_waits_for_the_next_listener(pair, ear):
 
 
 @edges
-async def test_ping(pair, edge):
+async def test_ping(pair: Sequence[RunningNode], edge: int) -> None:
     async with RawSession() as session:
         await session.open(pair[0].url)
         assert (await session.call(pair[edge].url, "ping"))["result"] == {}
@@ -245,7 +254,7 @@ async def test_ping(pair, edge):
 
 @edges
 @backs
-async def test_a_cancel_stops_the_tool_and_ends_the_stream(pair, edge, back):
+async def test_a_cancel_stops_the_tool_and_ends_the_stream(pair: Sequence[RunningNode], edge: int, back: int) -> None:
     async with RawSession() as session:
         await session.open(pair[0].url)
         exchange = await session.request(
@@ -263,7 +272,7 @@ async def test_a_cancel_stops_the_tool_and_ends_the_stream(pair, edge, back):
 
 @edges
 @backs
-async def test_a_cancel_that_overtakes_its_request_is_kept(pair, edge, back):
+async def test_a_cancel_that_overtakes_its_request_is_kept(pair: Sequence[RunningNode], edge: int, back: int) -> None:
     async with RawSession() as session:
         await session.open(pair[0].url)
         cancel = {"requestId": 77}
@@ -274,7 +283,9 @@ async def test_a_cancel_that_overtakes_its_request_is_kept(pair, edge, back):
 
 
 @edges
-async def test_a_cancel_that_came_too_late_does_not_hit_the_next_request_with_this_id(pair, edge):
+async def test_a_cancel_that_came_too_late_does_not_hit_the_next_request_with_this_id(
+    pair: Sequence[RunningNode], edge: int
+) -> None:
     async with RawSession() as session:
         await session.open(pair[0].url)
         exchange = await session.request(pair[edge].url, "tools/call", tool("count"), request_id=77)
@@ -286,13 +297,15 @@ async def test_a_cancel_that_came_too_late_does_not_hit_the_next_request_with_th
 
 @edges
 @backs
-async def test_hanging_up_is_no_cancel_and_the_answer_can_be_fetched_anywhere(pair, tables, edge, back):
+async def test_hanging_up_is_no_cancel_and_the_answer_can_be_fetched_anywhere(
+    pair: Sequence[RunningNode], tables: Tables, edge: int, back: int
+) -> None:
     async with RawSession() as session:
         await session.open(pair[0].url)
         exchange = await session.request(
             pair[edge].url, "tools/call", tool("slow", token="t", seconds=0.5, steps=10), request_id=8
         )
-        priming = await exchange.next()
+        priming = await exchange.event()
         assert priming.is_priming
         await exchange.close()
         stream = UUID(place(priming.id)[0])
@@ -309,7 +322,7 @@ async def test_hanging_up_is_no_cancel_and_the_answer_can_be_fetched_anywhere(pa
 
 @edges
 @backs
-async def test_a_resume_gives_exactly_what_is_later(pair, edge, back):
+async def test_a_resume_gives_exactly_what_is_later(pair: Sequence[RunningNode], edge: int, back: int) -> None:
     async with RawSession() as session:
         await session.open(pair[0].url)
         exchange = await session.request(
@@ -319,7 +332,7 @@ async def test_a_resume_gives_exactly_what_is_later(pair, edge, back):
             await exchange.message("notifications/progress")
         await exchange.close()
         resumed = await session.get(pair[back].url, exchange.last_event_id)
-        head = await resumed.next()
+        head = await resumed.event()
         assert head.is_priming
         assert head.id == exchange.last_event_id
         for _ in range(3):
@@ -340,7 +353,9 @@ async def test_a_resume_gives_exactly_what_is_later(pair, edge, back):
 
 @edges
 @backs
-async def test_there_is_nothing_to_resume_in_a_stream_that_was_read_to_its_end(pair, edge, back):
+async def test_there_is_nothing_to_resume_in_a_stream_that_was_read_to_its_end(
+    pair: Sequence[RunningNode], edge: int, back: int
+) -> None:
     async with RawSession() as session:
         await session.open(pair[0].url)
         exchange = await session.request(pair[edge].url, "tools/call", tool("count"))
@@ -352,7 +367,9 @@ async def test_there_is_nothing_to_resume_in_a_stream_that_was_read_to_its_end(p
 
 
 @edges
-async def test_an_unknown_stream_and_one_of_another_session_have_nothing_to_resume(pair, edge):
+async def test_an_unknown_stream_and_one_of_another_session_have_nothing_to_resume(
+    pair: Sequence[RunningNode], edge: int
+) -> None:
     async with RawSession() as session, RawSession() as other:
         await session.open(pair[0].url)
         await other.open(pair[0].url)
@@ -369,7 +386,7 @@ async def test_an_unknown_stream_and_one_of_another_session_have_nothing_to_resu
 
 
 @pytest.mark.parametrize(("first", "second"), [*itertools.product((0, 1), repeat=2)])
-async def test_the_newest_listener_gets_what_comes(pair, first, second):
+async def test_the_newest_listener_gets_what_comes(pair: Sequence[RunningNode], first: int, second: int) -> None:
     async with RawSession() as session:
         await session.open(pair[0].url)
         await session.call(pair[0].url, "resources/subscribe", {"uri": WATCHED})
@@ -385,7 +402,9 @@ async def test_the_newest_listener_gets_what_comes(pair, first, second):
 
 
 @pytest.mark.parametrize(("first", "second"), [*itertools.product((0, 1), repeat=2)])
-async def test_a_message_goes_to_one_connection_also_without_last_event_id(pair, first, second):
+async def test_a_message_goes_to_one_connection_also_without_last_event_id(
+    pair: Sequence[RunningNode], first: int, second: int
+) -> None:
     """2025-11-25, Multiple Connections 2: a message is never sent on two streams."""
     async with RawSession() as session:
         await session.open(pair[0].url)
@@ -402,7 +421,7 @@ async def test_a_message_goes_to_one_connection_also_without_last_event_id(pair,
 
 @edges
 @backs
-async def test_a_running_call_moves_to_the_newest_connection(pair, edge, back):
+async def test_a_running_call_moves_to_the_newest_connection(pair: Sequence[RunningNode], edge: int, back: int) -> None:
     async with RawSession() as session:
         await session.open(pair[0].url)
         old = await session.request(
@@ -420,7 +439,9 @@ async def test_a_running_call_moves_to_the_newest_connection(pair, edge, back):
 
 @edges
 @backs
-async def test_a_tool_can_close_its_stream_and_the_client_comes_back(pair, edge, back):
+async def test_a_tool_can_close_its_stream_and_the_client_comes_back(
+    pair: Sequence[RunningNode], edge: int, back: int
+) -> None:
     async with RawSession() as session:
         await session.open(pair[0].url)
         exchange = await session.request(pair[edge].url, "tools/call", tool("test_reconnection"), request_id=8)
@@ -436,7 +457,9 @@ async def test_a_tool_can_close_its_stream_and_the_client_comes_back(pair, edge,
 
 @edges
 @pytest.mark.parametrize("version", ["2025-03-26", "2025-06-18"])
-async def test_a_stream_is_not_closed_on_clients_that_cannot_come_back(pair, edge, version):
+async def test_a_stream_is_not_closed_on_clients_that_cannot_come_back(
+    pair: Sequence[RunningNode], edge: int, version: str
+) -> None:
     """Before 2025-11-25 there is no priming event, so such a client could never fetch its answer."""
     async with RawSession(protocol_version=version) as session:
         await session.open(pair[0].url)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+from typing import Any
 
 import pytest
 from mcp.server.mcpserver import MCPServer
 
 from tests.harness.clients import RawExchange, RawSession
-from tests.harness.cluster import cluster, eventually, tables_of
+from tests.harness.cluster import Tables, cluster, eventually, tables_of
 
 INVALID_REQUEST = -32600
 UNFINISHED = "select count(*) from pgmcp.requests where finished_at is null"
@@ -43,12 +44,12 @@ class Gate:
         return server
 
 
-def ask(rpc_id: int, tool: str, text: str) -> dict:
+def ask(rpc_id: int, tool: str, text: str) -> dict[str, Any]:
     params = {"name": tool, "arguments": {"text": text}}
     return {"jsonrpc": "2.0", "id": rpc_id, "method": "tools/call", "params": params}
 
 
-def batch(text: str = "") -> list[dict]:
+def batch(text: str = "") -> list[dict[str, Any]]:
     return [NEWS, ask(1, "quick", f"{text}one"), ask(2, "slow", f"{text}two")]
 
 
@@ -63,8 +64,8 @@ async def texts(exchange: RawExchange) -> dict[int, str]:
     return {answer["id"]: answer["result"]["structuredContent"]["result"] for answer in answers}
 
 
-async def is_(tables, query: str, expected: int) -> bool:
-    return await tables.value(query) == expected
+async def is_(tables: Tables, query: str, expected: int) -> bool:
+    return bool(await tables.value(query) == expected)
 
 
 def old() -> RawSession:
@@ -72,7 +73,7 @@ def old() -> RawSession:
 
 
 @both
-async def test_a_batch_that_runs_is_joined(database, edge):
+async def test_a_batch_that_runs_is_joined(database: str, edge: int) -> None:
     gate = Gate()
     async with cluster(database, gate.server, 2) as nodes, tables_of(database) as tables, old() as session:
         await session.open(nodes[0].url)
@@ -91,7 +92,9 @@ async def test_a_batch_that_runs_is_joined(database, edge):
 
 
 @pytest.mark.parametrize(("response", "edge"), [("sse", 0), ("sse", 1), ("json", 1), ("auto", 1)])
-async def test_a_finished_batch_whose_exchange_broke_is_answered_from_the_store(database, response, edge):
+async def test_a_finished_batch_whose_exchange_broke_is_answered_from_the_store(
+    database: str, response: str, edge: int
+) -> None:
     gate = Gate()
     async with (
         cluster(database, gate.server, 2, response=response) as nodes,
@@ -122,7 +125,7 @@ async def test_a_finished_batch_whose_exchange_broke_is_answered_from_the_store(
 
 
 @both
-async def test_a_half_answered_batch_keeps_all_of_its_ids(database, edge):
+async def test_a_half_answered_batch_keeps_all_of_its_ids(database: str, edge: int) -> None:
     """What one exchange carried as far as it went, and let go in good order, is not written to its end."""
     gate = Gate()
     async with cluster(database, gate.server, 2) as nodes, tables_of(database) as tables, old() as session:
@@ -143,7 +146,7 @@ async def test_a_half_answered_batch_keeps_all_of_its_ids(database, edge):
 
 
 @both
-async def test_what_shares_requests_with_a_batch_and_is_another_post(database, edge):
+async def test_what_shares_requests_with_a_batch_and_is_another_post(database: str, edge: int) -> None:
     gate = Gate()
     async with cluster(database, gate.server, 2) as nodes, tables_of(database) as tables, old() as session:
         await session.open(nodes[0].url)
@@ -188,7 +191,7 @@ async def test_what_shares_requests_with_a_batch_and_is_another_post(database, e
 
 
 @both
-async def test_a_batch_of_one_and_the_same_request_alone_are_one(database, edge):
+async def test_a_batch_of_one_and_the_same_request_alone_are_one(database: str, edge: int) -> None:
     gate = Gate()
     async with (
         cluster(database, gate.server, 2, response="json") as nodes,
@@ -209,7 +212,7 @@ async def test_a_batch_of_one_and_the_same_request_alone_are_one(database, edge)
 
 
 @both
-async def test_the_same_batch_at_the_same_moment_runs_once(database, edge):
+async def test_the_same_batch_at_the_same_moment_runs_once(database: str, edge: int) -> None:
     gate = Gate()
     gate.open.set()
     async with cluster(database, gate.server, 2) as nodes, old() as session:

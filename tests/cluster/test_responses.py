@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 from mcp.server.mcpserver import Context, MCPServer
 from mcp_types import SamplingMessage, TextContent
 from pydantic import BaseModel
 
-from tests.harness.clients import RawSession
+from tests.harness.clients import RawExchange, RawSession
 from tests.harness.cluster import cluster, eventually, everything
 
 pytestmark = pytest.mark.filterwarnings("ignore::mcp.shared.exceptions.MCPDeprecationWarning")
 
 edges = pytest.mark.parametrize("edge", [0, 1])
-CAN = {"elicitation": {"form": {}}, "sampling": {}, "roots": {}}
+CAN: dict[str, Any] = {"elicitation": {"form": {}}, "sampling": {}, "roots": {}}
 
 
 class Asking:
@@ -39,7 +40,7 @@ class Asking:
         async def sample(ctx: Context) -> str:
             question = SamplingMessage(role="user", content=TextContent(text="?"))
             answer = await ctx.session.create_message([question], max_tokens=1, related_request_id=ctx.request_id)
-            return answer.model
+            return str(answer.model)
 
         @server.tool()
         async def progress(ctx: Context) -> str:
@@ -56,12 +57,12 @@ class Asking:
         return server
 
 
-def tool(name: str, **meta) -> dict:
+def tool(name: str, **meta: object) -> dict[str, Any]:
     return {"name": name, "arguments": {}} | ({"_meta": meta} if meta else {})
 
 
 @edges
-async def test_json(database, edge):
+async def test_json(database: str, edge: int) -> None:
     asking = Asking()
     async with cluster(database, asking.server, 2, response="json") as nodes, RawSession(capabilities=CAN) as session:
         opened = await session.initialize(nodes[0].url)
@@ -92,7 +93,7 @@ async def test_json(database, edge):
 
 
 @edges
-async def test_json_that_was_cancelled_or_ended(database, edge):
+async def test_json_that_was_cancelled_or_ended(database: str, edge: int) -> None:
     asking = Asking()
     async with cluster(database, asking.server, 2, response="json") as nodes, RawSession() as session:
         await session.open(nodes[0].url)
@@ -109,7 +110,7 @@ async def test_json_that_was_cancelled_or_ended(database, edge):
 
 
 @edges
-async def test_auto(database, edge):
+async def test_auto(database: str, edge: int) -> None:
     asking = Asking()
     async with cluster(database, asking.server, 2, response="auto") as nodes, RawSession(capabilities=CAN) as session:
         opened = await session.initialize(nodes[0].url)
@@ -133,7 +134,7 @@ async def test_auto(database, edge):
         assert events[0].is_priming
         ids = [event.id for event in events]
         assert len(set(ids)) == len(ids)
-        assert [int(event_id.rpartition(".")[2]) for event_id in ids] == [0, 1, 2, 3]
+        assert [int(str(event_id).rpartition(".")[2]) for event_id in ids] == [0, 1, 2, 3]
         slow = await session.request(nodes[edge].url, "tools/call", tool("work"), request_id=4)
         assert slow.headers["content-type"] == "text/event-stream"
         asking.go.set()
@@ -147,7 +148,7 @@ async def test_auto(database, edge):
 @pytest.mark.parametrize(
     ("version", "primed"), [("2025-03-26", False), ("2025-06-18", False), ("2025-11-25", True)]
 )  # fmt: skip
-async def test_only_the_newest_revision_is_primed(database, version, primed):
+async def test_only_the_newest_revision_is_primed(database: str, version: str, primed: bool) -> None:
     async with (
         cluster(database, everything, 2, retry_ms=1234) as nodes,
         RawSession(protocol_version=version) as session,
@@ -164,18 +165,18 @@ async def test_only_the_newest_revision_is_primed(database, version, primed):
             assert [event.is_priming for event in events] == [True, False][not primed :]
             assert [event.retry for event in events] == [1234, None][not primed :]
         if primed:
-            assert (await standalone.next()).retry == 1234
+            assert (await standalone.event()).retry == 1234
         assert (await session.delete(nodes[0].url)).status == 200
         rest = await standalone.rest()
         assert all(event.retry == 1234 for event in rest)
         assert bool(rest) == primed
 
 
-async def test_the_answer_to_initialize_can_be_resumed(database):
+async def test_the_answer_to_initialize_can_be_resumed(database: str) -> None:
     """Also the first stream's priming event stands before its first message."""
     async with cluster(database, everything, 2) as nodes, RawSession() as session:
         opened = await session.initialize(nodes[0].url)
-        priming = await opened.next()
+        priming = await opened.event()
         assert priming.is_priming
         await opened.close()
         resumed = await session.get(nodes[1].url, priming.id)
@@ -185,7 +186,7 @@ async def test_the_answer_to_initialize_can_be_resumed(database):
 
 @pytest.mark.parametrize("version", ["2025-03-26", "2025-11-25"])
 @edges
-async def test_comments_keep_silent_streams_open(database, version, edge):
+async def test_comments_keep_silent_streams_open(database: str, version: str, edge: int) -> None:
     asking = Asking()
     async with (
         cluster(database, asking.server, 2, keepalive=0.1) as nodes,
@@ -195,12 +196,16 @@ async def test_comments_keep_silent_streams_open(database, version, edge):
         standalone = await session.get(nodes[edge].url)
         exchange = await session.request(nodes[edge].url, "tools/call", tool("work"), request_id=1)
         for stream in (standalone, exchange):
-            await eventually(lambda stream=stream: stream.comments >= 3, "comments come")
+
+            def commented(stream: RawExchange = stream) -> bool:
+                return stream.comments >= 3
+
+            await eventually(commented, "comments come")
         asking.go.set()
         assert "result" in await exchange.response(1)
 
 
-async def test_a_busy_stream_has_no_comments(database):
+async def test_a_busy_stream_has_no_comments(database: str) -> None:
     async with cluster(database, everything, 2, keepalive=2.0) as nodes, RawSession() as session:
         await session.open(nodes[0].url)
         slow = {"name": "slow", "arguments": {"seconds": 0.5, "steps": 20}, "_meta": {"progressToken": 1}}
@@ -210,7 +215,7 @@ async def test_a_busy_stream_has_no_comments(database):
         assert exchange.comments == 0
 
 
-async def test_an_odd_version_in_initialize(database, subtests):
+async def test_an_odd_version_in_initialize(database: str, subtests: pytest.Subtests) -> None:
     """The server answers with a version that it speaks, or refuses; either way every node agrees on it."""
     async with cluster(database, everything, 2) as nodes:
         for asked in ("2024-11-05", "2099-01-01", "x", "", None, 7, ["2025-11-25"]):
@@ -229,7 +234,7 @@ async def _open_with(session: RawSession, urls: list[str], asked: object) -> Non
     assert exchange.status == 200
     session.session_id = exchange.headers["mcp-session-id"]
     chosen = (await exchange.response(0))["result"]["protocolVersion"]
-    assert chosen == asked or asked != "2024-11-05"
+    assert chosen == (asked if asked == "2024-11-05" else "2025-11-25")
     assert (await session.notify(urls[1], "notifications/initialized")).status == 202
     later = await session.request(urls[1], "ping")
     assert (await later.rest())[0].is_priming == (chosen >= "2025-11-25")

@@ -70,7 +70,7 @@ def session_id(state: SessionState) -> str:
 
 
 async def counted(session: RawSession, base: str) -> dict[str, Any]:
-    return (await session.call_tool(base, "count"))["structuredContent"]
+    return dict((await session.call_tool(base, "count"))["structuredContent"])
 
 
 @contextlib.asynccontextmanager
@@ -140,7 +140,7 @@ async def test_log_level_and_subscriptions_go_along(database: str) -> None:
 
 
 def owned(node: RunningNode) -> int:
-    return node.node._supervisor.present.host.sessions if node.node._supervisor.present else 0
+    return node.present.host.sessions if node.present else 0
 
 
 async def test_a_new_build_with_another_name_goes_on(database: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -247,7 +247,7 @@ async def test_the_same_node_may_get_its_sessions_back_under_its_new_id(database
         await counted(session, nodes[0].url)
         former = nodes[0].incarnation
         await bury(tables, nodes[0])
-        await eventually(lambda: nodes[0].node._supervisor.present not in {None, former}, "it is back")
+        await eventually(lambda: nodes[0].present not in {None, former}, "it is back")
         await eventually(lambda: nodes[0].incarnation.lease.trusted, "and trusted")
         assert await counted(session, nodes[0].url) == {"memory": 1, "kept": 2, "restored": True}
 

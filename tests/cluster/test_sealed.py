@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from typing import Any
 
 from mcp.server import MCPServer
 from mcp.server.mcpserver import Context
+from mcp_types import ToolAnnotations
 
 from pgmcp import keep_memory, session_state
 from tests.harness.clients import RawSession
 from tests.harness.cluster import Tables, cluster, eventually, tables_of
 
 MARKER = "mArKeR-0b5e"
-SEALED = {"secrets_key": "k" * 32, "encrypt_payloads": True}
+SEALED: dict[str, Any] = {"secrets_key": "k" * 32, "encrypt_payloads": True}
 
 
 def server() -> MCPServer:
@@ -27,7 +29,7 @@ def server() -> MCPServer:
         await session_state().set("said", text)
         return text * 1000
 
-    @mcp.tool(annotations={"readOnlyHint": True})
+    @mcp.tool(annotations=ToolAnnotations(read_only_hint=True))
     async def said() -> str:
         return str(await session_state().get("said"))
 
@@ -47,7 +49,7 @@ async def in_clear(tables: Tables) -> set[str]:
     return {place for place, values in dump.items() if any(MARKER.encode() in value for value in values)}
 
 
-async def test_nothing_that_was_said_lies_in_clear(database):
+async def test_nothing_that_was_said_lies_in_clear(database: str) -> None:
     async with contextlib.AsyncExitStack() as stack:
         nodes = await stack.enter_async_context(cluster(database, server, 2, **SEALED))
         tables = await stack.enter_async_context(tables_of(database))
@@ -77,7 +79,7 @@ async def test_nothing_that_was_said_lies_in_clear(database):
         await eventually(lambda: nodes[1].incarnation.host.sessions == 1, "it lives there")
 
 
-async def test_it_may_be_given_to_one_node_after_the_other(database):
+async def test_it_may_be_given_to_one_node_after_the_other(database: str) -> None:
     """What lies there in clear is read on, and what is sealed is read by those that do not seal."""
     async with (
         cluster(database, server, 1, secrets_key=SEALED["secrets_key"]) as (plain,),

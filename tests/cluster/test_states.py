@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 from mcp.server.mcpserver import Context, MCPServer
 from mcp.server.request_state import AESGCMRequestStateCodec, RequestStateSecurity
-from mcp_types import ElicitRequest, ElicitRequestFormParams, InputRequiredResult
+from mcp_types import ElicitRequest, ElicitRequestFormParams, ElicitResult, InputRequiredResult
 
+from pgmcp.store.secrets import KeyRing
 from tests.cluster.test_identity import bearer, server
 from tests.harness.clients import Message
 from tests.harness.cluster import RunningNode, cluster, eventually, tables_of
@@ -36,7 +37,7 @@ def add_up(ctx: Context, start: int) -> str | InputRequiredResult:
     """Ask for numbers and add them up."""
     seen = json.loads(ctx.request_state) if ctx.request_state else [start]
     answer = (ctx.input_responses or {}).get("number")
-    if answer is not None and answer.content:
+    if isinstance(answer, ElicitResult) and answer.content:
         seen.append(answer.content["number"])
     if len(seen) > ROUNDS:
         return str(sum(seen))
@@ -69,7 +70,7 @@ def refused(answer: Message) -> bool:
     return bool(answer.get("error", {}).get("data") == {"reason": "invalid_request_state"})
 
 
-async def test_each_round_on_another_node(database):
+async def test_each_round_on_another_node(database: str) -> None:
     async with cluster(database, rounds, 3) as nodes, tables_of(database) as tables, Modern() as client:
         before = await tables.counts()
         bases = itertools.cycle([node.url for node in nodes])
@@ -78,10 +79,11 @@ async def test_each_round_on_another_node(database):
         assert await tables.counts() == before
 
 
-async def test_across_a_change_of_keys_and_a_restart_of_all_nodes(database):
+async def test_across_a_change_of_keys_and_a_restart_of_all_nodes(database: str) -> None:
     """Every state of before is brought to nodes that were not there when it was sealed."""
     async with tables_of(database) as tables, Modern() as client:
-        sealed, keys = [], set()
+        sealed: list[tuple[int, str]] = []
+        keys: set[int] = set()
         for generation in range(4):
             async with cluster(database, rounds, 2, key_rotation=3600) as nodes:
                 bases = itertools.cycle([node.url for node in nodes])
@@ -98,7 +100,7 @@ async def test_across_a_change_of_keys_and_a_restart_of_all_nodes(database):
         assert len(keys) == 4
 
 
-async def test_a_node_that_has_not_read_the_newest_key_asks_for_it(database):
+async def test_a_node_that_has_not_read_the_newest_key_asks_for_it(database: str) -> None:
     async with cluster(database, rounds, 2) as nodes, tables_of(database) as tables, Modern() as client:
         await tables.execute("update pgmcp.secrets set created_at = created_at - interval '31 days'")
         await nodes[0].node._states.load()
@@ -109,17 +111,21 @@ async def test_a_node_that_has_not_read_the_newest_key_asks_for_it(database):
         assert sums_up(await play(client, itertools.cycle([node.url for node in nodes]), 3), 3)
 
 
-async def test_nodes_read_the_ring_anew_by_themselves(database, monkeypatch):
+async def test_nodes_read_the_ring_anew_by_themselves(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pgmcp.node.node.REFRESH_SECONDS", 0.1)
     async with cluster(database, rounds, 2) as nodes, tables_of(database) as tables:
         await tables.execute("update pgmcp.secrets set created_at = created_at - interval '31 days'")
         for node in nodes:
             for ring in (node.node._states, node.node._box):
-                await eventually(lambda ring=ring: len(ring._keys) == 2, "the next key is there")
+
+                def newer(ring: KeyRing = ring) -> bool:
+                    return len(ring._keys) == 2
+
+                await eventually(newer, "the next key is there")
         assert await tables.value("select count(*) from pgmcp.secrets") == 4, "made once for each ring"
 
 
-async def test_what_was_changed_borrowed_or_made_up_is_refused(database):
+async def test_what_was_changed_borrowed_or_made_up_is_refused(database: str) -> None:
     async with cluster(database, rounds, 2) as nodes, Modern() as client:
         state = (await once(client, nodes[0].url, 1, 0, {}))["result"]["requestState"]
         changed = [state[:-2] + ("AA" if state[-2:] != "AA" else "BB"), state[:-9], f"{state}A", f"v1.{state[7:]}",
@@ -131,7 +137,7 @@ async def test_what_was_changed_borrowed_or_made_up_is_refused(database):
         assert good["result"]["resultType"] == "input_required"
 
 
-async def test_a_state_belongs_to_its_caller(database):
+async def test_a_state_belongs_to_its_caller(database: str) -> None:
     def private() -> MCPServer:
         made = server()
         made.tool()(add_up)
@@ -143,13 +149,13 @@ async def test_a_state_belongs_to_its_caller(database):
         assert (await once(ada, nodes[1].url, 1, 1, state))["result"]["resultType"] == "input_required"
 
 
-async def test_a_state_is_used_once_where_that_is_wanted(database):
+async def test_a_state_is_used_once_where_that_is_wanted(database: str) -> None:
     async with cluster(database, rounds, 2, single_use_states=True) as nodes, Modern() as client:
         bases = itertools.cycle([node.url for node in nodes])
         assert sums_up(await play(client, bases, 5), 5)
         for _ in range(10):
             state = {"requestState": (await once(client, nodes[0].url, 1, 0, {}))["result"]["requestState"]}
-            answers = await asyncio.gather(*(once(client, node.url, 1, 1, state) for node in nodes * 2))
+            answers = await asyncio.gather(*(once(client, node.url, 1, 1, state) for node in (*nodes, *nodes)))
             assert sum(refused(answer) for answer in answers) == 3
             assert sum("result" in answer for answer in answers) == 1
         # what fails the other checks does not count as a use
@@ -158,19 +164,21 @@ async def test_a_state_is_used_once_where_that_is_wanted(database):
         assert "result" in await once(client, nodes[0].url, 1, 1, state)
 
 
-async def test_states_are_sealed_and_opened_while_the_database_is_away(database):
+async def test_states_are_sealed_and_opened_while_the_database_is_away(database: str) -> None:
     async with proxied(database) as (proxy, way), cluster(way, rounds, 2) as nodes, Modern() as client:
         proxy.refusing = True
         proxy.cut_all()
         assert sums_up(await play(client, itertools.cycle([node.url for node in nodes]), 5), 5)
         unknown = f"pgmcp1.{'A' * 80}"
-        nodes[0].node._database.settings = nodes[0].node.settings.model_copy(update={"statement_timeout": 0.3})
+        nodes[0].database.settings = nodes[0].node.settings.model_copy(update={"statement_timeout": 0.3})
         answer = await once(client, nodes[0].url, 1, 1, {"requestState": unknown})
         assert answer["error"]["code"] == -32603, "nobody can say now whether it is good"
         proxy.refusing = False
 
 
-async def test_keys_that_a_server_brings_are_kept_and_the_log_says_so(database, caplog):
+async def test_keys_that_a_server_brings_are_kept_and_the_log_says_so(
+    database: str, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO, "pgmcp")
 
     def own() -> MCPServer:
@@ -184,13 +192,13 @@ async def test_keys_that_a_server_brings_are_kept_and_the_log_says_so(database, 
 
 
 @pytest.mark.parametrize("names", [("one", "another"), ("", "")])
-async def test_the_audience_is_the_same_on_all_nodes(database, names):
+async def test_the_audience_is_the_same_on_all_nodes(database: str, names: tuple[str, str]) -> None:
     waiting = iter(names)
     async with cluster(database, lambda: rounds(name=next(waiting)), 2, cluster="rounds") as nodes, Modern() as client:
         assert sums_up(await play(client, itertools.cycle([node.url for node in nodes]), 5), 5)
 
 
-async def test_the_served_object_stays_as_it_is(database):
+async def test_the_served_object_stays_as_it_is(database: str) -> None:
     made = rounds()
     before = list(made.middleware)
     async with cluster(database, lambda: made, 1) as [node]:
@@ -220,6 +228,6 @@ for server in (early, late, own):
 """
 
 
-def test_a_server_that_was_made_before_pgmcp_was_imported_shares_its_states_too():
+def test_a_server_that_was_made_before_pgmcp_was_imported_shares_its_states_too() -> None:
     found = subprocess.run([sys.executable, "-c", MADE_FIRST], capture_output=True, text=True, timeout=60, check=True)
     assert found.stdout.splitlines() == ["early True", "late True", "own False"]

@@ -18,7 +18,7 @@ from pgmcp.session.running_requests import ActorEnd
 from tests.harness.clients import RawSession
 from tests.harness.cluster import RunningNode, cluster, eventually, everything, tables_of
 
-SOON = {"poll": 0.2, "idle_poll": 0.3, "renew": 0.2}
+SOON: dict[str, Any] = {"poll": 0.2, "idle_poll": 0.3, "renew": 0.2}
 
 
 class Bug(KeyError):
@@ -105,7 +105,7 @@ async def test_a_duty_that_fails_begins_anew(
         assert faults.counts == {where: 1}
         assert f"{where} failed" in caplog.text
         assert "Bug" in caplog.text, "with its trace"
-        await eventually(lambda: node.node._supervisor.present not in {None, before}, "the node joins again")
+        await eventually(lambda: node.present not in {None, before}, "the node joins again")
         assert (before.host.sessions, len(before.open_streams), before.line.up) == (0, 0, False)
         assert (await session.call_tool(node.url, "count"))["structuredContent"] == {"result": 1}, "the session goes on"
         assert await ready(node)
@@ -145,9 +145,9 @@ async def test_an_end_that_nobody_asked_for_is_a_fault(database: str, caplog: py
         async def cancelled() -> set[Any]:
             raise asyncio.CancelledError
 
-        before.inbox.owned = cancelled
+        before.inbox.owned = cancelled  # type: ignore[method-assign]  # as if it were its own end
         await eventually(lambda: node.node.faults.counts == {"the survey": 1}, "it is counted")
-        await eventually(lambda: node.node._supervisor.present not in {None, before}, "the node joins again")
+        await eventually(lambda: node.present not in {None, before}, "the node joins again")
         assert "CancelledError" in caplog.text
 
 
@@ -212,7 +212,7 @@ async def test_what_is_no_fault_is_not_counted(database: str, trouble: str, monk
             if trouble == "away":
                 await eventually(lambda: tries > 5, "it tries")
                 monkeypatch.undo()
-            await eventually(lambda: node.node._supervisor.present not in {None, before}, "the node joins again")
+            await eventually(lambda: node.present not in {None, before}, "the node joins again")
         assert not node.node.faults.counts
         assert not node.node.failing()
 

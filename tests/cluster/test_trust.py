@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import Any
 
+import asyncpg
 import pytest
 
 from pgmcp.cluster.lease import LeaseState
 from pgmcp.errors import DatabaseUnavailable
-from tests.harness.clients import RawSession
+from pgmcp.types import Cursor
+from tests.harness.clients import RawExchange, RawSession, SseEvent
 from tests.harness.cluster import RunningNode, cluster, eventually, everything, tables_of
 
-SHORT = {"renew": 0.1, "deadline": 0.1, "trust": 0.5, "ttl": 1.0, "keepalive": 0.2}
+SHORT: dict[str, Any] = {"renew": 0.1, "deadline": 0.1, "trust": 0.5, "ttl": 1.0, "keepalive": 0.2}
 WATCHED, UPDATED = "test://watched-resource", "notifications/resources/updated"
 
 
-def slow(seconds: float = 60, steps: int = 1000) -> dict:
+def slow(seconds: float = 60, steps: int = 1000) -> dict[str, Any]:
     return {"name": "slow", "arguments": {"seconds": seconds, "steps": steps}, "_meta": {"progressToken": 1}}
 
 
@@ -36,12 +39,12 @@ class Cut:
             message = "cut"
             raise DatabaseUnavailable(message)
 
-        self._line.renew = renew
-        self._other.may_condemn = lambda: (False, False)
+        self._line.renew = renew  # type: ignore[method-assign]  # until the context ends
+        self._other.may_condemn = lambda: (False, False)  # type: ignore[method-assign]
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._line.renew = self._renew
+        self._line.renew = self._renew  # type: ignore[method-assign]
 
 
 LOSE = {
@@ -51,7 +54,7 @@ LOSE = {
 
 
 @pytest.mark.parametrize("lost", LOSE)
-async def test_a_node_that_was_declared_dead_stops_and_joins_again(database, lost):
+async def test_a_node_that_was_declared_dead_stops_and_joins_again(database: str, lost: str) -> None:
     async with (
         cluster(database, everything, 2, renew=0.1) as nodes,
         tables_of(database) as tables,
@@ -76,7 +79,7 @@ async def test_a_node_that_was_declared_dead_stops_and_joins_again(database, los
             assert not [message for message in stream.messages if "error" in message]
 
         async def joined() -> bool:
-            return nodes[0].node._supervisor.present not in {None, old} and nodes[0].incarnation.lease.trusted
+            return nodes[0].present not in {None, old} and nodes[0].incarnation.lease.trusted
 
         await eventually(joined, "the node joins again")
         assert nodes[0].incarnation.node_id != old.node_id
@@ -103,7 +106,7 @@ async def test_a_node_that_was_declared_dead_stops_and_joins_again(database, los
         assert await tables.value(of_session, session.session_id, b"%Connection closed%") == 0
 
 
-async def test_a_zombie_can_store_nothing(database):
+async def test_a_zombie_can_store_nothing(database: str) -> None:
     """The node does not know yet that its session has another owner: what its actor says is refused."""
     async with (
         cluster(database, everything, 2) as nodes,
@@ -128,12 +131,16 @@ async def stays(condition: Callable[[], object], renewals: int, node: RunningNod
     """A condition holds while the node tries to renew some more times."""
     for _ in range(renewals):
         ticked = node.incarnation.lease.ticked_at
-        await eventually(lambda ticked=ticked: node.incarnation.lease.ticked_at > ticked, "it tries")
+
+        def tried(ticked: float = ticked) -> bool:
+            return node.incarnation.lease.ticked_at > ticked
+
+        await eventually(tried, "it tries")
         value = condition()
         assert await value if asyncio.iscoroutine(value) else value
 
 
-async def test_a_suspended_owner_starts_and_stores_nothing_and_goes_on_later(database):
+async def test_a_suspended_owner_starts_and_stores_nothing_and_goes_on_later(database: str) -> None:
     async with (
         cluster(database, everything, 2, **SHORT) as nodes,
         tables_of(database) as tables,
@@ -179,7 +186,7 @@ async def test_a_suspended_owner_starts_and_stores_nothing_and_goes_on_later(dat
         await standalone.message(UPDATED)
 
 
-async def test_a_suspended_edge_writes_comments_only(database):
+async def test_a_suspended_edge_writes_comments_only(database: str) -> None:
     """Events of a healthy owner wait at the edge that lost its trust; then they come, once and in order."""
     async with (
         cluster(database, everything, 2, **SHORT) as nodes,
@@ -192,7 +199,7 @@ async def test_a_suspended_edge_writes_comments_only(database):
             await session.request(nodes[1].url, "tools/call", slow(1, 1)),
         ]
         await calls[0].message("notifications/progress")
-        assert (await calls[1].next()).is_priming
+        assert (await calls[1].event()).is_priming
         with Cut(nodes[1], nodes[0]):
             await falls(nodes[1], LeaseState.SUSPENDED)
             while (event := await drained(calls[0])) is not None:
@@ -200,12 +207,16 @@ async def test_a_suspended_edge_writes_comments_only(database):
             finished = "select count(*) from pgmcp.requests where method = 'tools/call' and finished_at is not null"
 
             async def all_finished() -> bool:
-                return await tables.value(finished) == 2
+                return bool(await tables.value(finished) == 2)
 
             await eventually(all_finished, "the owner has finished")
             comments = [call.comments for call in calls]
             for call, before in zip(calls, comments, strict=True):
-                await eventually(lambda c=call, b=before: c.comments > b + 1, "comments come", 3)
+
+                def commented(call: RawExchange = call, before: int = before) -> bool:
+                    return call.comments > before + 1
+
+                await eventually(commented, "comments come", 3)
                 assert await drained(call) is None, "no event without trust"
         for call in calls:
             await call.rest()
@@ -215,7 +226,7 @@ async def test_a_suspended_edge_writes_comments_only(database):
             assert [message["params"]["progress"] for message in call.messages[:-1]] == list(range(1, steps + 1))
 
 
-async def test_a_suspended_edge_that_is_fenced_ends_its_streams(database):
+async def test_a_suspended_edge_that_is_fenced_ends_its_streams(database: str) -> None:
     """Also those for which it has read something that it may not write any more."""
     async with (
         cluster(database, everything, 2, **SHORT) as nodes,
@@ -244,7 +255,7 @@ async def test_a_suspended_edge_that_is_fenced_ends_its_streams(database):
         assert await tables.value("select count(*) from pgmcp.requests where rpc_id = '9'") == 1
 
 
-async def drained(exchange):
+async def drained(exchange: RawExchange) -> SseEvent | None:
     """An event that has arrived already, if any."""
     try:
         return await exchange.next(0.001)
@@ -252,7 +263,7 @@ async def drained(exchange):
         return None
 
 
-async def test_a_client_that_goes_while_its_edge_is_suspended_is_let_go(database):
+async def test_a_client_that_goes_while_its_edge_is_suspended_is_let_go(database: str) -> None:
     async with (
         cluster(database, everything, 2, **SHORT) as nodes,
         tables_of(database) as tables,
@@ -272,7 +283,7 @@ async def test_a_client_that_goes_while_its_edge_is_suspended_is_let_go(database
         assert "result" in resumed.messages[-1]
 
 
-async def test_comments_go_on_while_the_database_does_not_answer(database):
+async def test_comments_go_on_while_the_database_does_not_answer(database: str) -> None:
     """The edge cannot read its streams; sockets stay open, and what was stored meanwhile comes afterwards."""
     async with (
         cluster(database, everything, 2, keepalive=0.2) as nodes,
@@ -282,16 +293,16 @@ async def test_comments_go_on_while_the_database_does_not_answer(database):
         await session.open(nodes[0].url)
         call = await session.request(nodes[1].url, "tools/call", slow(0.5, 10))
         await call.message("notifications/progress")
-        store = nodes[1].node._database
+        store = nodes[1].database
         fetch = store.fetch
 
-        async def gone(name: str, *args: object) -> list:
+        async def gone(name: str, *args: object) -> list[asyncpg.Record]:
             if name == "read_streams":
                 message = "cut"
                 raise ConnectionError(message)
             return await fetch(name, *args)
 
-        store.fetch = gone
+        store.fetch = gone  # type: ignore[method-assign]  # one statement of it
         try:
             finished = "select count(*) from pgmcp.requests where method = 'tools/call' and finished_at is not null"
             await eventually(lambda: tables.value(finished), "the owner has finished")
@@ -305,7 +316,7 @@ async def test_comments_go_on_while_the_database_does_not_answer(database):
         assert "result" in call.messages[-1]
 
 
-async def test_trust_that_ends_while_a_delivery_is_noted(database):
+async def test_trust_that_ends_while_a_delivery_is_noted(database: str) -> None:
     """It is asked for last: nothing is written after a round trip that lasted longer than the trust before it."""
     async with (
         cluster(database, everything, 2, **SHORT) as nodes,
@@ -318,13 +329,13 @@ async def test_trust_that_ends_while_a_delivery_is_noted(database):
         log = nodes[1].incarnation.log
         release, noting, go_on = log.release, asyncio.Event(), asyncio.Event()
 
-        async def late(cursor, *, keep=False):
+        async def late(cursor: Cursor, *, keep: bool = False) -> bool:
             held = await release(cursor, keep=keep)
             noting.set()
             await go_on.wait()
             return held
 
-        log.release = late
+        log.release = late  # type: ignore[method-assign]  # it takes its time
         await session.call(nodes[0].url, "resources/subscribe", {"uri": WATCHED})
         await session.call_tool(nodes[0].url, "touch_watched_resource", text="x")
         async with asyncio.timeout(5):

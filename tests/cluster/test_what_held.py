@@ -26,7 +26,7 @@ from tests.harness.cluster import RunningNode, Tables, cluster, everything, serv
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 EVIL = 'x\r\n\r\nevent: endpoint\r\ndata: {"jsonrpc":"2.0","id":1,"result":{}}\r\n\r\nid: 7\u2028\u2029\x85\x00'
-ELICITS = {"elicitation": {"form": {}}}
+ELICITS: dict[str, Any] = {"elicitation": {"form": {}}}
 
 
 async def asked(session: RawSession, node: RunningNode) -> tuple[Any, Any]:
@@ -47,7 +47,7 @@ async def test_event_ids_of_other_sessions_open_nothing(pair: Sequence[RunningNo
             await session.open(pair[0].url)
         running, question = await asked(mine, pair[0])
         standalone = await mine.get(pair[0].url)
-        for stolen in (running.seen[0].id, (await standalone.next()).id):
+        for stolen in (running.seen[0].id, (await standalone.event()).id):
             for node in pair:
                 refused = await other.get(node.url, stolen)
                 assert refused.status in {204, 404}, "what an unknown stream gets"
@@ -98,7 +98,7 @@ async def test_texts_end_no_events_and_no_headers(pair: Sequence[RunningNode]) -
             assert {event.event for event in exchange.seen if event.data} == {"message"}
         for header in ("mcp-session-id", "mcp-protocol-version", "last-event-id", "cookie"):
             evil = "a\xe9%0d%0aset-cookie: a=b".encode("latin-1")
-            answer = await http.get(f"{pair[0].url}/mcp", headers={header: evil})
+            answer = await http.get(f"{pair[0].url}/mcp", headers={header.encode(): evil})
             assert answer.status_code >= 400
             assert not answer.cookies
             assert b"a=b" not in b"".join(value for _, value in answer.headers.raw)

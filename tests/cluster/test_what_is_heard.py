@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator, Sequence
+from typing import Any
 
 import asyncpg
 import httpx
@@ -15,7 +16,7 @@ from pgmcp.store.schema import VIEWS
 from tests.harness.clients import RawExchange, RawSession
 from tests.harness.cluster import RunningNode, cluster, eventually, everything, tables_of
 
-COUNT = {"jsonrpc": "2.0", "id": 2, "method": "tools/call", "params": {"name": "test_simple_text"}}
+COUNT: dict[str, Any] = {"jsonrpc": "2.0", "id": 2, "method": "tools/call", "params": {"name": "test_simple_text"}}
 
 
 class Sse:
@@ -34,12 +35,12 @@ class Sse:
         stream.seen.clear()
         return stream, str(endpoint.data)
 
-    async def post(self, url: str, message: dict[str, object]) -> int:
+    async def post(self, url: str, message: dict[str, Any]) -> int:
         return (await self.http.post(url, json=message)).status_code
 
     async def call(self, base: str, where: str, stream: RawExchange) -> None:
         info = {"protocolVersion": "2024-11-05", "capabilities": {}, "clientInfo": {"name": "sse", "version": "1"}}
-        first = {"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": info}
+        first: dict[str, Any] = {"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": info}
         for message in (first, {"jsonrpc": "2.0", "method": "notifications/initialized"}, COUNT):
             assert await self.post(base + where, message) == 202
             if "id" in message:
@@ -59,7 +60,7 @@ async def listening(database: str, nodes: Sequence[RunningNode]) -> AsyncIterato
         await hand.close()
 
 
-async def test_nothing_that_is_said_or_shown_leads_to_a_session(database):
+async def test_nothing_that_is_said_or_shown_leads_to_a_session(database: str) -> None:
     async with (
         cluster(database, everything, 2) as nodes,
         tables_of(database) as tables,
@@ -79,7 +80,7 @@ async def test_nothing_that_is_said_or_shown_leads_to_a_session(database):
         await Cluster(database).publish(ToolsListChanged())
         await standalone.message("notifications/tools/list_changed")
         await stream.message("notifications/tools/list_changed")
-        moved = next(iter(nodes[0].incarnation.host._residents))
+        moved = next(iter(nodes[0].residents))
         await nodes[0].incarnation.host.hand_over(moved, nodes[1].incarnation.node_id, busy=False)
         assert (await ends.delete(two)).status == 200
         await eventually(lambda: {payload[0] for payload in heard} >= set("itep"), f"all of it was said: {heard}")
@@ -89,6 +90,7 @@ async def test_nothing_that_is_said_or_shown_leads_to_a_session(database):
         for row in await tables.rows("select id from pgmcp.streams"):
             assert row["id"].hex not in told
             assert str(row["id"]) not in told
+        assert session.session_id
         assert session.session_id not in "\n".join(heard)
         _, _, session_id = where.partition("session_id=")
         assert session_id not in told

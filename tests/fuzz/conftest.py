@@ -88,7 +88,7 @@ class Target:
 
     def post(self, path: str, body: bytes) -> Answer:
         """One POST in the session."""
-        headers = b"content-type: application/json\r\nmcp-session-id: %s\r\n" % self.session.session_id.encode()
+        headers = b"content-type: application/json\r\nmcp-session-id: %s\r\n" % str(self.session.session_id).encode()
         return self.exchange("POST", path, ACCEPT + headers, body)
 
     async def _held(self) -> dict[str, int]:
@@ -116,7 +116,7 @@ class Target:
                 assert self.loop.time() < end, f"{before} has become {held}"
                 await asyncio.sleep(0.02)
                 await self.tables.execute(AGED)
-                await self.node.incarnation._sweep()
+                await self.node.sweep()
                 held = await self._held()
 
         self.run(wait())

@@ -9,6 +9,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from tests.fuzz.conftest import Answer, Target
+
 PATHS = ("/mcp", "/sse", "/messages/", "/livez", "/readyz")
 METHODS = ("GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH", "TRACE")
 GOOD = {101, 200, 202, 204, *range(400, 432)}
@@ -40,7 +42,7 @@ paths = (
 )  # fmt: skip
 
 
-def check(answer) -> None:
+def check(answer: Answer) -> None:
     assert answer.status is None or answer.status in GOOD, answer.raw[:500]
 
 
@@ -64,7 +66,7 @@ def check(answer) -> None:
 @example(
     raw=b"POST /mcp HTTP/1.1\r\nhost: 127.0.0.1\r\ntransfer-encoding: chunked\r\ncontent-length: 1\r\n\r\n0\r\n\r\n"
 )
-def test_bytes(watched, raw):
+def test_bytes(watched: Target, raw: bytes) -> None:
     check(watched.send(raw))
 
 
@@ -76,10 +78,12 @@ def test_bytes(watched, raw):
     body=st.none() | st.binary(max_size=100),
     in_session=st.booleans(),
 )
-def test_requests(watched, method, path, headers, body, in_session):
+def test_requests(
+    watched: Target, method: str, path: str, headers: list[tuple[str, str]], body: bytes | None, in_session: bool
+) -> None:
     lines = [f"{name}: {value}".encode("latin-1") + b"\r\n" for name, value in headers]
     if in_session:
-        lines.append(b"mcp-session-id: %s\r\n" % watched.session.session_id.encode())
+        lines.append(b"mcp-session-id: %s\r\n" % str(watched.session.session_id).encode())
     given_host = b"" if any(name == "host" for name, _ in headers) else b"host: 127.0.0.1\r\n"
     framed = any(name in {"content-length", "transfer-encoding"} for name, _ in headers)
     length = b"" if body is None or framed else b"content-length: %d\r\n" % len(body)
@@ -92,12 +96,12 @@ def test_requests(watched, method, path, headers, body, in_session):
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_at_every_path(watched, path, method):
+def test_every_method_at_every_path(watched: Target, path: str, method: str) -> None:
     answer = watched.exchange(method, path, b"accept: application/json\r\nconnection: close\r\n", b"")
     assert answer.status in GOOD
 
 
-def test_bodies_that_never_end(watched):
+def test_bodies_that_never_end(watched: Target) -> None:
     """The client goes before it has sent what it promised."""
     start = b"POST %s HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
     for path in (b"/mcp", b"/messages/?session_id=x", b"/sse", b"/livez"):

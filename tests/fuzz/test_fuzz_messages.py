@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from tests.fuzz.bodies import dumps
+from tests.fuzz.conftest import Target
 
 odd = settings(
     derandomize=True,
@@ -72,7 +74,7 @@ GOOD = {200, 202, 400, 404, 406, 409, 413, 415, 429}
 cut = st.tuples(st.binary(max_size=3), st.integers(0, 40))
 
 
-def check(watched, body: bytes, path: str = "/mcp") -> None:
+def check(watched: Target, body: bytes, path: str = "/mcp") -> None:
     answer = watched.post(path, body)
     assert answer.status in GOOD, answer.raw[:500]
 
@@ -89,19 +91,19 @@ def check(watched, body: bytes, path: str = "/mcp") -> None:
 @example(value={"jsonrpc": "2.0", "id": -(10**1500), "method": "ping"})
 @example(value={"jsonrpc": "2.0", "id": 1, "error": {"code": 10**400, "message": ""}})
 @example(value={"jsonrpc": "2.0", "id": 10**400, "result": {}})
-def test_messages(watched, value):
+def test_messages(watched: Target, value: object) -> None:
     check(watched, dumps(value))
 
 
 @odd
 @given(value=request | notification | st.lists(request | notification, min_size=1, max_size=3))
-def test_messages_that_look_right(watched, value):
+def test_messages_that_look_right(watched: Target, value: object) -> None:
     check(watched, dumps(value))
 
 
 @odd
 @given(value=message, cut=cut)
-def test_json_that_is_damaged(watched, value, cut):
+def test_json_that_is_damaged(watched: Target, value: object, cut: tuple[bytes, int]) -> None:
     body, (piece, place) = dumps(value), cut
     check(watched, body[:place] + piece + body[place:])
     check(watched, body[: len(body) - place])
@@ -109,7 +111,7 @@ def test_json_that_is_damaged(watched, value, cut):
 
 @odd
 @given(value=message | anything)
-def test_http_sse_messages(watched, value):
+def test_http_sse_messages(watched: Target, value: object) -> None:
     """Nobody has this session, but the body is read before it is looked for."""
     check(watched, dumps(value), "/messages/?session_id=nobody")
 
@@ -126,7 +128,7 @@ def test_http_sse_messages(watched, value):
     size=st.integers(1, 95_000),
     damage=st.sampled_from([b"", b'"', b"\\", b"]", b"}"]),
 )
-def test_bombs(watched, piece, size, damage):
+def test_bombs(watched: Target, piece: list[bytes], size: int, damage: bytes) -> None:
     """As much as a body takes, on every path that parses."""
     one = b",".join(piece)
     many = b",".join([one] * (size // (len(one) + 1) + 1))
@@ -143,7 +145,7 @@ def test_bombs(watched, piece, size, damage):
 
 @pytest.mark.parametrize("deep", [50, 98, 99, 100, 101, 150, 199, 200, 201, 1000, 20_000])
 @pytest.mark.parametrize("kind", ["[]", "{}"])
-def test_depth(watched, deep, kind):
+def test_depth(watched: Target, deep: int, kind: str) -> None:
     opening = b"[" if kind == "[]" else b'{"a":'
     inner = opening * deep + b"1" + kind[1].encode() * deep
     check(watched, b'{"jsonrpc":"2.0","id":1,"method":"ping","params":{"x":%s}}' % inner)
@@ -151,7 +153,7 @@ def test_depth(watched, deep, kind):
 
 
 @pytest.mark.parametrize("digits", [100, 1999, 2000, 2001, 4299, 4300, 4301, 50_000])
-def test_numbers(watched, digits):
+def test_numbers(watched: Target, digits: int) -> None:
     number = b"9" * digits
     for text in (number, b"-" + number, b"1." + number, b"1e" + number, b"0." + number + b"e" + number):
         check(watched, b'{"jsonrpc":"2.0","id":%s,"method":"ping"}' % text)
@@ -162,10 +164,13 @@ def test_numbers(watched, digits):
         check(watched, b'{"jsonrpc":"2.0","id":%s,"result":{}}' % text)
 
 
-def test_answers_to_initialize(watched):
+def test_answers_to_initialize(watched: Target) -> None:
     """Odd handshakes open no session that stays."""
-    for params in (None, {}, [], {"protocolVersion": 1}, {"protocolVersion": "x" * 5000, "capabilities": {},
-                   "clientInfo": {"name": 1}}, {"capabilities": "x"}):  # fmt: skip
+    odd_params: tuple[Any, ...] = (
+        None, {}, [], {"protocolVersion": 1}, {"capabilities": "x"},
+        {"protocolVersion": "x" * 5000, "capabilities": {}, "clientInfo": {"name": 1}},
+    )  # fmt: skip
+    for params in odd_params:
         body = json.dumps({"jsonrpc": "2.0", "id": 0, "method": "initialize", "params": params}).encode()
         headers = b"accept: application/json, text/event-stream\r\ncontent-type: application/json\r\n"
         answer = watched.exchange("POST", "/mcp", headers, body)

@@ -11,6 +11,8 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, settings
 from schemathesis.checks import not_a_server_error
 
+from tests.fuzz.conftest import Target
+
 TEXT = {"type": "string"}
 ANSWERS = {"responses": {"default": {"description": "A JSON-RPC error, or what the method asks for."}}}
 MESSAGE = {
@@ -71,6 +73,6 @@ surface = schemathesis.openapi.from_dict(DESCRIPTION)
     phases=[Phase.explicit, Phase.generate],
     suppress_health_check=list(HealthCheck),
 )
-def test_the_surface(case, watched):
+def test_the_surface(case: schemathesis.Case[Any], watched: Target) -> None:
     response = case.call(base_url=watched.node.url, timeout=2)  # GET /sse, made unasked, is cut short
     case.validate_response(response, checks=[not_a_server_error])

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pgmcp.store.line import channel
+from tests.fuzz.conftest import Target
 from tests.fuzz.test_fuzz_messages import odd
 
 numbers = st.integers(0, 2**70).map(str) | st.sampled_from(["1", "2", "3", "9" * 500, "-1", "1.1", ""])
@@ -19,14 +20,14 @@ words = st.sampled_from(["*", "o", "p", "probe:", "probe:x", "", "i", "e", "h."]
 
 @odd
 @given(said=st.lists(st.tuples(st.booleans(), st.lists(words, max_size=20).map(",".join)), min_size=1, max_size=10))
-def test_wakeups(watched, said):
+def test_wakeups(watched: Target, said: list[tuple[bool, str]]) -> None:
     """The session that the test has goes on, with the same actor."""
     node = watched.node.incarnation
-    actors = {key: resident.actor for key, resident in node.host._residents.items()}
+    actors = {key: resident.actor for key, resident in watched.node.residents.items()}
     for to_all, payload in said:
         where = channel("pgmcp", None if to_all else node.node_id)
         watched.run(watched.tables.rows("select pg_notify($1, $2)", where, payload[:7000]))
     watched.serves()
     assert watched.node.incarnation is node
     assert not watched.node.node.faults.counts
-    assert all(node.host._residents[key].actor is actor for key, actor in actors.items())
+    assert all(watched.node.residents[key].actor is actor for key, actor in actors.items())

@@ -46,7 +46,7 @@ class Buffers:
 
     def most(self, name: str) -> int:
         """Buffers that the most expensive run of a statement looked at, since the last ``clear``."""
-        return max(plan["Shared Hit Blocks"] + plan["Shared Read Blocks"] for plan in self.plans[name])
+        return max(int(plan["Shared Hit Blocks"] + plan["Shared Read Blocks"]) for plan in self.plans[name])
 
     def scanned(self, name: str) -> Iterator[tuple[int, str]]:
         """Where the last run of a statement looked: buffers and what each scan of it was."""

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,7 +42,7 @@ def newer_migrations(folder: Path) -> Path:
     """The migrations of the newer build."""
     shutil.copytree(REPOSITORY / "migrations", folder, ignore=shutil.ignore_patterns("__pycache__"))
     head = alembic_run.scripts().get_current_head()
-    for name, values in {
+    steps: dict[str, dict[str, Any]] = {
         "0900_expand_capacity.py": {
             "kind": "Expand", "fate": "optional", "revision": "0900", "before": head, "needs": "",
             "up": ALTER.format(True), "down": "pass",
@@ -50,7 +51,8 @@ def newer_migrations(folder: Path) -> Path:
             "kind": "Contract", "fate": "gone", "revision": "0901", "before": "0900", "needs": 'needs = "0900"\n',
             "up": DROP, "down": ADD,
         },
-    }.items():  # fmt: skip
+    }  # fmt: skip
+    for name, values in steps.items():
         (folder / "versions" / name).write_text(STEP.format(**values))
     return folder
 

@@ -190,6 +190,12 @@ class RawExchange:
             self.seen.append(event)
         return event
 
+    async def event(self, timeout: float = 10) -> SseEvent:
+        """Return the next event, which has to come."""
+        event = await self.next(timeout)
+        assert event is not None, f"the stream ended ({self.error or 'cleanly'})"
+        return event
+
     async def rest(self, timeout: float = 10) -> list[SseEvent]:
         """Read to the end of the stream and return what came."""
         before = len(self.seen)

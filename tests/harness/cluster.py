@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import inspect
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +16,16 @@ from pgmcp.clock import Clock, Ids
 from pgmcp.node import KEEP_ALIVE_SECONDS, Incarnation, Node
 from pgmcp.node.protocol import limited
 from pgmcp.session.adapters.target import load
+from pgmcp.session.intake import Resident
 from pgmcp.settings import Settings
+from pgmcp.store.database import Database
+from pgmcp.store.retention import Retention
 from pgmcp.types import SessionKey
+from pgmcp.web.bodies import Bodies
+from pgmcp.web.modern import Modern
 from tests.harness.pooler import way_to
 from tests.harness.schemas import remember
+from tests.harness.waiting import eventually as eventually  # noqa: PLC0414 - most tests look for it here
 
 START = 20.0
 remember()
@@ -43,6 +48,42 @@ class RunningNode:
     def incarnation(self) -> Incarnation:
         """The node's present incarnation."""
         return self.node.incarnation()
+
+    # What tests see of a node's inside: nobody else has to, so it is private there, and its names are here only.
+
+    @property
+    def present(self) -> Incarnation | None:
+        """The incarnation, if the node is part of the cluster."""
+        return self.node._supervisor.present
+
+    @property
+    def database(self) -> Database:
+        """The node's connections."""
+        return self.node._database
+
+    @property
+    def bodies(self) -> Bodies:
+        """The bodies that it holds in memory."""
+        return self.node._bodies
+
+    @property
+    def modern(self) -> Modern:
+        """What it answers without a session."""
+        return self.node._modern
+
+    @property
+    def residents(self) -> dict[SessionKey, Resident]:
+        """The actors that live here, by session."""
+        return self.incarnation.host._residents
+
+    @property
+    def retention(self) -> Retention:
+        """What ends sessions and prunes streams."""
+        return self.incarnation._retention
+
+    async def sweep(self) -> None:
+        """Do one round of its retention now."""
+        await self.incarnation._sweep()
 
     async def leave(self) -> None:
         """Leave the cluster for good; what is served without a session goes on."""
@@ -115,21 +156,7 @@ async def serving(
 
 def owner_of(nodes: Sequence[RunningNode], session: SessionKey) -> RunningNode:
     """The node that runs a session's actor."""
-    return next(node for node in nodes if session in node.incarnation.host._residents)
-
-
-async def eventually(condition: Callable[[], Any], what: str, seconds: float = 10.0) -> Any:
-    """Return the first true value of ``condition`` (which may be a coroutine function), or fail with the last one."""
-    end = asyncio.get_running_loop().time() + seconds
-    while True:
-        value = condition()
-        if inspect.isawaitable(value):
-            value = await value
-        if value:
-            return value
-        if asyncio.get_running_loop().time() > end:
-            raise AssertionError(f"not within {seconds} s: {what} (last: {value!r})")
-        await asyncio.sleep(0.01)
+    return next(node for node in nodes if session in node.residents)
 
 
 class Tables:

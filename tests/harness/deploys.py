@@ -72,13 +72,18 @@ async def ask(text: str, ctx: Context) -> str:
     return f"{text}: {answer.action}"
 
 
-@mcp.tool()
-async def count() -> dict[str, Any]:
+async def counted() -> dict[str, Any]:
     """Count in memory and in what is kept."""
     state = session_state()
     await state.set("count", await state.get("count", 0) + 1)
     counts[state.session_id] = counts.get(state.session_id, 0) + 1
     return {"memory": counts[state.session_id], "kept": await state.get("count"), "restored": state.restored}
+
+
+@mcp.tool()
+async def count() -> dict[str, Any]:
+    """Count in memory and in what is kept."""
+    return await counted()
 
 
 async def export(state: SessionState) -> int:

@@ -24,17 +24,17 @@ class Form(BaseModel):
 def equip(server: Any, context: Any) -> Any:
     """Give a server of either kind the same tools, prompts and resources."""
 
-    @server.tool()
+    @server.tool()  # type: ignore[untyped-decorator]  # of either kind
     def breaks(text: str) -> str:
         raise ValueError(text)
 
-    @server.tool()
+    @server.tool()  # type: ignore[untyped-decorator]  # of either kind
     def sells(text: str, count: int = 1) -> str:
         SHOP.warning("sold %s", text)
         warnings.warn(f"sold {count}", UserWarning, stacklevel=1)
         return "sold"
 
-    @server.tool()
+    @server.tool()  # type: ignore[untyped-decorator]  # of either kind
     async def tells(text: str, ctx: Any) -> str:
         await ctx.info(text)
         await ctx.report_progress(1, 2, text)
@@ -64,7 +64,7 @@ sdk = equip(MCPServer("loud", log_level="DEBUG"), official.Context)
 fast: FastMCP[Any] = equip(FastMCP("loud"), fastmcp.Context)
 
 
-@sdk.completion()  # type: ignore[no-untyped-call, untyped-decorator]
+@sdk.completion()  # type: ignore[untyped-decorator]
 async def complete(ref: Any, argument: Any, _: Any) -> Any:
     raise ValueError(argument.value)
 

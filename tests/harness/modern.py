@@ -22,7 +22,7 @@ def asked(
     method: str, params: Mapping[str, Any] | None = None, *, rpc_id: int | str = 1, version: str = VERSION
 ) -> tuple[dict[str, str], Message]:
     """The headers and the body of a request."""
-    meta = {
+    meta: dict[str, Any] = {
         "io.modelcontextprotocol/protocolVersion": version,
         "io.modelcontextprotocol/clientCapabilities": {"elicitation": {"form": {}}},
         "progressToken": rpc_id,

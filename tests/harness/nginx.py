@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-from tests.harness.processes import ServerProcess, free_ports, wait_until
+from tests.harness.balancer import Balancer, Exchange
 
 # ``proxy_next_upstream`` without ``non_idempotent``: another node is tried when the first refuses the connection,
 # but a POST that was sent once is never repeated. ``max_fails=0``: a node is never skipped for past failures.
@@ -60,69 +57,33 @@ _TUNED = """
 """
 
 
-class Exchange(NamedTuple):
-    """One request that nginx has finished; ``ports`` has every node that was tried, the last one answered."""
-
-    method: str
-    status: int
-    ports: tuple[int, ...]
-    path: str
-
-
-def nginx_binary() -> str | None:
-    """Find nginx; None if it is not installed."""
-    return shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
-
-
-class Nginx(ServerProcess):
+class Nginx(Balancer):
     """nginx in front of ports of 127.0.0.1, on a port and in a folder of its own."""
 
     def __init__(
         self, ports: Sequence[int], *, plain: bool = False, port: int | None = None, directory: Path | None = None
     ) -> None:
-        binary = nginx_binary()
-        assert binary is not None, "nginx is not installed: apt-get install nginx-light"
-        self.ports = tuple(ports)
-        self._temporary = None if directory else tempfile.TemporaryDirectory(prefix="pgmcp-nginx-")
-        self.directory = directory or Path(self._temporary.name)  # type: ignore[union-attr]
-        self.directory.mkdir(parents=True, exist_ok=True)
-        chosen = port or free_ports(1)[0]
-        how = "" if plain else " max_fails=0"
+        self._plain = plain
+        super().__init__("nginx", "nginx-light", ports, port, directory)
+
+    def configure(self, port: int) -> list[str]:
+        how = "" if self._plain else " max_fails=0"
         servers = "\n".join(f"    server 127.0.0.1:{one}{how};" for one in self.ports)
         configuration = self.directory / "nginx.conf"
         configuration.write_text(
             _CONFIGURATION.format(
                 servers=servers,
-                port=chosen,
-                keepalive="" if plain else "    keepalive 64;",
-                tuned="" if plain else _TUNED,
+                port=port,
+                keepalive="" if self._plain else "    keepalive 64;",
+                tuned="" if self._plain else _TUNED,
             )
         )
-        super().__init__(
-            [binary, "-p", f"{self.directory}/", "-c", str(configuration), "-e", "error.log"],
-            port=chosen,
-            log_path=self.directory / "output.log",
-        )
+        return ["-p", f"{self.directory}/", "-c", str(configuration), "-e", "error.log"]
 
     @property
     def exchanges(self) -> list[Exchange]:
-        """The finished exchanges, oldest first; one that still streams is not among them."""
         path = self.directory / "access.log"
         return [_exchange(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-    def wait_for_exchanges(self, count: int, timeout: float = 5) -> list[Exchange]:
-        """Wait until so many exchanges are finished (nginx logs after the client has its answer)."""
-        wait_until(
-            lambda: len(self.exchanges) >= count,
-            timeout,
-            lambda: f"{len(self.exchanges)} of {count} exchanges finished after {timeout} s",
-        )
-        return self.exchanges
-
-    def stop(self) -> None:
-        super().stop()
-        if self._temporary is not None:
-            self._temporary.cleanup()
 
 
 def _exchange(line: str) -> Exchange:

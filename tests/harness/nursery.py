@@ -81,7 +81,8 @@ class Child:
 
     def __init__(self, nursery: _Nursery, pid: int) -> None:
         self.pid = pid
-        self._nursery, self._file, self._status = nursery, os.pidfd_open(pid), None
+        self._nursery, self._file = nursery, os.pidfd_open(pid)
+        self._status: int | None = None
 
     def __del__(self) -> None:
         os.close(self._file)
@@ -137,7 +138,7 @@ def _become(order: dict[str, Any]) -> None:
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
     except BaseException:  # noqa: BLE001 - its end
-        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        sys.excepthook(*sys.exc_info())
     finally:
         os._exit(code)
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from tests.harness.processes import accepts, free_ports, wait_until
+from tests.harness.processes import accepts, free_ports
+from tests.harness.waiting import wait_until
 
 SWITCH = "PGMCP_TEST_POOLER"
 PGBOUNCER = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin")

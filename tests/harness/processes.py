@@ -11,8 +11,7 @@ import socket
 import ssl
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -21,9 +20,9 @@ from typing import Self, TypeVar
 import httpx
 
 from tests.harness import nursery
+from tests.harness.waiting import wait_until
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-POLL = 0.02
 PLAIN = ssl.create_default_context()
 """For clients that use no TLS: each that reads the system's certificates anew costs 50 ms."""
 ProcessT = TypeVar("ProcessT", bound="ManagedProcess")
@@ -45,15 +44,6 @@ def free_ports(count: int) -> list[int]:
         for one in sockets:
             one.bind(("127.0.0.1", 0))
         return [int(one.getsockname()[1]) for one in sockets]
-
-
-def wait_until(condition: Callable[[], bool], timeout: float, what: str | Callable[[], str]) -> None:
-    """Return as soon as the condition holds; fail with ``what`` after ``timeout`` seconds."""
-    deadline = time.monotonic() + timeout
-    while not condition():
-        if time.monotonic() > deadline:
-            raise AssertionError(what if isinstance(what, str) else what())
-        time.sleep(POLL)
 
 
 def accepts(port: int) -> bool:

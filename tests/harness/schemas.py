@@ -25,4 +25,4 @@ def remembered(
 
 def remember() -> None:
     """Do so in this process from now on."""
-    base.func_metadata = remembered
+    base.func_metadata = remembered  # type: ignore[attr-defined]  # imported there, and not for others

@@ -15,7 +15,8 @@ from pathlib import Path
 from pgmcp.embedded import binaries, bound_to_parent
 from pgmcp.embedded.process import account_for
 from tests.harness.cluster import eventually, tables_of
-from tests.harness.processes import free_ports, wait_until
+from tests.harness.processes import free_ports
+from tests.harness.waiting import wait_until
 
 # A killed server loses nothing that the operating system has: fsync may be off, synchronous_commit may not.
 SETTINGS = {"fsync": "off", "shared_buffers": "32MB", "wal_keep_size": "256MB", "max_connections": "100"}
@@ -57,11 +58,11 @@ class Server:
     @classmethod
     def fresh(cls, site: Site, **settings: str) -> Server:
         """A new, empty server; not started yet."""
-        server = cls(site, site.folder(), **settings)
+        server = cls(site, site.folder(), None, **settings)
         handed = site.home / "password"
         handed.write_text(site.env["PGPASSWORD"])
         site.account.own(handed)
-        login = ["-U", "postgres", "-A", "scram-sha-256", "--pwfile", handed]
+        login: list[str | Path] = ["-U", "postgres", "-A", "scram-sha-256", "--pwfile", handed]
         site.run("initdb", "-D", server.data, "-E", "UTF8", "--locale=C", "--no-sync", *login)
         return server
 

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from tests.harness.balancer import Exchange, binary
 from tests.harness.compose import compose, of
-from tests.harness.haproxy import haproxy_binary
-from tests.harness.nginx import Exchange, nginx_binary
 from tests.harness.pooler import PGBOUNCER
-from tests.harness.processes import ServerProcess, accepts, free_ports, wait_until
+from tests.harness.processes import ServerProcess, accepts, free_ports
+from tests.harness.waiting import wait_until
 
 CONFIGURATIONS = ("nginx/round-robin.conf", "nginx/affinity.conf", "haproxy/round-robin.cfg", "haproxy/affinity.cfg")
 WITH_AFFINITY = [name for name in CONFIGURATIONS if "affinity" in name]
@@ -44,10 +44,10 @@ class Shipped(ServerProcess):
         if name.startswith("nginx"):
             # As root, its workers would be another user, who may not look into a test's folder.
             user = " user root;" if os.geteuid() == 0 else ""
-            command = [str(nginx_binary()), "-p", f"{folder}/", "-c", str(path), "-e", "error.log"]
+            command = [str(binary("nginx")), "-p", f"{folder}/", "-c", str(path), "-e", "error.log"]
             command += ["-g", f"daemon off;{user}"]
         else:
-            command = [str(haproxy_binary()), "-db", "-f", str(path)]
+            command = [str(binary("haproxy")), "-db", "-f", str(path)]
         super().__init__(command, port=port, log_path=folder / "output.log")
 
     @property

@@ -35,10 +35,14 @@ from pgmcp.types import (
     StreamId,
 )
 from tests.harness.pooler import way_to
+from tests.harness.waiting import eventually
 
 BOUND = 10.0
-LOOK = 0.002
-IDS, CLOCK = Ids(), Clock()
+IDS = Ids()
+ELSEWHERE = "7000000000000000000/00000001"
+"""The mark of a timeline that no server of a test has."""
+
+BACKENDS = "from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()"
 HELD = ("sessions", "journal", "streams", "events", "requests")
 
 
@@ -168,14 +172,10 @@ async def check_streams(connection: asyncpg.Connection) -> None:
     assert wrong == []
 
 
-async def until(condition: Callable[[], Awaitable[bool]], what: str) -> None:
-    """Look again and again until the condition holds; fail with ``what`` after the bound."""
-    try:
-        async with asyncio.timeout(BOUND):
-            while not await condition():
-                await CLOCK.sleep(LOOK)
-    except TimeoutError:
-        raise AssertionError(what) from None
+async def promote(connection: asyncpg.Connection) -> None:
+    """The numbers in the tables belong to another timeline now, as after a failover; every other connection is cut."""
+    await connection.execute("update pgmcp.history set mark = $1", ELSEWHERE)
+    await connection.execute(f"select pg_terminate_backend(pid) {BACKENDS}")
 
 
 class Watcher:
@@ -199,7 +199,7 @@ class Watcher:
         async def seen() -> bool:
             return task.done() or await self.waiting(word) >= count
 
-        await until(seen, f"nobody waits in {word}")
+        await eventually(seen, f"nobody waits in {word}")
         return not task.done()
 
 

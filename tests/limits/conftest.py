@@ -90,7 +90,7 @@ class Talker:
         """Ask the user on the stream of the call."""
         form = {"type": "object", "properties": {"ok": {"type": "boolean"}}}
         answer = await ctx.session.elicit_form("?", form, related_request_id=ctx.request_id)
-        return answer.action
+        return str(answer.action)
 
     async def roots(self, ctx: Context) -> int:
         """Ask for the roots on the standalone stream."""
@@ -116,10 +116,12 @@ def private() -> Callable[[], MCPServer]:
     return lambda: MCPServer(
         "private",
         token_verifier=Verifier(),
-        auth=AuthSettings(
-            issuer_url="https://i",
-            resource_server_url="https://mcp.example/mcp",
-            required_scopes=["use"],
-            validate_token_resource=False,
+        auth=AuthSettings.model_validate(
+            {
+                "issuer_url": "https://i",
+                "resource_server_url": "https://mcp.example/mcp",
+                "required_scopes": ["use"],
+                "validate_token_resource": False,
+            }
         ),
     )

@@ -5,11 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
+from mcp.server.mcpserver import MCPServer
 
 from tests.harness.clients import RawExchange, RawSession
 from tests.harness.cluster import cluster, eventually, tables_of
+from tests.limits.conftest import Talker
 
 INVALID_REQUEST, INTERNAL_ERROR, PARSE_ERROR = -32600, -32603, -32700
 HOLD = {"name": "hold", "arguments": {}}
@@ -31,7 +36,7 @@ async def reopened(session: RawSession, base: str) -> bool:
     return (await session.initialize(base)).status == 200
 
 
-async def test_sessions_in_all(database, talker):
+async def test_sessions_in_all(database: str, talker: Talker) -> None:
     async with (
         cluster(database, talker, 2, max_sessions=3, max_sessions_per_caller=3) as nodes,
         tables_of(database) as tables,
@@ -58,7 +63,7 @@ async def test_sessions_in_all(database, talker):
             refused(await sessions[3].initialize(node.url), 503, INTERNAL_ERROR)
 
 
-async def test_sessions_of_one_caller(database, private):
+async def test_sessions_of_one_caller(database: str, private: Callable[[], MCPServer]) -> None:
     def of(who: str) -> RawSession:
         return RawSession(headers={"authorization": f"Bearer {who}"})
 
@@ -85,7 +90,7 @@ async def test_sessions_of_one_caller(database, private):
             await stream.close()
 
 
-async def test_many_callers_at_once_do_not_pass_the_bound_by_much(database, talker):
+async def test_many_callers_at_once_do_not_pass_the_bound_by_much(database: str, talker: Talker) -> None:
     """Opening counts without a lock: what is under way at the same moment may pass, a pool's worth for each node."""
     async with (
         cluster(database, talker, 2, max_sessions=5, pool_size=3) as nodes,
@@ -103,8 +108,8 @@ async def test_many_callers_at_once_do_not_pass_the_bound_by_much(database, talk
 
 
 @both
-async def test_requests_in_flight(database, talker, edge):
-    capabilities = {"elicitation": {"form": {}}}
+async def test_requests_in_flight(database: str, talker: Talker, edge: int) -> None:
+    capabilities: dict[str, Any] = {"elicitation": {"form": {}}}
     async with (
         cluster(database, talker, 2, max_in_flight=3) as nodes,
         tables_of(database) as tables,
@@ -145,7 +150,7 @@ async def test_requests_in_flight(database, talker, edge):
 
 
 @both
-async def test_requests_in_flight_that_come_at_once(database, talker, edge):
+async def test_requests_in_flight_that_come_at_once(database: str, talker: Talker, edge: int) -> None:
     """The group that accepts them is one statement, so it must count its own rows too."""
     async with cluster(database, talker, 2, max_in_flight=3) as nodes, RawSession() as session:
         await session.open(nodes[0].url)
@@ -161,7 +166,7 @@ async def test_requests_in_flight_that_come_at_once(database, talker, edge):
         assert (await session.call(nodes[edge].url, "ping"))["result"] == {}
 
 
-async def test_requests_in_flight_of_a_batch(database, talker):
+async def test_requests_in_flight_of_a_batch(database: str, talker: Talker) -> None:
     """A batch counts with each of its requests."""
     async with cluster(database, talker, 2, max_in_flight=3) as nodes, RawSession(protocol_version="2025-03-26") as old:
         await old.open(nodes[0].url)
@@ -173,7 +178,7 @@ async def test_requests_in_flight_of_a_batch(database, talker):
             await exchange.rest()
 
 
-async def test_messages_that_wait_for_a_stalled_owner(database, talker):
+async def test_messages_that_wait_for_a_stalled_owner(database: str, talker: Talker) -> None:
     """Notifications are bounded too: an owner that does not come to claim them fills up."""
     async with (
         cluster(database, talker, 2, max_in_flight=2) as nodes,
@@ -181,7 +186,7 @@ async def test_messages_that_wait_for_a_stalled_owner(database, talker):
         RawSession() as session,
     ):
         await session.open(nodes[0].url)
-        [resident] = nodes[0].incarnation.host._residents.values()
+        [resident] = nodes[0].residents.values()
         assert (await session.call(nodes[1].url, "ping"))["result"] == {}
         await eventually(lambda: not resident.taking, "the inbox is empty")
         resident.taking = True  # the owner is stuck
@@ -194,7 +199,7 @@ async def test_messages_that_wait_for_a_stalled_owner(database, talker):
         resident.taking = False
         nodes[0].incarnation.host.wake(resident.actor.ownership.session)
         for node in nodes:
-            await eventually(lambda node=node: accepted(session, node.url), "there is room again")
+            await eventually(partial(accepted, session, node.url), "there is room again")
 
 
 async def accepted(session: RawSession, base: str) -> bool:
@@ -202,7 +207,7 @@ async def accepted(session: RawSession, base: str) -> bool:
 
 
 @both
-async def test_open_streams(database, talker, edge):
+async def test_open_streams(database: str, talker: Talker, edge: int) -> None:
     async with cluster(database, talker, 2, max_streams=2, keepalive=0.2) as nodes, RawSession() as session:
         await session.open(nodes[0].url)
         calls = [await session.request(nodes[edge].url, "tools/call", HOLD) for _ in range(2)]
@@ -218,7 +223,8 @@ async def test_open_streams(database, talker, edge):
         await standalone.close()
         resumed = await eventually(lambda: opened(session, nodes[edge].url, event), "the place of the other is free")
         talker.release.set()
-        assert any("result" in event.message for event in await resumed.rest() if event.data)
+        await resumed.rest()
+        assert any("result" in message for message in resumed.messages)
 
 
 async def opened(session: RawSession, base: str, event: str | None = None) -> RawExchange | None:
@@ -227,7 +233,9 @@ async def opened(session: RawSession, base: str, event: str | None = None) -> Ra
 
 
 @both
-async def test_a_stream_that_moves_to_another_connection_is_not_one_more(database, talker, edge):
+async def test_a_stream_that_moves_to_another_connection_is_not_one_more(
+    database: str, talker: Talker, edge: int
+) -> None:
     """A client that lost its connections comes back before the edge has noticed."""
     async with cluster(database, talker, 2, max_streams=2) as nodes, RawSession() as session:
         await session.open(nodes[0].url)
@@ -240,11 +248,12 @@ async def test_a_stream_that_moves_to_another_connection_is_not_one_more(databas
         resumed = await session.get(nodes[edge].url, call.last_event_id)
         assert resumed.status == 200, resumed.body
         talker.release.set()
-        assert any("result" in event.message for event in await resumed.rest() if event.data)
+        await resumed.rest()
+        assert any("result" in message for message in resumed.messages)
 
 
 @both
-async def test_posts_open_streams_too(database, talker, edge):
+async def test_posts_open_streams_too(database: str, talker: Talker, edge: int) -> None:
     """Calls whose clients do not fetch the answers hold their streams, though nothing is in flight any more."""
     async with cluster(database, talker, 2, max_streams=2, max_in_flight=3) as nodes, RawSession() as session:
         await session.open(nodes[0].url)
@@ -253,8 +262,8 @@ async def test_posts_open_streams_too(database, talker, edge):
 
 
 @both
-async def test_body_batch_and_depth_are_the_settings(database, talker, edge):
-    settings = {"max_body": 3000, "max_batch": 3, "max_depth": 5}
+async def test_body_batch_and_depth_are_the_settings(database: str, talker: Talker, edge: int) -> None:
+    settings: dict[str, Any] = {"max_body": 3000, "max_batch": 3, "max_depth": 5}
     async with cluster(database, talker, 2, **settings) as nodes, RawSession(protocol_version="2025-03-26") as session:
         await session.open(nodes[0].url)
         base = nodes[edge].url

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 
 from pgmcp.store.retention import Retention
+from pgmcp.types import Cursor, Page
 from tests.harness.clients import RawExchange, RawSession
 from tests.harness.cluster import RunningNode, Tables, cluster, eventually, tables_of
+from tests.limits.conftest import Talker
 
 both = pytest.mark.parametrize("edge", [0, 1])
 HOLD = {"name": "hold", "arguments": {}}
@@ -18,7 +20,7 @@ LATER = 62.0
 
 
 def retention(node: RunningNode) -> Retention:
-    return node.incarnation._retention
+    return node.retention
 
 
 async def age(tables: Tables, seconds: float, *columns: str) -> None:
@@ -29,7 +31,7 @@ async def age(tables: Tables, seconds: float, *columns: str) -> None:
 
 
 async def is_(tables: Tables, query: str, expected: int) -> bool:
-    return await tables.value(query) == expected
+    return bool(await tables.value(query) == expected)
 
 
 async def gone(session: RawSession, base: str) -> None:
@@ -45,7 +47,7 @@ async def gone(session: RawSession, base: str) -> None:
 
 
 @both
-async def test_an_idle_session_ends_and_a_used_one_does_not(database, talker, edge):
+async def test_an_idle_session_ends_and_a_used_one_does_not(database: str, talker: Talker, edge: int) -> None:
     async with (
         cluster(database, talker, 2, idle_timeout=HOUR) as nodes,
         tables_of(database) as tables,
@@ -68,7 +70,7 @@ async def test_an_idle_session_ends_and_a_used_one_does_not(database, talker, ed
         await used.call(nodes[edge].url, "ping")
         await age(tables, 10 + LATER, "sessions.last_active_at")
         await eventually(lambda: is_(tables, SINKS, 1), "the streams are released")
-        await nodes[edge].incarnation._sweep()
+        await nodes[edge].sweep()
         assert await tables.value("select count(*) from pgmcp.sessions") == 3
         for node in nodes:
             await gone(idle, node.url)
@@ -81,7 +83,7 @@ async def test_an_idle_session_ends_and_a_used_one_does_not(database, talker, ed
 
 
 @both
-async def test_every_session_ends_with_its_age(database, talker, edge):
+async def test_every_session_ends_with_its_age(database: str, talker: Talker, edge: int) -> None:
     async with (
         cluster(database, talker, 2, max_age=HOUR) as nodes,
         tables_of(database) as tables,
@@ -94,7 +96,7 @@ async def test_every_session_ends_with_its_age(database, talker, edge):
         await eventually(lambda: talker.running == 1, "the call runs")
         await age(tables, HOUR + 1, "sessions.created_at")
         await young.open(nodes[edge].url)
-        await nodes[edge].incarnation._sweep()
+        await nodes[edge].sweep()
         for stream in (call, standalone):  # both nodes end their exchanges, with the final chunk
             await stream.rest(timeout=5)
             assert stream.error is None
@@ -110,10 +112,10 @@ async def test_every_session_ends_with_its_age(database, talker, edge):
 
 
 @both
-async def test_an_http_sse_session_waits_a_minute_for_its_client(database, talker, edge):
+async def test_an_http_sse_session_waits_a_minute_for_its_client(database: str, talker: Talker, edge: int) -> None:
     async with cluster(database, talker, 2) as nodes, tables_of(database) as tables, RawSession(path="/sse") as client:
         stream = await client.get(nodes[0].url)
-        assert (await stream.next()).event == "endpoint"
+        assert (await stream.event()).event == "endpoint"
         await age(tables, 180, "sessions.last_active_at")
         assert await retention(nodes[edge]).expire() == []  # its stream is carried
         await stream.close()
@@ -121,20 +123,20 @@ async def test_an_http_sse_session_waits_a_minute_for_its_client(database, talke
         await age(tables, 59, "sessions.last_active_at")
         assert await retention(nodes[edge]).expire() == []  # it was used until now
         await age(tables, LATER, "sessions.last_active_at")
-        await nodes[edge].incarnation._sweep()
+        await nodes[edge].sweep()
         assert await tables.value("select count(*) from pgmcp.sessions") == 0
         await eventually(lambda: nodes[0].incarnation.host.sessions == 0, "its actor has stopped")
 
 
 @both
-async def test_what_is_finished_goes_and_what_lives_stays(database, talker, edge):
+async def test_what_is_finished_goes_and_what_lives_stays(database: str, talker: Talker, edge: int) -> None:
     async with cluster(database, talker, 2, retention=60) as nodes, tables_of(database) as tables, RawSession() as live:
         await live.open(nodes[0].url)
         base, other = nodes[edge].url, nodes[1 - edge].url
         finished = await live.request(base, "tools/call", {"name": "flood", "arguments": {"count": 3, "size": 1}})
         await finished.rest()
         broken = await live.request(base, "tools/call", HOLD, request_id="broken")
-        cursor = (await broken.next()).id
+        cursor = (await broken.event()).id
         await broken.close()
         running = await live.request(other, "tools/call", HOLD, request_id="running")
         await running.next()
@@ -191,7 +193,7 @@ class EventSource:
 
     async def get(self, base: str, last: str | None = None) -> None:
         self.stream = await self._client.get(base, last)
-        self.where = str((await self.stream.next()).data)
+        self.where = str((await self.stream.event()).data)
         self.stream.seen.clear()
 
     async def post(self, base: str, method: str, rpc_id: str | None = None, /, **params: object) -> None:
@@ -212,7 +214,9 @@ class EventSource:
 
 
 @both
-async def test_an_http_sse_client_whose_events_were_pruned_starts_anew(database, talker, edge):
+async def test_an_http_sse_client_whose_events_were_pruned_starts_anew(
+    database: str, talker: Talker, edge: int
+) -> None:
     """Never a silent gap: it gets another session, and the old one expires."""
     async with (
         cluster(database, talker, 2, retention=60) as nodes,
@@ -250,7 +254,7 @@ async def test_an_http_sse_client_whose_events_were_pruned_starts_anew(database,
 
 
 @both
-async def test_what_is_pruned_before_it_is_read_is_no_gap_either(database, talker, edge):
+async def test_what_is_pruned_before_it_is_read_is_no_gap_either(database: str, talker: Talker, edge: int) -> None:
     """A sweep falls between the attach and the read: the stream ends, and the client is told the truth next time."""
     async with (
         cluster(database, talker, 2, retention=60) as nodes,
@@ -271,11 +275,11 @@ async def test_what_is_pruned_before_it_is_read_is_no_gap_either(database, talke
         log = nodes[edge].incarnation.log
         read = log.read
 
-        async def late(cursor):
+        async def late(cursor: Cursor) -> Page:
             await retention(nodes[1 - edge]).prune()
             return await read(cursor)
 
-        log.read = late
+        log.read = late  # type: ignore[method-assign]  # it takes its time
         resumed = await session.get(base, first)
         await resumed.rest()
         assert resumed.messages == []
@@ -283,7 +287,7 @@ async def test_what_is_pruned_before_it_is_read_is_no_gap_either(database, talke
 
 
 @both
-async def test_a_stream_that_is_being_carried_is_not_pruned(database, talker, edge):
+async def test_a_stream_that_is_being_carried_is_not_pruned(database: str, talker: Talker, edge: int) -> None:
     """A client that reads slowly still gets the end of a stream that was finished long ago."""
     count, size = 200, 100_000
     async with (
@@ -294,7 +298,7 @@ async def test_a_stream_that_is_being_carried_is_not_pruned(database, talker, ed
         await session.open(nodes[0].url)
         flood = {"name": "flood", "arguments": {"count": count, "size": size}}
         body = {"jsonrpc": "2.0", "id": "big", "method": "tools/call", "params": flood}
-        headers = {"mcp-session-id": session.session_id, "accept": "application/json, text/event-stream",
+        headers = {"mcp-session-id": str(session.session_id), "accept": "application/json, text/event-stream",
                    "content-type": "application/json"}  # fmt: skip
         async with session._http.stream("POST", f"{nodes[edge].url}/mcp", json=body, headers=headers) as response:
             pieces = response.aiter_raw()
@@ -311,7 +315,7 @@ async def test_a_stream_that_is_being_carried_is_not_pruned(database, talker, ed
 
 
 @both
-async def test_a_big_heap_goes_in_small_batches(database, talker, edge):
+async def test_a_big_heap_goes_in_small_batches(database: str, talker: Talker, edge: int) -> None:
     async with cluster(database, talker, 2, retention=60) as nodes, tables_of(database) as tables, RawSession() as live:
         await live.open(nodes[0].url)
         await eventually(lambda: is_(tables, SINKS, 0), "the stream is released")

@@ -34,7 +34,7 @@ def filled(shares: FairShares, stack: contextlib.ExitStack, caller: Caller) -> i
     return held
 
 
-def test_alone_three_quarters_and_beside_others_a_quarter():
+def test_alone_three_quarters_and_beside_others_a_quarter() -> None:
     clock = FakeClock()
     shares = FairShares(100, "things", clock)
     with contextlib.ExitStack() as stack:
@@ -54,7 +54,7 @@ def test_alone_three_quarters_and_beside_others_a_quarter():
         assert filled(shares, stack, caller(1)) == 25  # the other is still there
 
 
-def test_many_callers_find_room_until_there_is_none():
+def test_many_callers_find_room_until_there_is_none() -> None:
     shares = FairShares(10, "things", FakeClock())
     with contextlib.ExitStack() as stack:
         for number in range(10):
@@ -63,7 +63,7 @@ def test_many_callers_find_room_until_there_is_none():
             stack.enter_context(shares.held(caller(11)))
 
 
-async def test_listen_streams_and_calls_of_one_caller_leave_room_for_others(database):
+async def test_listen_streams_and_calls_of_one_caller_leave_room_for_others(database: str) -> None:
     one, two = {"x-forwarded-for": "10.0.0.1"}, {"x-forwarded-for": "10.0.0.2"}
     async with (
         cluster(database, everything, 1, max_exchanges=8, max_listens=4) as [node],
@@ -88,11 +88,11 @@ async def again(client: Modern, base: str) -> bool:
     return (await client.request(base, "server/discover")).status == 200
 
 
-async def test_who_lies_about_its_method_gains_nothing(database):
+async def test_who_lies_about_its_method_gains_nothing(database: str) -> None:
     async with cluster(database, everything, 1) as [node], Modern() as client:
         for method, told, params in ((LISTEN, "tools/call", TOOLS), ("tools/call", LISTEN, SLOW)):
             headers, body = asked(method, params)
             sent = {"accept": ACCEPT, "content-type": "application/json", **headers, "mcp-method": told}
             refused = await client.send("POST", node.url, sent, json.dumps(body).encode())
             assert (refused.status, refused.json()["error"]["code"]) == (400, -32020)
-        assert not node.node._modern._open
+        assert not node.modern._open

@@ -13,13 +13,14 @@ from pgmcp.node import protocol
 from pgmcp.node.protocol import HEAD_BYTES, Proxies
 from tests.harness.clients import RawSession
 from tests.harness.cluster import RunningNode, cluster, eventually
+from tests.limits.conftest import Talker
 
 PING = b'{"jsonrpc": "2.0", "id": 1, "method": "ping"}'
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 @pytest.fixture(autouse=True)
-def short(monkeypatch):
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(protocol, "HEADERS_SECONDS", 0.3)
     monkeypatch.setattr(protocol, "LINGER_SECONDS", 0.2)
 
@@ -56,7 +57,7 @@ async def to_the_end(reader: asyncio.StreamReader) -> bytes:
     ],
     ids=["value", "path", "method", "trailer"],
 )
-async def test_endless_headers(database, talker, start):
+async def test_endless_headers(database: str, talker: Talker, start: bytes) -> None:
     """As one long header, so that no parser's event tells of it."""
     sent = 0
     async with cluster(database, talker, 1) as [node], connected(node, start) as (reader, writer):
@@ -74,7 +75,7 @@ async def test_endless_headers(database, talker, start):
 
 
 @pytest.mark.parametrize("count", [8, 5000], ids=["large", "many"])
-async def test_headers_that_are_too_large(database, talker, count):
+async def test_headers_that_are_too_large(database: str, talker: Talker, count: int) -> None:
     line = b"x: " + b"y" * (2 * HEAD_BYTES // count) + b"\r\n"
     async with cluster(database, talker, 1) as [node], connected(node) as (reader, writer):
         writer.write(b"GET /livez HTTP/1.1\r\nhost: x\r\n" + line * count + b"\r\n")
@@ -84,7 +85,9 @@ async def test_headers_that_are_too_large(database, talker, count):
             assert b" 200 " in await asyncio.wait_for(answer.readline(), 10)
 
 
-async def test_who_is_refused_for_headers_is_refused_no_faster_than_once_a_while(database, talker, monkeypatch):
+async def test_who_is_refused_for_headers_is_refused_no_faster_than_once_a_while(
+    database: str, talker: Talker, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(protocol, "LINGER_SECONDS", 2.0)
     async with cluster(database, talker, 1, max_connections=1, forwarded_allow_ips="10.0.0.1") as [node]:
         loop = asyncio.get_running_loop()
@@ -100,7 +103,7 @@ async def test_who_is_refused_for_headers_is_refused_no_faster_than_once_a_while
 @pytest.mark.parametrize(
     "start", [b"GET /livez HTTP/1.1\r\nhost: x\r\n", b"P", b"\r\n"], ids=["header", "method", "line"]
 )
-async def test_headers_that_do_not_arrive(database, talker, start):
+async def test_headers_that_do_not_arrive(database: str, talker: Talker, start: bytes) -> None:
     async with cluster(database, talker, 1) as [node], connected(node, start) as (reader, writer):
         loop = asyncio.get_running_loop()
         began, answer = loop.time(), asyncio.create_task(to_the_end(reader))
@@ -111,7 +114,7 @@ async def test_headers_that_do_not_arrive(database, talker, start):
         assert not answer.result() or b" 408 " in answer.result() or b" 400 " in answer.result()
 
 
-async def test_the_rest_of_a_body_that_was_refused_does_not_last(database, talker):
+async def test_the_rest_of_a_body_that_was_refused_does_not_last(database: str, talker: Talker) -> None:
     """413 is said at once; whoever goes on dripping is let go, and whoever sends it may use the connection again."""
     head = b"POST /mcp HTTP/1.1\r\nhost: 127.0.0.1:1\r\ncontent-type: application/json\r\ncontent-length: 5000\r\n\r\n"
     async with cluster(database, talker, 1, max_body=1000) as [node]:
@@ -129,17 +132,17 @@ async def test_the_rest_of_a_body_that_was_refused_does_not_last(database, talke
             assert b" 200 " in await asyncio.wait_for(reader.readline(), 10)
 
 
-async def test_what_follows_a_body_is_no_header(database, talker):
+async def test_what_follows_a_body_is_no_header(database: str, talker: Talker) -> None:
     async with cluster(database, talker, 1, response="json") as [node], RawSession() as session:
         await session.open(node.url)
         accept = b"accept: application/json\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n"
         first = b"POST /mcp HTTP/1.1\r\nhost: 127.0.0.1:1\r\n%s\r\n%x\r\n%s\r\n" % (accept, len(PING), PING)
         async with connected(node, first) as (reader, writer):
-            writer.write(b"0\r\nmcp-session-id: %s\r\n\r\n" % session.session_id.encode())
+            writer.write(b"0\r\nmcp-session-id: %s\r\n\r\n" % str(session.session_id).encode())
             assert b" 400 " in await asyncio.wait_for(reader.readline(), 10)
 
 
-async def test_idle_connections_and_streams_outlast_the_time_for_headers(database, talker):
+async def test_idle_connections_and_streams_outlast_the_time_for_headers(database: str, talker: Talker) -> None:
     async with cluster(database, talker, 1) as [node], RawSession() as session, connected(node) as (reader, writer):
         await session.open(node.url)
         stream = await session.get(node.url)
@@ -153,7 +156,7 @@ async def test_idle_connections_and_streams_outlast_the_time_for_headers(databas
         await stream.message("notifications/tools/list_changed")
 
 
-async def test_connections_of_one_address(database, talker):
+async def test_connections_of_one_address(database: str, talker: Talker) -> None:
     async with (
         cluster(database, talker, 1, max_connections=3, forwarded_allow_ips="10.0.0.1") as [node],
         contextlib.AsyncExitStack() as stack,
@@ -172,7 +175,7 @@ async def test_connections_of_one_address(database, talker):
         await eventually(served, "there is room for another")
 
 
-async def test_trusted_proxies_have_as_many_as_they_want(database, talker):
+async def test_trusted_proxies_have_as_many_as_they_want(database: str, talker: Talker) -> None:
     async with (
         cluster(database, talker, 1, max_connections=1) as [node],  # 127.0.0.1 is trusted
         connected(node),
@@ -182,7 +185,7 @@ async def test_trusted_proxies_have_as_many_as_they_want(database, talker):
         await session.open(node.url)
 
 
-def test_proxies():
+def test_proxies() -> None:
     assert "10.1.2.3" in Proxies("*")
     named = Proxies("127.0.0.1, 10.0.0.0/8,fd00::/8, balancer")
     assert [host in named for host in ("127.0.0.1", "10.1.2.3", "fd00::1", "11.0.0.1", "::1", "balancer")] == [

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from pgmcp.session.adapter import Kind, Outgoing
 from pgmcp.session.message_limit import MessageLimit
+from pgmcp.types import Cursor
 from tests.harness.clients import RawSession
-from tests.harness.cluster import cluster, eventually, tables_of
+from tests.harness.cluster import Tables, cluster, eventually, tables_of
+from tests.limits.conftest import Talker
 
 MIB = 1 << 20
 HANGS = 20.0
 """Seconds after which a neighbour's call hangs: how quick it is, is measured elsewhere."""
 
 
-async def calls_until(done: asyncio.Task, neighbour: RawSession, url: str) -> list[float]:
+async def calls_until(done: asyncio.Task[Any], neighbour: RawSession, url: str) -> list[float]:
     """Call again and again while something else goes on; how long each call took."""
     took, loop = [], asyncio.get_running_loop()
     while not done.done():
@@ -28,7 +32,9 @@ async def calls_until(done: asyncio.Task, neighbour: RawSession, url: str) -> li
 
 
 @pytest.mark.parametrize(("size", "response"), [(1, "sse"), (16, "json"), (60, "sse")])
-async def test_a_large_answer_over_another_node(database, talker, size, response, record_property):
+async def test_a_large_answer_over_another_node(
+    database: str, talker: Talker, size: int, response: str, record_property: Callable[[str, object], None]
+) -> None:
     async with (
         cluster(database, talker, 2, response=response, statement_timeout=2) as nodes,
         RawSession() as session,
@@ -52,11 +58,11 @@ async def test_a_large_answer_over_another_node(database, talker, size, response
 
 
 @pytest.mark.parametrize("response", ["sse", "json"])
-async def test_an_answer_that_is_too_large(database, talker, response):
+async def test_an_answer_that_is_too_large(database: str, talker: Talker, response: str) -> None:
     limit = 256 * 1024
     async with cluster(database, talker, 2, response=response, max_message=limit) as nodes, RawSession() as session:
         await session.open(nodes[0].url)
-        params = {"name": "whole", "arguments": {"size": limit}}
+        params: dict[str, Any] = {"name": "whole", "arguments": {"size": limit}}
         error = (await session.call(nodes[1].url, "tools/call", params))["error"]
         assert error["code"] == -32603
         assert error["data"]["reason"] == "too_large"
@@ -66,7 +72,9 @@ async def test_an_answer_that_is_too_large(database, talker, response):
         assert "result" in await session.call(nodes[1].url, "tools/call", params)
 
 
-async def test_a_notification_that_is_too_large_is_its_senders_error(database, talker, caplog):
+async def test_a_notification_that_is_too_large_is_its_senders_error(
+    database: str, talker: Talker, caplog: pytest.LogCaptureFixture
+) -> None:
     limit = 256 * 1024
     async with (
         cluster(database, talker, 2, max_message=limit) as nodes,
@@ -74,7 +82,7 @@ async def test_a_notification_that_is_too_large_is_its_senders_error(database, t
         RawSession() as session,
     ):
         await session.open(nodes[0].url)
-        params = {"name": "flood", "arguments": {"count": 1, "size": limit}}
+        params: dict[str, Any] = {"name": "flood", "arguments": {"count": 1, "size": limit}}
         result = (await session.call(nodes[1].url, "tools/call", params))["result"]
         assert result["isError"]
         assert "--max-message" in caplog.text
@@ -83,7 +91,7 @@ async def test_a_notification_that_is_too_large_is_its_senders_error(database, t
         assert not (await session.call(nodes[1].url, "tools/call", params))["result"].get("isError")
 
 
-async def test_a_large_event_that_another_reader_takes_ends_abruptly(database, talker):
+async def test_a_large_event_that_another_reader_takes_ends_abruptly(database: str, talker: Talker) -> None:
     """Nobody takes half of it for all: the new reader gets it whole, the old one none of it."""
     async with (
         cluster(database, talker, 2, write_timeout=20) as nodes,
@@ -94,15 +102,15 @@ async def test_a_large_event_that_another_reader_takes_ends_abruptly(database, t
         log = nodes[1].incarnation.log
         read_on, reading, go_on = log.read_on, asyncio.Event(), asyncio.Event()
 
-        async def late(cursor, start):
+        async def late(cursor: Cursor, start: int) -> bytes | None:
             reading.set()
             await go_on.wait()
             return await read_on(cursor, start)
 
-        log.read_on = late
+        log.read_on = late  # type: ignore[method-assign]  # it takes its time
         params = {"name": "whole", "arguments": {"size": 3 * MIB}}
         call = await session.request(nodes[1].url, "tools/call", params, request_id=9)
-        assert (await call.next()).is_priming
+        assert (await call.event()).is_priming
         async with asyncio.timeout(20):
             await reading.wait()
         resumed = await session.get(nodes[0].url, call.last_event_id)
@@ -115,8 +123,8 @@ async def test_a_large_event_that_another_reader_takes_ends_abruptly(database, t
         await eventually(lambda: zero(tables, sinks), "nobody carries it")
 
 
-async def zero(tables, query: str) -> bool:
-    return await tables.value(query) == 0
+async def zero(tables: Tables, query: str) -> bool:
+    return bool(await tables.value(query) == 0)
 
 
 def test_a_refused_answer_is_small() -> None:

@@ -6,6 +6,8 @@ import asyncio
 import gc
 from collections.abc import Sequence
 
+import pytest
+
 from tests.harness.clients import RawSession
 from tests.harness.cluster import RunningNode, cluster, eventually, everything, tables_of
 
@@ -65,7 +67,7 @@ async def life(nodes: Sequence[RunningNode], number: int, meeting: asyncio.Barri
         assert (await session.delete(third)).status == 200
 
 
-async def test_two_hundred_sessions_at_once(database, caplog):
+async def test_two_hundred_sessions_at_once(database: str, caplog: pytest.LogCaptureFixture) -> None:
     async with cluster(database, everything, 3, pool_size=4) as nodes, tables_of(database) as tables:
         alone = asyncio.Barrier(1)
         for number in range(5):

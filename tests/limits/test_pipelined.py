@@ -7,11 +7,12 @@ from urllib.parse import urlsplit
 
 from tests.harness.clients import RawSession
 from tests.harness.cluster import cluster, eventually, tables_of
+from tests.limits.conftest import Talker
 
 CARRIED = "select count(*) from pgmcp.streams where sink is not null"
 
 
-async def test_a_stream_before_other_requests_ends_with_its_connection(database, talker):
+async def test_a_stream_before_other_requests_ends_with_its_connection(database: str, talker: Talker) -> None:
     """An HTTP server tells only the last exchange of a connection that it is lost."""
     async with (
         cluster(database, talker, 1, keepalive=0.1) as nodes,

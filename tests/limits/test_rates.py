@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
+from mcp.server.mcpserver import MCPServer
 from starlette.requests import Request
 
 from pgmcp.settings import Settings
@@ -34,7 +38,7 @@ def refused(exchange: RawExchange, word: str) -> None:
     assert word in answer["error"]["message"]
 
 
-def test_a_bucket_fills_at_its_rate_and_says_when_there_is_more():
+def test_a_bucket_fills_at_its_rate_and_says_when_there_is_more() -> None:
     clock = FakeClock()
     bucket = Bucket(2, clock)
     assert [bucket.take(ADA) for _ in range(20)] == [0] * 20  # ten seconds' worth
@@ -48,7 +52,7 @@ def test_a_bucket_fills_at_its_rate_and_says_when_there_is_more():
     assert [bucket.take(ADA) for _ in range(21)] == [0] * 20 + [0.5]
 
 
-def test_a_slow_rate_lets_one_in_and_no_rate_everything():
+def test_a_slow_rate_lets_one_in_and_no_rate_everything() -> None:
     clock = FakeClock()
     assert (Bucket(0.01, clock).take(ADA), Bucket(0, clock).take(ADA)) == (0, 0)
     slow, free = Bucket(0.01, clock), Bucket(0, clock)
@@ -57,7 +61,7 @@ def test_a_slow_rate_lets_one_in_and_no_rate_everything():
     assert len(free) == 0
 
 
-def test_few_buckets_are_kept_and_those_of_whoever_asks_on(monkeypatch):
+def test_few_buckets_are_kept_and_those_of_whoever_asks_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rates, "CALLERS", 10)
     bucket = Bucket(0.01, FakeClock())
     bucket.take(ADA)
@@ -67,11 +71,16 @@ def test_few_buckets_are_kept_and_those_of_whoever_asks_on(monkeypatch):
     assert len(bucket) == 10
 
 
-def test_a_proxy_that_is_not_believed_is_named_once(caplog):
+async def silent(*_: object) -> Any:
+    """What an exchange that does not speak is given to speak with."""
+    raise AssertionError
+
+
+def test_a_proxy_that_is_not_believed_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
     def call(peer: str, forwarded: str = "") -> HttpExchange:
         headers = [(b"x-forwarded-for", forwarded.encode())] if forwarded else []
         request = Request({"type": "http", "method": "POST", "headers": headers, "client": (peer, 1)})
-        return HttpExchange(request, Connection(None, None, 1))
+        return HttpExchange(request, Connection(silent, silent, 1))
 
     opened = Rates(Settings(), FakeClock())
     for known in (call("10.0.0.1"), call("10.0.0.1", "10.0.0.9, 10.0.0.1"), call("10.0.0.1", "10.0.0.1:5000")):
@@ -83,7 +92,7 @@ def test_a_proxy_that_is_not_believed_is_named_once(caplog):
     assert "evil" not in caplog.text
 
 
-async def test_sessions_are_opened_at_a_rate(database, monkeypatch):
+async def test_sessions_are_opened_at_a_rate(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On both paths; a POST without a session id that is no handshake counts as well."""
     monkeypatch.setattr(rates, "BURST_SECONDS", 3 * LONG)
     async with (
@@ -112,7 +121,9 @@ async def test_sessions_are_opened_at_a_rate(database, monkeypatch):
 
 
 @pytest.mark.parametrize("path", ["/mcp", "/messages/?session_id=x", "modern"])
-async def test_messages_are_taken_at_a_rate_in_every_transport(database, monkeypatch, path):
+async def test_messages_are_taken_at_a_rate_in_every_transport(
+    database: str, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
     monkeypatch.setattr(rates, "BURST_SECONDS", 3 * LONG)
     headers = {"x-forwarded-for": "10.0.0.1"}
     async with (
@@ -140,7 +151,9 @@ async def test_messages_are_taken_at_a_rate_in_every_transport(database, monkeyp
         assert (await other.call(node.url, "ping"))["result"] == {}
 
 
-async def test_a_caller_is_its_principal_where_there_is_one(database, private, monkeypatch):
+async def test_a_caller_is_its_principal_where_there_is_one(
+    database: str, private: Callable[[], MCPServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(rates, "BURST_SECONDS", 2 * LONG)
     async with cluster(database, private, 1, initialize_rate=1 / LONG) as [node]:
         for who, status in (("ada", 200), ("ada", 200), ("ada", 429), ("bob", 200)):

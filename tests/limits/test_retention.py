@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
 from pgmcp.store.retention import Retention
 from tests.harness.clients import RawSession
 from tests.harness.cluster import RunningNode, Tables, cluster, eventually, tables_of
+from tests.limits.conftest import Talker
 
 both = pytest.mark.parametrize("edge", [0, 1])
 RETENTION = 300
@@ -29,21 +32,23 @@ async def pass_by(tables: Tables, seconds: float) -> None:
         await tables.execute(f"update pgmcp.{table} set {changes}", seconds)
 
 
-async def swept(nodes: list[RunningNode]) -> None:
+async def swept(nodes: Sequence[RunningNode]) -> None:
     for node in nodes:
-        retention: Retention = node.incarnation._retention
+        retention: Retention = node.retention
         await Retention(retention._database, retention._ids).prune()  # it knows of no earlier sweep
 
 
 async def let_go(tables: Tables) -> None:
     async def nobody() -> bool:
-        return await tables.value(SINKS) == 0
+        return bool(await tables.value(SINKS) == 0)
 
     await eventually(nobody, "the streams are let go")
 
 
 @both
-async def test_what_waited_for_long_can_be_had_again_after_its_delivery(database, talker, edge):
+async def test_what_waited_for_long_can_be_had_again_after_its_delivery(
+    database: str, talker: Talker, edge: int
+) -> None:
     async with (
         cluster(database, talker, 2, retention=RETENTION) as nodes,
         tables_of(database) as tables,
@@ -56,7 +61,7 @@ async def test_what_waited_for_long_can_be_had_again_after_its_delivery(database
         await pass_by(tables, RETENTION + 100)
         await swept(nodes)
         listening = await session.get(base)
-        primed = (await listening.next()).id
+        primed = (await listening.event()).id
         await listening.message("notifications/message")
         await listening.close()  # and who knows what of the rest has arrived
         await let_go(tables)
@@ -77,7 +82,7 @@ async def test_what_waited_for_long_can_be_had_again_after_its_delivery(database
 
 
 @both
-async def test_delivered_events_go_while_their_listener_stays(database, talker, edge):
+async def test_delivered_events_go_while_their_listener_stays(database: str, talker: Talker, edge: int) -> None:
     async with (
         cluster(database, talker, 2, retention=RETENTION) as nodes,
         tables_of(database) as tables,
@@ -99,7 +104,7 @@ async def test_delivered_events_go_while_their_listener_stays(database, talker, 
 
 
 @both
-async def test_an_answer_that_was_fetched_late_can_be_fetched_again(database, talker, edge):
+async def test_an_answer_that_was_fetched_late_can_be_fetched_again(database: str, talker: Talker, edge: int) -> None:
     async with (
         cluster(database, talker, 2, retention=RETENTION) as nodes,
         tables_of(database) as tables,
@@ -109,7 +114,7 @@ async def test_an_answer_that_was_fetched_late_can_be_fetched_again(database, ta
         base, other = nodes[edge].url, nodes[1 - edge].url
         flood = {"name": "flood", "arguments": {"count": 2, "size": 1}}
         call = await session.request(base, "tools/call", flood, request_id="c")
-        cursor = (await call.next()).id
+        cursor = (await call.event()).id
         await call.close()
         await let_go(tables)
         await eventually(lambda: tables.value(CLOSED), "it is answered")
@@ -125,7 +130,7 @@ async def test_an_answer_that_was_fetched_late_can_be_fetched_again(database, ta
         assert (await session.get(base, cursor)).status == 204
 
 
-async def test_a_client_that_comes_again_and_again_keeps_nothing_for_ever(database, talker):
+async def test_a_client_that_comes_again_and_again_keeps_nothing_for_ever(database: str, talker: Talker) -> None:
     async with (
         cluster(database, talker, 1, retention=RETENTION) as nodes,
         tables_of(database) as tables,
@@ -134,7 +139,7 @@ async def test_a_client_that_comes_again_and_again_keeps_nothing_for_ever(databa
         await session.open(nodes[0].url)
         note = {"name": "note", "arguments": {"first": 0, "count": 1}}
         call = await session.request(nodes[0].url, "tools/call", note)
-        cursor = (await call.next()).id
+        cursor = (await call.event()).id
         await call.rest()
         await let_go(tables)
         await tables.execute("update pgmcp.streams set closed_at = closed_at - interval '1 hour' where closed")
@@ -142,7 +147,7 @@ async def test_a_client_that_comes_again_and_again_keeps_nothing_for_ever(databa
         assert (await session.get(nodes[0].url, cursor)).status == 204
 
 
-async def test_an_answer_that_nobody_fetches_goes(database, talker):
+async def test_an_answer_that_nobody_fetches_goes(database: str, talker: Talker) -> None:
     async with (
         cluster(database, talker, 1, retention=RETENTION) as nodes,
         tables_of(database) as tables,

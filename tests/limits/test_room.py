@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 from mcp.server.mcpserver import MCPServer
 
 from tests.harness.clients import RawSession
-from tests.harness.cluster import cluster, eventually, tables_of
+from tests.harness.cluster import Tables, cluster, eventually, tables_of
+from tests.limits.conftest import Talker
 
 SINKS = "select count(*) from pgmcp.streams where sink is not null"
 HOLD = {"name": "hold", "arguments": {}}
@@ -40,7 +42,9 @@ async def over(session: RawSession, base: str) -> bool:
     return (await session.request(base, "ping")).status == 404
 
 
-async def test_a_callers_session_that_was_used_longest_ago_makes_room(database, holding, of):
+async def test_a_callers_session_that_was_used_longest_ago_makes_room(
+    database: str, holding: Callable[[], MCPServer], of: Callable[[str], RawSession]
+) -> None:
     async with (
         cluster(database, holding, 2, max_sessions_per_caller=4) as nodes,
         tables_of(database) as tables,
@@ -64,7 +68,7 @@ async def test_a_callers_session_that_was_used_longest_ago_makes_room(database, 
         await eventually(lambda: carried(tables, 2), "only the stream and the call are carried")
         await more.open(there)
         for node in nodes:
-            await eventually(lambda node=node: over(late, node.url), "the one unused for longest is over", 1)
+            await eventually(partial(over, late, node.url), "the one unused for longest is over", 1)
         await eventually(lambda: nodes[0].incarnation.host.sessions == 4, "its owner has heard of it")
         await eventually(lambda: carried(tables, 2), "only the stream and the call are carried")
         await last.open(here)
@@ -76,11 +80,13 @@ async def test_a_callers_session_that_was_used_longest_ago_makes_room(database, 
         await call.close()
 
 
-async def carried(tables, streams: int) -> bool:
-    return await tables.value(SINKS) == streams
+async def carried(tables: Tables, streams: int) -> bool:
+    return bool(await tables.value(SINKS) == streams)
 
 
-async def test_a_caller_whose_sessions_are_all_in_use_is_refused(database, holding, of):
+async def test_a_caller_whose_sessions_are_all_in_use_is_refused(
+    database: str, holding: Callable[[], MCPServer], of: Callable[[str], RawSession]
+) -> None:
     async with (
         cluster(database, holding, 2, max_sessions_per_caller=2) as nodes,
         tables_of(database) as tables,
@@ -103,7 +109,7 @@ async def test_a_caller_whose_sessions_are_all_in_use_is_refused(database, holdi
         await call.close()
 
 
-async def test_the_anonymous_callers_of_one_address_make_room_for_each_other(database):
+async def test_the_anonymous_callers_of_one_address_make_room_for_each_other(database: str) -> None:
     """One that opens sessions without end fills nobody's place but its own."""
 
     def at(address: str) -> RawSession:
@@ -134,13 +140,15 @@ async def test_the_anonymous_callers_of_one_address_make_room_for_each_other(dat
             await stream.close()
 
 
-async def test_the_address_of_a_caller_with_a_name_is_not_kept(database, holding, of):
+async def test_the_address_of_a_caller_with_a_name_is_not_kept(
+    database: str, holding: Callable[[], MCPServer], of: Callable[[str], RawSession]
+) -> None:
     async with cluster(database, holding, 1) as [node], tables_of(database) as tables, of("ada") as session:
         await session.open(node.url)
         assert await tables.value("select count(*) from pgmcp.sessions where address is null") == 1
 
 
-async def test_in_a_full_cluster_a_handshake_that_was_never_ended_makes_room(database, talker):
+async def test_in_a_full_cluster_a_handshake_that_was_never_ended_makes_room(database: str, talker: Talker) -> None:
     """Anonymous callers have no name: what is whole stays, whoever it belongs to."""
     async with (
         cluster(database, talker, 2, max_sessions=3) as nodes,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import mcp_types as types
 import pytest
@@ -11,18 +12,19 @@ from mcp.server.lowlevel import Server
 from pgmcp.session import session_limits
 from tests.harness.clients import RawSession
 from tests.harness.cluster import cluster, tables_of
+from tests.limits.conftest import Talker
 
 KEPT = "select count(*) from pgmcp.journal where kind = 'subscription'"
 
 
 def subscribing() -> Server:
-    async def subscribe(context, params):
+    async def subscribe(context: object, params: object) -> types.EmptyResult:
         return types.EmptyResult()
 
     return Server("subscribing", on_subscribe_resource=subscribe, on_unsubscribe_resource=subscribe)
 
 
-async def test_subscriptions_of_a_session(database, monkeypatch):
+async def test_subscriptions_of_a_session(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session_limits, "SUBSCRIPTIONS", 3)
     async with (
         cluster(database, subscribing, 2) as nodes,
@@ -31,7 +33,7 @@ async def test_subscriptions_of_a_session(database, monkeypatch):
     ):
         await session.open(nodes[0].url)
 
-        async def ask(method: str, uri: str, node: int) -> dict:
+        async def ask(method: str, uri: str, node: int) -> dict[str, Any]:
             exchange = await session.request(
                 nodes[node].url, f"resources/{method}", {"uri": uri}, request_id=uri + method
             )
@@ -51,7 +53,9 @@ async def test_subscriptions_of_a_session(database, monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "bound"), [("SAID", 20), ("SAID_BYTES", 20 * 100)])
-async def test_what_an_unfinished_request_says(database, talker, monkeypatch, name, bound):
+async def test_what_an_unfinished_request_says(
+    database: str, talker: Talker, monkeypatch: pytest.MonkeyPatch, name: str, bound: int
+) -> None:
     """What is too much gives way; the answer does not, nor does a question."""
     monkeypatch.setattr(session_limits, name, bound)
     monkeypatch.setattr(session_limits, "PACE_SECONDS", 3600.0)

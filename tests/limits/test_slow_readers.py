@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import urlsplit
@@ -13,7 +13,8 @@ from urllib.parse import urlsplit
 import pytest
 
 from tests.harness.clients import RawSession
-from tests.harness.cluster import RunningNode, cluster, eventually, tables_of
+from tests.harness.cluster import RunningNode, Tables, cluster, eventually, tables_of
+from tests.limits.conftest import Talker
 
 both = pytest.mark.parametrize("edge", [0, 1])
 TIMEOUT = 0.5
@@ -60,7 +61,7 @@ def transports() -> set[Any]:
             if hasattr(getattr(handle._callback, "__self__", None), "get_write_buffer_size")}  # fmt: skip
 
 
-def buffered(nodes: list[RunningNode]) -> int:
+def buffered(nodes: Sequence[RunningNode]) -> int:
     """Bytes that wait in the transports of this process."""
     return sum(transport.get_write_buffer_size() for transport in transports())
 
@@ -74,14 +75,16 @@ def tightened(client: socket.socket) -> bool:
     return False
 
 
-async def first_event(node: RunningNode, session: RawSession, tables) -> str:
+async def first_event(node: RunningNode, session: RawSession, tables: Tables) -> str:
     """The id that a client of the only call would have got first."""
     stream = await tables.value("select stream from pgmcp.requests where rpc_id = '\"big\"'")
     return f"{stream.hex}.0"
 
 
 @both
-async def test_a_client_that_does_not_read_its_answer(database, talker, edge, caplog):
+async def test_a_client_that_does_not_read_its_answer(
+    database: str, talker: Talker, edge: int, caplog: pytest.LogCaptureFixture
+) -> None:
     count, size = 60, 200_000
     async with (
         cluster(database, talker, 2, write_timeout=TIMEOUT) as nodes,
@@ -111,20 +114,23 @@ async def test_a_client_that_does_not_read_its_answer(database, talker, edge, ca
             await eventually(lambda: zero(tables, done), "the call ran on to its end")
             resumed = await session.get(nodes[1 - edge].url, await first_event(nodes[edge], session, tables))
             assert resumed.status == 200
-            events = [event for event in await resumed.rest() if event.data]
-            assert [event.message["params"]["data"].split()[0] for event in events[:-1]] == [*map(str, range(count))]
-            assert events[-1].message["result"]["content"][0]["text"] == "flooded"
-            assert [len(event.message["params"]["data"]) for event in events[:-1]] == [size] * count
+            await resumed.rest()
+            *flood, answer = resumed.messages
+            assert [message["params"]["data"].split()[0] for message in flood] == [*map(str, range(count))]
+            assert answer["result"]["content"][0]["text"] == "flooded"
+            assert [len(message["params"]["data"]) for message in flood] == [size] * count
     errors = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
     assert errors in ([], ["ASGI callable returned without completing response."])  # uvicorn's word for an abrupt end
 
 
-async def zero(tables, query: str) -> bool:
-    return await tables.value(query) == 0
+async def zero(tables: Tables, query: str) -> bool:
+    return bool(await tables.value(query) == 0)
 
 
 @both
-async def test_the_connection_of_a_client_that_does_not_read_is_closed(database, talker, edge):
+async def test_the_connection_of_a_client_that_does_not_read_is_closed(
+    database: str, talker: Talker, edge: int
+) -> None:
     """Closing waits for what is in the buffer, so a peer that never reads has to be aborted."""
     async with cluster(database, talker, 2, write_timeout=TIMEOUT) as nodes, RawSession() as session:
         await session.open(nodes[0].url)
@@ -135,7 +141,7 @@ async def test_the_connection_of_a_client_that_does_not_read_is_closed(database,
 
 
 @both
-async def test_a_deaf_listener(database, talker, edge):
+async def test_a_deaf_listener(database: str, talker: Talker, edge: int) -> None:
     """What waits on the standalone stream of a client that does not read comes to the connection that does."""
     count, size = 40, 100_000
     async with (
@@ -155,7 +161,7 @@ async def test_a_deaf_listener(database, talker, edge):
             assert got == uris
 
 
-async def test_a_page_has_a_bound_in_bytes(database, talker):
+async def test_a_page_has_a_bound_in_bytes(database: str, talker: Talker) -> None:
     """An exchange reads a page at a time; large messages must not make it a hundred megabytes."""
     async with (
         cluster(database, talker, 1, write_timeout=20) as [node],
@@ -177,7 +183,7 @@ async def test_a_page_has_a_bound_in_bytes(database, talker):
 
 @both
 @pytest.mark.parametrize("response", ["sse", "json", "auto"])
-async def test_one_large_answer_that_nobody_reads(database, talker, edge, response):
+async def test_one_large_answer_that_nobody_reads(database: str, talker: Talker, edge: int, response: str) -> None:
     """It goes out in pieces, each with a deadline, the last one too: nothing of it stays with the node."""
     size = 1 << 20
     async with (
@@ -199,7 +205,9 @@ async def test_one_large_answer_that_nobody_reads(database, talker, edge, respon
 
 
 @pytest.mark.parametrize("response", ["sse", "json"])
-async def test_a_client_that_reads_slowly_gets_all_of_a_large_answer(database, talker, response):
+async def test_a_client_that_reads_slowly_gets_all_of_a_large_answer(
+    database: str, talker: Talker, response: str
+) -> None:
     """The deadline is one for progress, not for a piece: this client takes longer than the deadline for each."""
     size, patience = 80_000, 0.25
     async with (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from urllib.parse import urlsplit
 
@@ -11,10 +12,12 @@ import pytest
 
 from tests.harness.clients import RawSession
 from tests.harness.cluster import cluster, tables_of
+from tests.limits.conftest import Talker
 
 both = pytest.mark.parametrize("edge", [0, 1])
 TIMEOUT, PACE = 0.5, 0.05
 PING = b'{"jsonrpc": "2.0", "id": "slow", "method": "ping"}'
+Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 OPEN = {
     "length": [f"content-length: {len(PING)}"],
     "chunked": ["transfer-encoding: chunked"],
@@ -22,7 +25,7 @@ OPEN = {
 
 
 @asynccontextmanager
-async def sending(base: str, path: str, *headers: str):
+async def sending(base: str, path: str, *headers: str) -> AsyncIterator[Streams]:
     """A POST of which only the headers are sent."""
     at = urlsplit(base)
     reader, writer = await asyncio.open_connection(at.hostname, at.port)
@@ -50,7 +53,7 @@ async def drip(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, piece
 @both
 @pytest.mark.parametrize("how", OPEN)
 @pytest.mark.parametrize("endless", [False, True], ids=["silent", "dripping"])
-async def test_a_body_that_arrives_slowly(database, talker, edge, how, endless):
+async def test_a_body_that_arrives_slowly(database: str, talker: Talker, edge: int, how: str, endless: bool) -> None:
     async with (
         cluster(database, talker, 2, read_timeout=TIMEOUT) as nodes,
         tables_of(database) as tables,
@@ -75,7 +78,7 @@ async def test_a_body_that_arrives_slowly(database, talker, edge, how, endless):
 
 
 @both
-async def test_a_body_in_pieces_that_arrives_in_time(database, talker, edge):
+async def test_a_body_in_pieces_that_arrives_in_time(database: str, talker: Talker, edge: int) -> None:
     async with cluster(database, talker, 2) as nodes, RawSession() as session:
         await session.open(nodes[0].url)
         headers = [f"mcp-session-id: {session.session_id}", *OPEN["length"], "connection: close"]

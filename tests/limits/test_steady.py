@@ -8,7 +8,8 @@ import pytest
 
 from pgmcp.node import incarnation
 from tests.harness.clients import RawSession
-from tests.harness.cluster import cluster, eventually, tables_of
+from tests.harness.cluster import Tables, cluster, eventually, tables_of
+from tests.limits.conftest import Talker
 
 CALLS = 150
 LATE = 5.0  # seconds: the retention, the pause between two sweeps, and patience with a machine that others use
@@ -19,7 +20,9 @@ select (select count(*) from pgmcp.streams where closed_at < clock_timestamp() -
 """
 
 
-async def test_tables_do_not_grow_under_steady_load(database, talker, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_tables_do_not_grow_under_steady_load(
+    database: str, talker: Talker, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(incarnation, "EVERY_SECONDS", 0.5)
     made, working = 0, True
 
@@ -49,5 +52,5 @@ async def test_tables_do_not_grow_under_steady_load(database, talker, monkeypatc
         assert made >= 4 * CALLS
 
 
-async def nothing(tables) -> bool:
+async def nothing(tables: Tables) -> bool:
     return not await tables.value(OVERDUE, LATE)

@@ -6,18 +6,20 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
 import pytest
+from mcp.server.mcpserver import MCPServer
 
-from pgmcp.clock import Clock
 from pgmcp.errors import NodeFull
 from pgmcp.types import ANONYMOUS, Accepted, Message
 from pgmcp.web import bodies as bodies_module
 from pgmcp.web.admission import Caller
-from pgmcp.web.bodies import SHARES, SMALL_BYTES, Bodies
+from pgmcp.web.bodies import SHARES, SMALL_BYTES, Bodies, Body
 from tests.harness.clients import RawSession
+from tests.harness.clock import FakeClock
 from tests.harness.cluster import RunningNode, cluster, eventually
+from tests.limits.conftest import Talker
 from tests.limits.test_admission import refused
 from tests.limits.test_slow_senders import sending
 
@@ -47,7 +49,7 @@ async def longest_hold() -> AsyncIterator[list[float]]:
         task.cancel()
 
 
-async def test_no_body_holds_the_loop(database, talker):
+async def test_no_body_holds_the_loop(database: str, talker: Talker) -> None:
     async with (
         cluster(database, talker, 1, response="json") as [node],
         RawSession() as session,
@@ -56,7 +58,7 @@ async def test_no_body_holds_the_loop(database, talker):
         RawSession(headers={"mcp-protocol-version": "2026-07-28", "mcp-method": "tools/call"}) as modern,
     ):
         await session.open(node.url)
-        older.path = (await (await older.get(node.url)).next()).data
+        older.path = str((await (await older.get(node.url)).event()).data)
         stranger.session_id = "made-up"
         async with longest_hold() as held:
             answers = await asyncio.gather(*(each.post(node.url, BOMB) for each in (session, older, stranger, modern)))
@@ -71,7 +73,9 @@ async def test_no_body_holds_the_loop(database, talker):
 
 
 @pytest.mark.parametrize("session_id", ["made-up", "own"])
-async def test_whose_large_bodies_are_refused_waits_before_the_next_is_read(database, talker, monkeypatch, session_id):
+async def test_whose_large_bodies_are_refused_waits_before_the_next_is_read(
+    database: str, talker: Talker, monkeypatch: pytest.MonkeyPatch, session_id: str
+) -> None:
     monkeypatch.setattr(bodies_module, "REFUSED_SECONDS", 2.0)
     async with cluster(database, talker, 1, response="json") as [node], RawSession() as session:
         await session.open(node.url)
@@ -91,7 +95,7 @@ async def test_whose_large_bodies_are_refused_waits_before_the_next_is_read(data
         assert loop.time() - began < 30
 
 
-async def test_a_strangers_host_is_told_so_before_its_body(database, talker):
+async def test_a_strangers_host_is_told_so_before_its_body(database: str, talker: Talker) -> None:
     async with cluster(database, talker, 1) as [node]:
         for header in ("host: evil.example", "origin: https://evil.example"):
             for path in ("/mcp", "/messages/?session_id=x"):
@@ -100,7 +104,7 @@ async def test_a_strangers_host_is_told_so_before_its_body(database, talker):
             assert head.split()[1] in {b"421", b"403", b"400"}
         async with sending(node.url, "/sse", "content-length: 4000000") as (reader, _):
             assert b" 405 " in await asyncio.wait_for(reader.readuntil(b"\r\n"), 10)
-        assert node.node._bodies.total == 0
+        assert node.bodies.total == 0
 
 
 # -- bodies in memory --------------------------------------------------------------------------------------------------
@@ -110,8 +114,8 @@ def whose(name: str) -> Caller:
     return Caller(ANONYMOUS, name)
 
 
-def test_bodies_in_memory_are_bounded_for_all_and_for_each_caller():
-    bodies, large = Bodies(100_000, Clock()), 100_000
+def test_bodies_in_memory_are_bounded_for_all_and_for_each_caller() -> None:
+    bodies, large = Bodies(100_000, FakeClock()), 100_000
     with contextlib.ExitStack() as stack:
         for name in "abcd":
             for _ in range(SHARES // 4):
@@ -120,9 +124,9 @@ def test_bodies_in_memory_are_bounded_for_all_and_for_each_caller():
                 with pytest.raises(NodeFull, match="your bodies"):
                     more.grow(SMALL_BYTES + 1)
         assert bodies.total == SHARES * large
-        for attempt in (lambda body: body.expect(SMALL_BYTES + 1), lambda body: body.grow(SMALL_BYTES + 1)):
+        for attempt in (Body.expect, Body.grow):
             with bodies.body(whose("e")) as body, pytest.raises(NodeFull, match="another one"):
-                attempt(body)
+                attempt(body, SMALL_BYTES + 1)
         for name in "abcde":  # calls get through all the same
             stack.enter_context(bodies.body(whose(name))).grow(SMALL_BYTES)
         with bodies.body(whose("e")) as body:
@@ -133,7 +137,9 @@ def test_bodies_in_memory_are_bounded_for_all_and_for_each_caller():
     assert not bodies._of
 
 
-async def test_a_caller_whose_bodies_are_too_many_is_told_so_before_the_next_is_read(database, talker):
+async def test_a_caller_whose_bodies_are_too_many_is_told_so_before_the_next_is_read(
+    database: str, talker: Talker
+) -> None:
     size, part = 40_000, b" " * 39_000
     async with (
         cluster(database, talker, 1, max_body=size) as [node],
@@ -144,7 +150,7 @@ async def test_a_caller_whose_bodies_are_too_many_is_told_so_before_the_next_is_
         for _ in range(SHARES // 4):
             _, writer = await stack.enter_async_context(sending(node.url, "/mcp", f"content-length: {size}"))
             writer.write(part)
-        await eventually(lambda: node.node._bodies.total == SHARES // 4 * len(part), "the bodies trickle")
+        await eventually(lambda: node.bodies.total == SHARES // 4 * len(part), "the bodies trickle")
         async with sending(node.url, "/mcp", f"content-length: {size}") as (reader, _):
             answer = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10)
         assert b" 503 " in answer
@@ -154,16 +160,16 @@ async def test_a_caller_whose_bodies_are_too_many_is_told_so_before_the_next_is_
             assert b" 503 " in await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10)
         assert (await session.call(node.url, "ping"))["result"] == {}
         await stack.aclose()
-        await eventually(lambda: node.node._bodies.total == 0, "whoever hung up counts no longer")
+        await eventually(lambda: node.bodies.total == 0, "whoever hung up counts no longer")
 
 
-async def test_what_was_stored_is_not_held_while_it_is_answered(database, talker):
+async def test_what_was_stored_is_not_held_while_it_is_answered(database: str, talker: Talker) -> None:
     async with cluster(database, talker, 1) as [node], RawSession() as session:
         await session.open(node.url)
         params = {"name": "hold", "arguments": {}, "_meta": {"x": "y" * 1_000_000}}
         call = await session.request(node.url, "tools/call", params)
         await eventually(lambda: talker.running == 1, "the call runs")
-        assert node.node._bodies.total == 0
+        assert node.bodies.total == 0
         talker.release.set()
         await call.rest()
 
@@ -183,15 +189,17 @@ def held_up(node: RunningNode, subject: str) -> Iterator[list[str]]:
             await opened.wait()
         return await accept(messages)
 
-    inbox.accept = accept_later
+    inbox.accept = accept_later  # type: ignore[method-assign]  # until the context ends
     try:
         yield inside
     finally:
         opened.set()
-        inbox.accept = accept
+        inbox.accept = accept  # type: ignore[method-assign]
 
 
-async def test_a_strangers_requests_take_no_room_of_a_session_and_tell_him_nothing(database, private):
+async def test_a_strangers_requests_take_no_room_of_a_session_and_tell_him_nothing(
+    database: str, private: Callable[[], MCPServer]
+) -> None:
     def of(who: str) -> RawSession:
         return RawSession(headers={"authorization": f"Bearer {who}"})
 
@@ -202,6 +210,7 @@ async def test_a_strangers_requests_take_no_room_of_a_session_and_tell_him_nothi
         of("bob") as made_up,
     ):
         await ada.open(node.url)
+        assert ada.session_id is not None
         known.session_id, made_up.session_id = ada.session_id, f"{ada.session_id[:-1]}~"
         with held_up(node, "bob") as inside:
             posts = {
@@ -220,7 +229,9 @@ async def test_a_strangers_requests_take_no_room_of_a_session_and_tell_him_nothi
         assert [(await each).status for each in own] == [200] * 3
 
 
-async def test_a_strangers_large_body_is_not_looked_into(database, private, monkeypatch):
+async def test_a_strangers_large_body_is_not_looked_into(
+    database: str, private: Callable[[], MCPServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
     looked: list[int] = []
     check = "pgmcp.web.json_limits.JsonLimits.check_large"
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
+from functools import partial
 
 import pytest
 
 from pgmcp.errors import DatabaseUnavailable
 from pgmcp.store.retention import Retention
-from pgmcp.types import ANONYMOUS
+from pgmcp.types import ANONYMOUS, Cursor
 from tests.harness.clients import RawSession
 from tests.harness.cluster import RunningNode, Tables, cluster, eventually, tables_of
+from tests.limits.conftest import Talker
 
 both = pytest.mark.parametrize("edge", [0, 1])
 HOUR = 3600.0
@@ -24,7 +27,7 @@ select not exists (select from pgmcp.streams where sink is not null)
 
 
 def retention(node: RunningNode) -> Retention:
-    return node.incarnation._retention
+    return node.retention
 
 
 async def age(tables: Tables, seconds: float) -> None:
@@ -33,7 +36,7 @@ async def age(tables: Tables, seconds: float) -> None:
     await tables.execute(text, seconds)
 
 
-async def has_the_whole_time(tables: Tables, nodes: list[RunningNode], seconds: float = HOUR) -> None:
+async def has_the_whole_time(tables: Tables, nodes: Sequence[RunningNode], seconds: float = HOUR) -> None:
     """Check that a session which nothing is left of any more may still be idle for so long, and then ends."""
     await eventually(lambda: tables.value(NOTHING), "nothing is carried or runs")
     for node in nodes:
@@ -46,7 +49,7 @@ async def has_the_whole_time(tables: Tables, nodes: list[RunningNode], seconds: 
 
 @both
 @pytest.mark.parametrize("how", ["client", "drain", "server", "next"])
-async def test_a_stream_is_use_until_it_is_let_go(database, talker, edge, how):
+async def test_a_stream_is_use_until_it_is_let_go(database: str, talker: Talker, edge: int, how: str) -> None:
     """Whoever lets go: the client, a leaving node, the server that closes the connection, or one that took it over."""
     async with (
         cluster(database, talker, 2, idle_timeout=HOUR) as nodes,
@@ -64,7 +67,7 @@ async def test_a_stream_is_use_until_it_is_let_go(database, talker, edge, how):
                 nodes[edge].incarnation.edge.leave(at_once=True)
                 await stream.rest()
             case "server":
-                [resident] = nodes[0].incarnation.host._residents.values()
+                [resident] = nodes[0].residents.values()
                 await nodes[0].incarnation.log.drop_sink(resident.actor.ownership, None)
             case "next":
                 other = await session.get(nodes[1 - edge].url)
@@ -74,7 +77,7 @@ async def test_a_stream_is_use_until_it_is_let_go(database, talker, edge, how):
 
 
 @both
-async def test_a_call_is_use_until_it_ends(database, talker, edge):
+async def test_a_call_is_use_until_it_ends(database: str, talker: Talker, edge: int) -> None:
     """Also while nobody carries its stream."""
     async with (
         cluster(database, talker, 2, idle_timeout=HOUR) as nodes,
@@ -94,7 +97,7 @@ async def test_a_call_is_use_until_it_ends(database, talker, edge):
 
 
 @both
-async def test_a_notification_is_use(database, talker, edge):
+async def test_a_notification_is_use(database: str, talker: Talker, edge: int) -> None:
     async with (
         cluster(database, talker, 2, idle_timeout=HOUR) as nodes,
         tables_of(database) as tables,
@@ -107,7 +110,9 @@ async def test_a_notification_is_use(database, talker, edge):
 
 
 @pytest.mark.parametrize(("path", "seconds"), [("/mcp", HOUR), ("/sse", 60.0)])
-async def test_a_stream_whose_edge_has_crashed_was_use_until_that_is_noticed(database, talker, path, seconds):
+async def test_a_stream_whose_edge_has_crashed_was_use_until_that_is_noticed(
+    database: str, talker: Talker, path: str, seconds: float
+) -> None:
     async with (
         cluster(database, talker, 2, idle_timeout=HOUR) as nodes,
         tables_of(database) as tables,
@@ -134,7 +139,9 @@ async def test_a_stream_whose_edge_has_crashed_was_use_until_that_is_noticed(dat
 
 
 @pytest.mark.parametrize("how", ["never", "late"])
-async def test_a_stream_that_nobody_carries_is_let_go_by_its_node(database, talker, monkeypatch, how):
+async def test_a_stream_that_nobody_carries_is_let_go_by_its_node(
+    database: str, talker: Talker, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
     """The database was away for longer than the hold when it was let go; or it became the sink when nobody waited."""
     async with (
         cluster(database, talker, 2, idle_timeout=HOUR, idle_poll=0.2, statement_timeout=1) as nodes,
@@ -150,7 +157,7 @@ async def test_a_stream_that_nobody_carries_is_let_go_by_its_node(database, talk
             with monkeypatch.context() as patch:
                 lost = asyncio.Event()
 
-                async def away(cursor, *, keep=False):
+                async def away(cursor: Cursor, *, keep: bool = False) -> bool:
                     lost.set()
                     raise DatabaseUnavailable
 
@@ -167,7 +174,7 @@ async def test_a_stream_that_nobody_carries_is_let_go_by_its_node(database, talk
         await has_the_whole_time(tables, nodes)
 
 
-async def test_wake_ups_that_bring_nothing_are_no_use(database, talker):
+async def test_wake_ups_that_bring_nothing_are_no_use(database: str, talker: Talker) -> None:
     """Neither "look at everything" nor a line that was reopened, nor a node that hears nothing and polls."""
     async with (
         cluster(database, talker, 2, idle_timeout=HOUR) as nodes,
@@ -179,7 +186,7 @@ async def test_wake_ups_that_bring_nothing_are_no_use(database, talker):
         await age(tables, HOUR + LATER)
         incarnation = nodes[0].incarnation
         [resident] = incarnation.host._residents.values()
-        looks = (lambda: incarnation._on_payload("*"), lambda: incarnation._on_line_open(crashed=False))
+        looks = (partial(incarnation._on_payload, "*"), partial(incarnation._on_line_open, crashed=False))
         for look in looks:
             look()
             await eventually(lambda: not resident.taking, "it has looked")
@@ -188,7 +195,7 @@ async def test_wake_ups_that_bring_nothing_are_no_use(database, talker):
         assert len(await retention(nodes[1]).expire()) == 1
 
 
-async def test_use_is_noted_once_a_minute(database, talker):
+async def test_use_is_noted_once_a_minute(database: str, talker: Talker) -> None:
     """A row that is written for each call gets slow beside a neighbour's long transaction."""
     async with (
         cluster(database, talker, 2, idle_timeout=HOUR) as nodes,
@@ -220,7 +227,7 @@ async def test_use_is_noted_once_a_minute(database, talker):
         assert await tables.value(written) == noted
 
 
-async def test_a_handshake_that_is_never_ended_is_not_waited_for(database, talker):
+async def test_a_handshake_that_is_never_ended_is_not_waited_for(database: str, talker: Talker) -> None:
     async with (
         cluster(database, talker, 2, idle_timeout=HOUR) as nodes,
         tables_of(database) as tables,
@@ -234,6 +241,6 @@ async def test_a_handshake_that_is_never_ended_is_not_waited_for(database, talke
         await age(tables, 59)
         assert await retention(nodes[1]).expire() == []
         await age(tables, LATER)
-        await nodes[1].incarnation._sweep()
+        await nodes[1].sweep()
         assert (await half.notify(nodes[0].url, "notifications/initialized")).status == 404
         assert (await whole.call(nodes[1].url, "ping"))["result"] == {}

@@ -6,16 +6,17 @@ import asyncio
 
 import pytest
 
-from pgmcp.types import CARRIED
-from tests.harness.clients import RawExchange, RawSession
-from tests.harness.cluster import cluster, eventually, tables_of
+from pgmcp.types import CARRIED, Cursor, Page
+from tests.harness.clients import Message, RawExchange, RawSession
+from tests.harness.cluster import Tables, cluster, eventually, tables_of
+from tests.limits.conftest import Talker
 
 both = pytest.mark.parametrize("edge", [0, 1])
 WAITING = """select count(*) from pgmcp.events e join pgmcp.streams s on s.id = e.stream where s.kind = 'standalone'"""
 QUIET = 0.3
 
 
-async def all_of(exchange: RawExchange) -> list[dict]:
+async def all_of(exchange: RawExchange) -> list[Message]:
     """What comes until it is silent for a while."""
     while True:
         try:
@@ -24,12 +25,12 @@ async def all_of(exchange: RawExchange) -> list[dict]:
             return exchange.messages
 
 
-def said(messages: list[dict], method: str, key: str) -> list[object]:
+def said(messages: list[Message], method: str, key: str) -> list[object]:
     return [message["params"][key] for message in messages if message["method"] == method]
 
 
 @both
-async def test_what_waits_is_coalesced(database, talker, edge):
+async def test_what_waits_is_coalesced(database: str, talker: Talker, edge: int) -> None:
     async with cluster(database, talker, 2) as nodes, tables_of(database) as tables, RawSession() as session:
         await session.open(nodes[0].url)
         here, there = nodes[edge].url, nodes[1 - edge].url
@@ -48,7 +49,7 @@ async def test_what_waits_is_coalesced(database, talker, edge):
 
 
 @both
-async def test_what_was_delivered_is_not_taken_back(database, talker, edge):
+async def test_what_was_delivered_is_not_taken_back(database: str, talker: Talker, edge: int) -> None:
     """A listener gets each update; one that comes later gets only what is newer."""
     async with cluster(database, talker, 2) as nodes, tables_of(database) as tables, RawSession() as session:
         await session.open(nodes[0].url)
@@ -67,12 +68,12 @@ async def test_what_was_delivered_is_not_taken_back(database, talker, edge):
         assert len(await all_of(await session.get(nodes[edge].url))) == 0
 
 
-async def is_(tables, query: str, expected: int) -> bool:
-    return await tables.value(query) == expected
+async def is_(tables: Tables, query: str, expected: int) -> bool:
+    return bool(await tables.value(query) == expected)
 
 
 @both
-async def test_only_so_many_wait_and_the_newest_stay(database, talker, edge):
+async def test_only_so_many_wait_and_the_newest_stay(database: str, talker: Talker, edge: int) -> None:
     most = 20
     async with (
         cluster(database, talker, 2, max_waiting_events=most) as nodes,
@@ -105,7 +106,7 @@ async def test_only_so_many_wait_and_the_newest_stay(database, talker, edge):
 
 
 @both
-async def test_a_listener_that_reads_gets_all_of_a_burst(database, talker, edge):
+async def test_a_listener_that_reads_gets_all_of_a_burst(database: str, talker: Talker, edge: int) -> None:
     """What waits is what it has not got yet, however much that is for a moment."""
     uris = [f"a://{number}" for number in range(1000)]
     async with cluster(database, talker, 2) as nodes, tables_of(database) as tables, RawSession() as session:
@@ -119,7 +120,7 @@ async def test_a_listener_that_reads_gets_all_of_a_burst(database, talker, edge)
 
 
 @both
-async def test_a_client_is_told_that_some_had_to_give_way(database, talker, edge):
+async def test_a_client_is_told_that_some_had_to_give_way(database: str, talker: Talker, edge: int) -> None:
     """With the id of an event: 204. Without one it asks for what waits, and gets that, also after another cut."""
     most = 20
     async with cluster(database, talker, 2, max_waiting_events=most) as nodes, RawSession() as session:
@@ -157,20 +158,20 @@ async def test_a_client_is_told_that_some_had_to_give_way(database, talker, edge
 
 
 @both
-async def test_a_listener_that_falls_behind_too_far_notices(database, talker, edge):
+async def test_a_listener_that_falls_behind_too_far_notices(database: str, talker: Talker, edge: int) -> None:
     """While it is attached much more may wait; beyond that its stream ends, and it is told when it comes back."""
     async with cluster(database, talker, 2, max_waiting_events=1) as nodes, RawSession() as session:
         await session.open(nodes[0].url)
         listening = await session.get(nodes[edge].url)
-        primed = (await listening.next()).id
+        primed = (await listening.event()).id
         log = nodes[edge].incarnation.log
         read, turn = log.read, asyncio.Event()
 
-        async def slow(cursor):
+        async def slow(cursor: Cursor) -> Page:
             await turn.wait()
             return await read(cursor)
 
-        log.read = slow
+        log.read = slow  # type: ignore[method-assign]  # it takes its time
         await session.call_tool(nodes[1 - edge].url, "note", first=0, count=CARRIED)
         turn.set()
         got = [(await listening.message("notifications/message"))["params"]["data"] for _ in range(CARRIED)]
@@ -194,7 +195,7 @@ async def test_a_listener_that_falls_behind_too_far_notices(database, talker, ed
         assert len(fresh) <= CARRIED + 1
 
 
-async def test_a_question_that_was_taken_back_takes_no_place_of_another(database, talker):
+async def test_a_question_that_was_taken_back_takes_no_place_of_another(database: str, talker: Talker) -> None:
     """Cancelled questions stay questions: both messages wait, in order."""
     async with cluster(database, talker, 2) as nodes, RawSession(capabilities={"roots": {}}) as session:
         await session.open(nodes[0].url)
@@ -213,7 +214,7 @@ async def test_a_question_that_was_taken_back_takes_no_place_of_another(database
             assert messages[1]["params"]["requestId"] == messages[0]["id"]
 
 
-async def test_tools_that_talk_at_once_stay_within_the_bound(database, talker):
+async def test_tools_that_talk_at_once_stay_within_the_bound(database: str, talker: Talker) -> None:
     most = 20
     async with (
         cluster(database, talker, 2, max_waiting_events=most) as nodes,
@@ -232,12 +233,12 @@ async def test_tools_that_talk_at_once_stay_within_the_bound(database, talker):
         assert await tables.value(updates) == 1
 
 
-async def test_answers_that_no_http_sse_client_fetches_are_bounded(database, talker):
+async def test_answers_that_no_http_sse_client_fetches_are_bounded(database: str, talker: Talker) -> None:
     """Its answers wait on its only stream; a client that posts and never reads is told to stop."""
     async with cluster(database, talker, 2, max_in_flight=2) as nodes, tables_of(database) as tables:
         async with RawSession(path="/sse") as client:
             stream = await client.get(nodes[0].url)
-            where = (await stream.next()).data
+            where = str((await stream.event()).data)
             await stream.close()
         await eventually(lambda: is_(tables, "select count(*) from pgmcp.streams where sink is not null", 0), "gone")
         async with RawSession(path=where) as poster:

@@ -6,6 +6,7 @@ import asyncio
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
 
 from mcp.server.mcpserver import Context, MCPServer
 
@@ -48,7 +49,7 @@ class Truth:
 
 
 @asynccontextmanager
-async def two_nodes(url: str, truth: Truth, **settings: object) -> AsyncIterator[list[RunningNode]]:
+async def two_nodes(url: str, truth: Truth, **settings: Any) -> AsyncIterator[list[RunningNode]]:
     async with AsyncExitStack() as stack:
         yield [
             await stack.enter_async_context(running_node(url, truth.server(), f"n{number}", Clock(), **settings))

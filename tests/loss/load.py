@@ -163,7 +163,7 @@ def rounded(values: list[float]) -> dict[str, Any]:
     return {"first": round(min(values), 2), "last": round(max(values), 2)}
 
 
-def note(what: str, figures: dict) -> None:
+def note(what: str, figures: dict[str, Any]) -> None:
     """Add to the figures of this run."""
     FIGURES.parent.mkdir(exist_ok=True)
     known = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}

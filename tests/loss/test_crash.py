@@ -12,6 +12,8 @@ import os
 import shutil
 import subprocess
 import time
+from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -24,6 +26,7 @@ from pgmcp.types import NodeId
 from tests.harness.clients import RawSession
 from tests.harness.cluster import eventually, tables_of
 from tests.harness.servers import Server
+from tests.loss.conftest import Cluster
 from tests.loss.inside import Truth, two_nodes, waiting
 from tests.loss.load import load, note, rounded, unmoved
 
@@ -36,7 +39,7 @@ TRIES = 5
 pytestmark = pytest.mark.timeout(240 + 2 * OUTAGE)
 
 
-async def test_postgres_crashes_under_load(primary, cluster, truth):
+async def test_postgres_crashes_under_load(primary: Server, cluster: Cluster, truth: Path) -> None:
     """It is back at once, within the hold, and after the hold: then clients hear that they should come again."""
     with cluster(primary.url(), hold=HOLD) as (_, nginx):
         async with load([nginx.mcp_url], truth, each=3) as work:
@@ -62,7 +65,7 @@ async def back(primary: Server) -> None:
     await eventually(lambda: primary.state == "ready", "PostgreSQL is back", 20)
 
 
-async def test_a_crash_takes_nothing_back_though_the_role_commits_asynchronously(primary):
+async def test_a_crash_takes_nothing_back_though_the_role_commits_asynchronously(primary: Server) -> None:
     primary.settings |= {"synchronous_commit": "off", "wal_writer_delay": "10s"}
     primary.stop()
     await back(primary)
@@ -75,17 +78,26 @@ async def test_a_crash_takes_nothing_back_though_the_role_commits_asynchronously
             await back(primary)
             await session.call_tool(nodes[turn % 2].url, "run", 20, text=f"after {turn}")
         assert max(truth.ran.values()) == 1
-        assert {node.node._database.timeline.term for node in nodes} == {0}
+        assert {node.database.timeline.term for node in nodes} == {0}
 
 
-async def test_a_storage_that_was_put_back_begins_a_term(primary):
+def starts(truth: Path, text: str) -> int:
+    """How often a call has begun to run."""
+    return truth.read_text().count(f'["start", "{text}"')
+
+
+def copied(source: Path, target: Path) -> None:
+    subprocess.run(["cp", "-a", source, target], check=True)
+
+
+async def test_a_storage_that_was_put_back_begins_a_term(primary: Server) -> None:
     """The same server, the same timeline, some seconds younger than its nodes."""
     truth, snapshot = Truth(), primary.data.with_name("snapshot")
     async with two_nodes(primary.url(), truth) as nodes, RawSession() as session, RawSession() as late:
         await session.open(nodes[0].url)
         ear = await session.get(nodes[1].url)
         primary.kill()
-        await asyncio.to_thread(subprocess.run, ["cp", "-a", primary.data, snapshot], check=True)
+        await asyncio.to_thread(copied, primary.data, snapshot)
         await back(primary)
         for number in range(3):
             await session.call_tool(nodes[1].url, "update", 20, uri=f"test://{number}")
@@ -94,13 +106,13 @@ async def test_a_storage_that_was_put_back_begins_a_term(primary):
         seen = int((ear.last_event_id or "").rpartition(".")[2])
         primary.kill()
         shutil.rmtree(primary.data)
-        await asyncio.to_thread(subprocess.run, ["cp", "-a", snapshot, primary.data], check=True)
+        await asyncio.to_thread(copied, snapshot, primary.data)
         await back(primary)
         await session.call_tool(nodes[1].url, "update", 20, uri="test://after")
         assert (await ear.message("notifications/resources/updated"))["params"]["uri"] == "test://after"
         assert int((ear.last_event_id or "").rpartition(".")[2]) > JUMP > seen
         assert (await late.request(nodes[0].url, "ping")).status == 404
-        assert {node.node._database.timeline.term for node in nodes} == {1}
+        assert {node.database.timeline.term for node in nodes} == {1}
 
 
 async def claim_was_lost(primary: Server, text: str) -> bool:
@@ -112,7 +124,7 @@ async def claim_was_lost(primary: Server, text: str) -> bool:
         return bool(await tables.value(question, json.dumps(text)))
 
 
-async def test_a_claim_that_a_crash_forgets_is_known_to_its_owner(primary):
+async def test_a_claim_that_a_crash_forgets_is_known_to_its_owner(primary: Server) -> None:
     truth = Truth()
     async with two_nodes(primary.url(), truth) as nodes, RawSession() as session:
         await session.open(nodes[0].url)
@@ -129,7 +141,7 @@ async def test_a_claim_that_a_crash_forgets_is_known_to_its_owner(primary):
         raise AssertionError("no claim was lost")
 
 
-async def test_a_request_that_gets_the_id_of_a_forgotten_transaction_is_answered(primary):
+async def test_a_request_that_gets_the_id_of_a_forgotten_transaction_is_answered(primary: Server) -> None:
     """A crash forgets claims; the ids of their transactions are given out anew, where nobody would look again."""
     truth = Truth()
     async with two_nodes(primary.url(), truth) as nodes, RawSession() as session:
@@ -150,7 +162,7 @@ async def test_a_request_that_gets_the_id_of_a_forgotten_transaction_is_answered
                 below = await tables.value("select pg_current_xact_id()::text::bigint")
                 call = asyncio.create_task(session.call_tool(nodes[1].url, "run", text=f"after {turn}"))
                 stored = f"select exists (select from pgmcp.requests where xact > {below} and rpc_id is not null)"
-                await eventually(lambda stored=stored: tables.value(stored), "the request is stored")
+                await eventually(partial(tables.value, stored), "the request is stored")
             host.unsettled = False
             await call
             if below < given_out:
@@ -158,7 +170,9 @@ async def test_a_request_that_gets_the_id_of_a_forgotten_transaction_is_answered
         raise AssertionError("no transaction's id was given out anew")
 
 
-async def test_what_a_dead_owner_may_have_claimed_is_not_run_again(primary, cluster, truth):
+async def test_what_a_dead_owner_may_have_claimed_is_not_run_again(
+    primary: Server, cluster: Cluster, truth: Path
+) -> None:
     """PostgreSQL crashes with it, and comes back without the claim."""
     with cluster(primary.url(), **SHORT) as (nodes, _):
         for turn in range(TRIES):
@@ -167,20 +181,21 @@ async def test_what_a_dead_owner_may_have_claimed_is_not_run_again(primary, clus
                 text = f"turn {turn}"
                 params = {"name": "unsafe_long", "arguments": {"text": text, "seconds": 1.0}}
                 call = await session.request(nodes[1].url, "tools/call", params, request_id=text)
-                await eventually(lambda text=text: text in truth.read_text(), "it runs")
+
+                await eventually(partial(starts, truth, text), "it runs")
                 primary.crash()
                 nodes[0].kill()
                 lost = await claim_was_lost(primary, text)
                 answer = await call.response(text, 40)
                 assert answer["error"]["data"] == {"reason": "owner_lost", "outcome": "unknown", "runs": 1}
-                assert truth.read_text().count(f'["start", "{text}"') == 1
+                assert starts(truth, text) == 1
                 if lost:
                     return
                 nodes[0].start().wait_ready()
         raise AssertionError("no claim was lost")
 
 
-async def test_a_line_tells_a_crash_from_an_orderly_restart(primary):
+async def test_a_line_tells_a_crash_from_an_orderly_restart(primary: Server) -> None:
     """A crash gives the ids of transactions out anew: what names them, a reader's horizon, is worth nothing then."""
     said: list[bool] = []
     settings = Settings(database_url=primary.url())
@@ -203,7 +218,11 @@ async def test_a_line_tells_a_crash_from_an_orderly_restart(primary):
             count = len(said)
             await asyncio.to_thread(end)
             primary.start(wait=False)
-            await eventually(lambda count=count: len(said) > count, "the line is open again", 20)
+
+            def said_more(count: int = count) -> bool:
+                return len(said) > count
+
+            await eventually(said_more, "the line is open again", 20)
         assert said[1:] == [False, True, False]
     finally:
         running.cancel()

@@ -9,12 +9,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
 from tests.harness.cluster import eventually, tables_of
 from tests.harness.processes import free_ports
 from tests.harness.servers import Server
+from tests.loss.conftest import Cluster
 from tests.loss.load import Load, load, note, rounded, unmoved
 
 pytestmark = pytest.mark.timeout(240)
@@ -44,7 +46,9 @@ async def fail_over(primary: Server, standby: Server, work: Load, what: str) -> 
     note(what, {**figures, "calls": len(work.calls), "bad": work.failures[before:]})
 
 
-async def test_the_primary_is_killed_under_load(primary, standby, cluster, truth):
+async def test_the_primary_is_killed_under_load(
+    primary: Server, standby: Server, cluster: Cluster, truth: Path
+) -> None:
     [third] = free_ports(1)
     await synchronous(primary)
     with cluster(primary.url(standby.port, third)) as (_, nginx):

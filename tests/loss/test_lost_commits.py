@@ -7,9 +7,11 @@ from contextlib import AsyncExitStack
 
 import pytest
 
-from pgmcp.store.timeline import JUMP
+from pgmcp.node.timeline import TimelineChange
+from pgmcp.store.timeline import JUMP, Timeline
 from tests.harness.clients import RawExchange, RawSession
 from tests.harness.cluster import eventually, tables_of
+from tests.harness.servers import Server
 from tests.loss.inside import Truth, two_nodes, waiting
 
 UPDATED = "notifications/resources/updated"
@@ -22,7 +24,7 @@ def seq_of(exchange: RawExchange) -> int:
     return int((exchange.last_event_id or "").rpartition(".")[2])
 
 
-async def test_the_last_commits_are_lost(primary, standby):
+async def test_the_last_commits_are_lost(primary: Server, standby: Server) -> None:
     truth = Truth()
     async with two_nodes(primary.url(standby.port), truth) as nodes, AsyncExitStack() as stack:
         here, there = nodes
@@ -53,11 +55,12 @@ async def test_the_last_commits_are_lost(primary, standby):
         truth.gates["quiet early"].set()  # its answer is on its way when the term begins
         await asyncio.to_thread(standby.promote)
         for node in nodes:
-            timeline, change = node.node._database.timeline, node.incarnation._timeline_change
-            await eventually(
-                lambda timeline=timeline, change=change: timeline.term == 1 and change._settled.is_set(),
-                "it goes on in the next term",
-            )
+            timeline, change = node.database.timeline, node.incarnation._timeline_change
+
+            def went_on(timeline: Timeline = timeline, change: TimelineChange = change) -> bool:
+                return timeline.term == 1 and change._settled.is_set()
+
+            await eventually(went_on, "it goes on in the next term")
 
         # What ran and is complete goes on where it was.
         assert (await calls["quiet"].response("quiet early"))["result"]["content"][0]["text"] == "quiet early"
@@ -89,7 +92,7 @@ async def test_the_last_commits_are_lost(primary, standby):
             assert await tables.value("select term from pgmcp.history") == 1
 
 
-async def test_a_lost_request_ends_in_plain_json_too(primary, standby):
+async def test_a_lost_request_ends_in_plain_json_too(primary: Server, standby: Server) -> None:
     truth = Truth()
     async with two_nodes(primary.url(standby.port), truth, response="json") as nodes, RawSession() as session:
         await session.open(nodes[0].url)
@@ -105,7 +108,7 @@ async def test_a_lost_request_ends_in_plain_json_too(primary, standby):
         await session.call_tool(nodes[1].url, "run", 20, text="after")
 
 
-async def test_a_server_of_the_former_history_is_refused(primary, standby):
+async def test_a_server_of_the_former_history_is_refused(primary: Server, standby: Server) -> None:
     """The former primary comes back as it was: nobody works with it again."""
     truth = Truth()
     async with two_nodes(primary.url(standby.port), truth) as nodes, RawSession() as session:
@@ -116,7 +119,7 @@ async def test_a_server_of_the_former_history_is_refused(primary, standby):
         await asyncio.to_thread(primary.start)
         for node in nodes:
             with pytest.raises(ConnectionError, match="timeline that is over"):
-                await node.node._database.connect(primary.url(), timeout=5)
+                await node.database.connect(primary.url(), timeout=5)
         async with tables_of(standby.url()) as tables:
             await tables.value(
                 "select count(pg_terminate_backend(pid)) from pg_stat_activity where pid <> pg_backend_pid()"
@@ -129,7 +132,7 @@ async def test_a_server_of_the_former_history_is_refused(primary, standby):
             assert await tables.value("select term from pgmcp.history") == 0
 
 
-async def test_a_primary_that_takes_no_more_writes_is_left(primary, standby):
+async def test_a_primary_that_takes_no_more_writes_is_left(primary: Server, standby: Server) -> None:
     """It was demoted, and lives on: line and pool go to its successor, and running calls end there."""
     truth = Truth()
     async with two_nodes(primary.url(standby.port), truth) as nodes, RawSession() as session:

@@ -126,7 +126,11 @@ async def load(
 
         async def maker() -> None:
             for turn in range(each * count // 10):
-                await eventually(lambda turn=turn: len(ledger.ran) >= turn * 10 + 3, "calls go on", 20)
+
+                def going(turn: int = turn) -> bool:
+                    return len(ledger.ran) >= turn * 10 + 3
+
+                await eventually(going, "calls go on", 20)
                 await weather(turn)
 
         async with asyncio.TaskGroup() as group:

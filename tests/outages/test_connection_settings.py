@@ -68,6 +68,10 @@ async def role(database: str, tables: Tables) -> AsyncIterator[Role]:
     await tables.execute(f"drop role {name}")
 
 
+def pairs(rows: list[asyncpg.Record]) -> dict[str, str]:
+    return {row["name"]: row["value"] for row in rows}
+
+
 async def exchange(node: Store) -> None:
     """A session, a request, its claim, its answer, its events, and the session's end."""
     session = await opened(node)
@@ -117,11 +121,13 @@ async def test_pool_and_line_have_what_is_pinned(role: Role) -> None:
         for turn, node in enumerate([*nodes, *nodes], 1):
             assert (await session.call_tool(node.url, "count"))["structuredContent"] == {"result": turn}
         for node in nodes:
-            line, database = node.incarnation.line, node.node._database
+            line, database = node.incarnation.line, node.database
+            assert line._connection is not None
             async with line._turn:
-                assert dict(await line._connection.fetch(LOOK, list(PINNED))) == PINNED
+                assert pairs(await line._connection.fetch(LOOK, list(PINNED))) == PINNED
+            assert database._pool is not None
             async with database._pool.acquire() as connection:
-                assert dict(await connection.fetch(LOOK, list(PINNED))) == PINNED
+                assert pairs(await connection.fetch(LOOK, list(PINNED))) == PINNED
                 assert await connection.fetchval("show enable_indexscan") == "on"
 
 
@@ -134,7 +140,7 @@ async def test_a_pooler_s_strangers_see_nothing_of_it(role: Role) -> None:
             seen = await node.database._run(
                 node.database._idle[-1], LOOK, (["transaction_isolation", "synchronous_commit"],), 5.0
             )
-            assert dict(seen) == {"transaction_isolation": "read committed", "synchronous_commit": "on"}
+            assert pairs(seen) == {"transaction_isolation": "read committed", "synchronous_commit": "on"}
             await exchange(node)
             with pytest.raises(asyncpg.DivisionByZeroError):
                 await node.database._run(node.database._idle[-1], "select 1 / $1::int", (0,), 5.0)

@@ -8,12 +8,14 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from itertools import chain
+from typing import Any
 
 import asyncpg
 import pytest
 
 from pgmcp.clock import Clock
-from tests.harness.clients import RawSession
+from pgmcp.types import NodeId
+from tests.harness.clients import RawExchange, RawSession
 from tests.harness.cluster import RunningNode, Tables, cluster, eventually, running_node
 from tests.harness.proxy import Proxy, proxied
 from tests.outages.ledger import Ledger, load, run, sessions
@@ -40,11 +42,11 @@ def identities(nodes: Sequence[RunningNode]) -> list[object]:
 
 @asynccontextmanager
 async def listening_through_a_proxy(
-    database: str, ledger: Ledger, **settings: object
+    database: str, ledger: Ledger, **settings: Any
 ) -> AsyncIterator[tuple[Proxy, list[RunningNode]]]:
     """Two nodes; the proxy is before the line of the first one only."""
     async with proxied(database) as (proxy, through), AsyncExitStack() as stack:
-        lines = ({"listen_url": through}, {})
+        lines: tuple[dict[str, Any], ...] = ({"listen_url": through}, {})
         yield (
             proxy,
             [
@@ -71,7 +73,9 @@ async def crosswise(nodes: Sequence[RunningNode], opened: Sequence[RawSession], 
     indirect=["either_way"],
 )
 @pytest.mark.usefixtures("either_way")
-async def test_backends_are_terminated_while_calls_run(database, ledger, tables, killed):
+async def test_backends_are_terminated_while_calls_run(
+    database: str, ledger: Ledger, tables: Tables, killed: str
+) -> None:
     """Nobody polls here within the bound of a call: what is lost with a connection is found by its replacement."""
     async with cluster(database, ledger.server, 2, poll=60) as nodes:
         before = identities(nodes)
@@ -94,7 +98,9 @@ async def test_backends_are_terminated_while_calls_run(database, ledger, tables,
 
 
 @pytest.mark.parametrize("weather", ["black_hole", "stalling", "refusing"])
-async def test_a_node_that_hears_nothing_polls_until_it_hears_again(database, ledger, weather):
+async def test_a_node_that_hears_nothing_polls_until_it_hears_again(
+    database: str, ledger: Ledger, weather: str
+) -> None:
     """Its line is cut off in each way; it is owner for one caller and edge for the other."""
     times = {"renew": 0.2, "deadline": 0.3, "statement_timeout": 1.0, "poll": 1.0}
     async with (
@@ -120,7 +126,7 @@ async def test_a_node_that_hears_nothing_polls_until_it_hears_again(database, le
         assert identities(nodes) == before
 
 
-async def test_postgres_is_slow(database, ledger):
+async def test_postgres_is_slow(database: str, ledger: Ledger) -> None:
     async with proxied(database) as (proxy, through), cluster(through, ledger.server, 2) as nodes:
         before = identities(nodes)
 
@@ -134,7 +140,7 @@ async def test_postgres_is_slow(database, ledger):
         proxy.delay = 0
 
 
-async def test_an_outage_is_waited_for(database, ledger, tables):
+async def test_an_outage_is_waited_for(database: str, ledger: Ledger, tables: Tables) -> None:
     """3 s without any connection: posts are held, streams stay open, nobody is declared dead."""
     async with (
         proxied(database) as (proxy, through),
@@ -153,7 +159,7 @@ async def test_an_outage_is_waited_for(database, ledger, tables):
         await eventually(lambda: len(ledger.ran) == 2, "both calls run")
         proxy.refusing = True
         proxy.cut_all()
-        posts = {
+        posts: set[asyncio.Task[Any]] = {
             asyncio.create_task(run(session, node.url, f"{place} {number}"))
             for number, session in enumerate(opened)
             for place, node in zip("ab", nodes, strict=True)
@@ -177,10 +183,15 @@ async def test_an_outage_is_waited_for(database, ledger, tables):
         assert await tables.value("select count(*) from pgmcp.nodes where state = 'ready'") == 2
 
 
-HELD = {"hold": 0.6, "resume_hold": 0.6, "statement_timeout": 0.4}
+async def ran(session: RawSession, base: str, text: str) -> RawExchange:
+    """POST a call that has its text for an id."""
+    return await session.request(base, "tools/call", {"name": "run", "arguments": {"text": text}}, request_id=text)
 
 
-async def test_an_outage_longer_than_the_hold_is_said(database, ledger, tables):
+HELD: dict[str, Any] = {"hold": 0.6, "resume_hold": 0.6, "statement_timeout": 0.4}
+
+
+async def test_an_outage_longer_than_the_hold_is_said(database: str, ledger: Ledger, tables: Tables) -> None:
     async with (
         proxied(database) as (proxy, through),
         cluster(through, ledger.server, 2, **HELD) as nodes,
@@ -194,12 +205,12 @@ async def test_an_outage_longer_than_the_hold_is_said(database, ledger, tables):
                 proxy.cut_all()
             start = time.monotonic()
             calls = [
-                (session, node.url, "tools/call", {"name": "run", "arguments": {"text": f"{weather} {number} {place}"}})
+                (session, node.url, f"{weather} {number} {place}")
                 for number, session in enumerate(opened)
                 for place, node in zip("ab", nodes, strict=True)
             ]
             answers = await asyncio.gather(
-                *(session.request(*call, request_id=str(call)) for session, *call in calls),
+                *(ran(*call) for call in calls),
                 *(session.notify(nodes[0].url, "notifications/initialized") for session in opened),
                 *(session.get(nodes[1].url) for session in opened),
                 fresh.initialize(nodes[0].url),
@@ -211,9 +222,8 @@ async def test_an_outage_longer_than_the_hold_is_said(database, ledger, tables):
             setattr(proxy, weather, False)
             proxy.cut_all()
             await eventually(lambda: all(node.incarnation.line.up for node in nodes), "the lines are up")
-            for session, *call in calls:  # some may have been accepted after all, in the very moment of the return
-                again = await session.request(*call, request_id=str(call))
-                assert "result" in await again.response(str(call))
+            for call in calls:  # some may have been accepted after all, in the very moment of the return
+                assert "result" in await (await ran(*call)).response(call[2])
             assert len(ledger.ran) == 4 * turn
             assert ledger.twice == []
         counts = await tables.counts()
@@ -223,9 +233,9 @@ async def test_an_outage_longer_than_the_hold_is_said(database, ledger, tables):
         assert identities(nodes) == before
 
 
-async def test_the_hold_ends_also_while_a_statement_hangs(database, ledger):
+async def test_the_hold_ends_also_while_a_statement_hangs(database: str, ledger: Ledger) -> None:
     """Whoever came while another statement hung waits no longer than its own hold."""
-    times = {"hold": 0.5, "resume_hold": 0.5, "statement_timeout": 2.0}
+    times: dict[str, Any] = {"hold": 0.5, "resume_hold": 0.5, "statement_timeout": 2.0}
     async with (
         proxied(database) as (proxy, through),
         cluster(through, ledger.server, 2, **times) as nodes,
@@ -263,7 +273,7 @@ async def locked(database: str, tables: Tables, opened: Sequence[RawSession]) ->
 
 
 @pytest.mark.parametrize("count", [1, 6])
-async def test_locked_sessions_wait_alone(database, ledger, tables, count):
+async def test_locked_sessions_wait_alone(database: str, ledger: Ledger, tables: Tables, count: int) -> None:
     async with cluster(database, ledger.server, 2) as nodes, sessions(nodes, count + 4) as opened:
         guilty, strangers = opened[:count], opened[count:]
 
@@ -291,16 +301,16 @@ async def test_locked_sessions_wait_alone(database, ledger, tables, count):
         assert statistics.median(took) < statistics.median(usual) + LOCK_WAIT, took
 
 
-async def test_without_any_wake_up_polls_are_enough(database, ledger):
+async def test_without_any_wake_up_polls_are_enough(database: str, ledger: Ledger) -> None:
     """Committed and never announced: each of a call's two wake-ups that is lost costs one poll at most."""
     async with cluster(database, ledger.server, 2, poll=0.5) as nodes, sessions(nodes, 4) as opened:
-        lost = []
+        lost: list[tuple[NodeId | None, str]] = []
         for node in nodes:
 
-            async def drop(payloads: list) -> None:
+            async def drop(payloads: Sequence[tuple[NodeId | None, str]]) -> None:
                 lost.extend(payloads)
 
-            node.incarnation.wakeups._notifier.notify = drop
+            node.incarnation.wakeups._notifier.notify = drop  # type: ignore[method-assign]
         for turn in range(3):
             assert await crosswise(nodes, opened, f"{turn}") < 0.5 + 1
         assert len(lost) >= 12

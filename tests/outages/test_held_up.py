@@ -11,16 +11,16 @@ import httpx
 from pgmcp.clock import Clock
 from pgmcp.web.connection import Connection
 from tests.harness.clients import RawSession
-from tests.harness.cluster import eventually, running_node, serving
+from tests.harness.cluster import Tables, eventually, running_node, serving
 from tests.harness.proxy import proxied
-from tests.outages.ledger import CALL
+from tests.outages.ledger import CALL, Ledger
 
 RUN = {"jsonrpc": "2.0", "id": 7, "method": "tools/call", "params": {"name": "run", "arguments": {"text": "once"}}}
 FREED = "select count(*) from pgmcp.requests where rpc_id = '7' and finished_at is not null and not open"
 BLOCKED = 0.5
 
 
-async def test_a_post_that_its_node_held_runs_no_second_time(database, ledger, tables):
+async def test_a_post_that_its_node_held_runs_no_second_time(database: str, ledger: Ledger, tables: Tables) -> None:
     """The node was cut off from PostgreSQL; its client hung up, repeated the POST elsewhere, and has the answer."""
     async with (
         running_node(database, ledger.server(), "near", Clock()) as near,
@@ -45,7 +45,7 @@ async def test_a_post_that_its_node_held_runs_no_second_time(database, ledger, t
         assert ledger.ran == ["once", "after"]
 
 
-async def test_what_a_node_holds_when_it_stops_is_asked_for_again(database, ledger):
+async def test_what_a_node_holds_when_it_stops_is_asked_for_again(database: str, ledger: Ledger) -> None:
     """The HTTP server waits for no exchange for ever; what it says of those that it cuts is 500."""
     async with running_node(database, ledger.server(), "near", Clock()) as near, RawSession() as session:
         await session.open(near.url)
@@ -62,7 +62,7 @@ async def test_what_a_node_holds_when_it_stops_is_asked_for_again(database, ledg
         assert exchange.json()["error"]["message"] == "This node has stopped; send the same message again."
 
 
-async def test_what_was_sent_to_a_frozen_node_came_before_it_thawed():
+async def test_what_was_sent_to_a_frozen_node_came_before_it_thawed() -> None:
     """The kernel took it, and knows when."""
     told: list[float] = []
 

@@ -5,11 +5,13 @@ Most of it is shown elsewhere; ``ELSEWHERE`` names the tests, and a test here se
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import importlib
 import inspect
 import re
 from pathlib import Path
+from typing import Any
 from uuid import UUID
 
 import asyncpg
@@ -18,11 +20,12 @@ import pytest
 import pgmcp
 from pgmcp.settings import Settings
 from pgmcp.store import line as line_module
+from pgmcp.types import Cursor, Page
 from tests.harness.clients import RawSession
-from tests.harness.cluster import cluster, eventually
+from tests.harness.cluster import Tables, cluster, eventually
 from tests.harness.proxy import proxied
 from tests.harness.stores import Watcher, opened, request, store
-from tests.outages.ledger import run, sessions
+from tests.outages.ledger import Ledger, run, sessions
 
 ELSEWHERE = {
     "01 River: never pinged": "tests/store/test_line.py::test_a_black_hole_is_noticed_in_eight_seconds",
@@ -109,13 +112,50 @@ UPDATED = "notifications/resources/updated"
 
 
 @pytest.mark.parametrize("node_id", ELSEWHERE.values(), ids=ELSEWHERE.keys())
-def test_museum_is_shown_elsewhere(node_id):
+def test_museum_is_shown_elsewhere(node_id: str) -> None:
+    """By a test of that file that is always run, and that looks at what comes of it."""
     path, _, name = node_id.partition("::")
     module = importlib.import_module(path.removesuffix(".py").replace("/", "."))
-    assert inspect.isfunction(getattr(module, name, None))
+    test = getattr(module, name, None)
+    assert inspect.isfunction(test)
+    assert (name[:5], test.__module__) == ("test_", module.__name__)
+    own, common = getattr(test, "pytestmark", []), getattr(module, "pytestmark", [])
+    marks = {mark.name for mark in (*own, *(common if isinstance(common, list) else [common]))}
+    assert marks.isdisjoint({"skip", "skipif", "xfail"})
+    assert asserts(ast.parse(inspect.getsource(module)), name)
 
 
-async def test_museum_03_a_lower_number_never_commits_late_in_a_stream(database, ledger, tables):
+def asserts(module: ast.Module, name: str) -> bool:
+    """Whether a function asserts something, or waits for it in vain, itself or in what it calls of its module."""
+    functions = {
+        node.name: node for node in ast.walk(module) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    called, known = {name}, set[str]()
+    while called:
+        known |= called
+        parts = [part for each in called if each in functions for part in ast.walk(functions[each])]
+        if any(isinstance(part, ast.Assert) for part in parts):
+            return True
+        callees = [part.func for part in parts if isinstance(part, ast.Call)]
+        named = {callee.id for callee in callees if isinstance(callee, ast.Name)}
+        methods = {callee.attr for callee in callees if isinstance(callee, ast.Attribute)}
+        if "raises" in methods or "eventually" in named:
+            return True
+        called = (named | methods) - known
+    return False
+
+
+def test_a_test_that_looks_at_nothing_shows_nothing() -> None:
+    """The museum's own rule can fail."""
+    module = ast.parse(
+        "def test_a(): assert x\ndef test_b(): look()\ndef look(): assert x\ndef test_c(): do()\ndef test_d(): test_d()"
+    )
+    assert [asserts(module, f"test_{letter}") for letter in "abcde"] == [True, True, False, False, False]
+
+
+async def test_museum_03_a_lower_number_never_commits_late_in_a_stream(
+    database: str, ledger: Ledger, tables: Tables
+) -> None:
     """Whoever stores the later of two events waits for the earlier one, so no reader can skip over it."""
     uris = [f"test://{number}" for number in range(6)]
     hand = await asyncpg.connect(database)
@@ -141,7 +181,9 @@ async def test_museum_03_a_lower_number_never_commits_late_in_a_stream(database,
     assert numbers == list(range(1, 7))
 
 
-async def test_museum_04_the_line_is_tried_for_ever(database, ledger, monkeypatch):
+async def test_museum_04_the_line_is_tried_for_ever(
+    database: str, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """solid_cable: the list of retries was exhausted, the listener gone, the process healthy."""
     monkeypatch.setattr(line_module, "REOPEN_SECONDS", tuple(seconds / 20 for seconds in line_module.REOPEN_SECONDS))
     async with (
@@ -162,22 +204,24 @@ async def test_museum_04_the_line_is_tried_for_ever(database, ledger, monkeypatc
         assert sorted(ledger.ran) == ["0", "1"]
 
 
-async def test_museum_05_what_is_pruned_between_wake_up_and_read_is_no_clean_end(database, ledger, tables):
+async def test_museum_05_what_is_pruned_between_wake_up_and_read_is_no_clean_end(
+    database: str, ledger: Ledger, tables: Tables
+) -> None:
     """socket.io: the row was gone when the notification was read, and the message with it."""
     async with cluster(database, ledger.server, 2, poll=60) as nodes, RawSession() as session:
         await session.open(nodes[0].url)
         log = nodes[1].incarnation.log
         read, pruned = log.read, asyncio.Event()
 
-        async def late(cursor):
+        async def late(cursor: Cursor) -> Page:
             await pruned.wait()
             return await read(cursor)
 
-        log.read = late
+        log.read = late  # type: ignore[method-assign]  # it takes its time
         exchange = await session.request(nodes[1].url, "tools/call", {"name": "run", "arguments": {"text": "x"}})
         closed = "select count(*) from pgmcp.streams where kind = 'request' and closed and next_seq = 2 and id = $1"
-        priming = await exchange.next()
-        stream = UUID(priming.id.partition(".")[0])
+        priming = await exchange.event()
+        stream = UUID(str(priming.id).partition(".")[0])
         await eventually(lambda: tables.value(closed, stream), "the answer is stored")
         await tables.execute("delete from pgmcp.streams where id = $1", stream)
         pruned.set()
@@ -190,7 +234,7 @@ async def test_museum_05_what_is_pruned_between_wake_up_and_read_is_no_clean_end
         assert ledger.ran == ["x"]
 
 
-async def test_museum_09_a_slow_reader_is_let_go_and_can_resume(database, ledger, tables):
+async def test_museum_09_a_slow_reader_is_let_go_and_can_resume(database: str, ledger: Ledger, tables: Tables) -> None:
     """litestar: an unbounded queue for each slow client. Here it is a cursor, and its exchange ends."""
     async with cluster(database, ledger.server, 2, write_timeout=0.3) as nodes, RawSession() as session:
         await session.open(nodes[0].url)
@@ -216,7 +260,7 @@ async def test_museum_09_a_slow_reader_is_let_go_and_can_resume(database, ledger
         assert steps == list(range(1, 81))
 
 
-async def test_museum_21_a_limit_is_a_limit_also_for_sweeps_at_once(database, tables):
+async def test_museum_21_a_limit_is_a_limit_also_for_sweeps_at_once(database: str, tables: Tables) -> None:
     """Oban: a subquery with LIMIT and SKIP LOCKED that the planner runs again takes more rows than the limit."""
     async with store(database) as node:
         session = await opened(node)
@@ -242,7 +286,7 @@ async def test_museum_21_a_limit_is_a_limit_also_for_sweeps_at_once(database, ta
         assert await tables.value("select count(*) from pgmcp.streams where closed") == 2000 - sum(map(len, pruned))
 
 
-async def test_museum_21_eight_claimers_of_a_thousand_messages(database):
+async def test_museum_21_eight_claimers_of_a_thousand_messages(database: str) -> None:
     async with store(database, max_in_flight=2000) as node:
         session = await opened(node)
         await asyncio.gather(*(node.inbox.accept([request(session, None)]) for _ in range(1000)))
@@ -251,7 +295,7 @@ async def test_museum_21_eight_claimers_of_a_thousand_messages(database):
         assert len(keys) == len(set(keys)) == 1000
 
 
-async def test_museum_28_no_setting_leaks_in_the_pool(database):
+async def test_museum_28_no_setting_leaks_in_the_pool(database: str) -> None:
     """Hatchet: a statement's timeout stayed with the connection."""
     async with store(database, pool_size=3) as node:
         session = await opened(node)
@@ -261,12 +305,28 @@ async def test_museum_28_no_setting_leaks_in_the_pool(database):
         assert node.database._idle
         for connection in node.database._idle:
             for name in ("lock_timeout", "statement_timeout", "synchronous_commit"):
-                row = await connection.fetchrow("select setting, reset_val from pg_settings where name = $1", name)
+                [row] = await connection.fetch("select setting, reset_val from pg_settings where name = $1", name)
                 assert row["setting"] == row["reset_val"], name
 
 
-def test_museum_30_nobody_listens_on_a_pool_connection():
+LISTENING = "select count(*) from pg_listening_channels()"
+
+
+async def test_museum_30_nobody_listens_on_a_pool_connection(database: str, ledger: Ledger) -> None:
     """pgqueuer: the pool's driver listened, and never reconnected. Only the line does, outside of the pool."""
+    async with cluster(database, ledger.server, 1) as [node], sessions([node], 2) as opened:
+        await asyncio.gather(*(run(session, node.url, f"{number}") for number, session in enumerate(opened)))
+        line, idle = node.incarnation.line, node.database._idle
+        assert line._connection is not None
+        async with line._turn:
+            assert await line._connection.fetchval(LISTENING) == 2
+        assert idle
+        for _ in range(len(idle)):
+            connection = idle.pop()
+            try:
+                assert await connection.fetchval(LISTENING) == 0
+            finally:
+                idle.insert(0, connection)
     folder = Path(pgmcp.__file__).parent
     found = {
         path.relative_to(folder).as_posix()
@@ -274,13 +334,14 @@ def test_museum_30_nobody_listens_on_a_pool_connection():
         if re.search(r"\.add_listener\(", path.read_text("utf-8"))
     }
     assert found == {"store/line.py"}
-    assert "pool" not in inspect.getsource(line_module.Line._connect)
     assert Settings(database_url="postgresql://a/b", listen_url="postgresql://c/d").line_url == "postgresql://c/d"
 
 
-async def test_museum_20_a_call_that_outlasts_the_lease_of_its_living_node_is_not_rescued(database, ledger, tables):
+async def test_museum_20_a_call_that_outlasts_the_lease_of_its_living_node_is_not_rescued(
+    database: str, ledger: Ledger, tables: Tables
+) -> None:
     """River and Oban rescue what is old; here age means nothing as long as the owner lives."""
-    lease = {"renew": 0.1, "deadline": 0.2, "trust": 0.8, "ttl": 1.0, "poll": 0.1}
+    lease: dict[str, Any] = {"renew": 0.1, "deadline": 0.2, "trust": 0.8, "ttl": 1.0, "poll": 0.1}
     async with cluster(database, ledger.server, 3, **lease) as nodes, sessions(nodes, 1) as (session,):
         calling = asyncio.create_task(session.call_tool(nodes[1].url, "wait", text="long"))
         ticks = [node.incarnation.lease for node in nodes]
@@ -293,7 +354,7 @@ async def test_museum_20_a_call_that_outlasts_the_lease_of_its_living_node_is_no
         assert await tables.value("select max(epoch) from pgmcp.sessions") == 1
 
 
-async def test_museum_26_nobody_ever_sees_an_empty_cluster(database, ledger, tables):
+async def test_museum_26_nobody_ever_sees_an_empty_cluster(database: str, ledger: Ledger, tables: Tables) -> None:
     """JGroups: a table that is rewritten is empty for a moment, and everybody thinks that he is alone."""
     seen: list[int] = []
     done = asyncio.Event()

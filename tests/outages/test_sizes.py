@@ -14,8 +14,8 @@ from uuid import UUID
 import pytest
 
 from tests.harness.clients import RawExchange, RawSession
-from tests.harness.cluster import RunningNode, cluster, eventually
-from tests.outages.ledger import run, sessions
+from tests.harness.cluster import RunningNode, Tables, cluster, eventually
+from tests.outages.ledger import Ledger, run, sessions
 
 SIZES = [100, 7_999, 8_000, 1_000_000]
 PATH = {"accept", "claim", "append"}
@@ -46,11 +46,11 @@ class Statements:
                 self.payloads.extend(args[1])
             return await fetch(name, *args)
 
-        database.fetch = counted
+        database.fetch = counted  # type: ignore[method-assign]  # until the context ends
         try:
             yield
         finally:
-            database.fetch = fetch
+            database.fetch = fetch  # type: ignore[method-assign]
 
 
 async def carried(session: RawSession, base: str, body: bytes) -> tuple[RawExchange, bytes]:
@@ -59,7 +59,7 @@ async def carried(session: RawSession, base: str, body: bytes) -> tuple[RawExcha
     assert exchange.status == 200, exchange.body
     events = await exchange.rest()
     assert exchange.error is None
-    (message,) = [event.data for event in events if event.message is not None]
+    (message,) = [event.data for event in events if event.data]
     return exchange, message.encode()
 
 
@@ -68,7 +68,7 @@ def stream_of(exchange: RawExchange) -> UUID:
 
 
 @pytest.mark.parametrize("edge", [0, 1], ids=["owner", "other"])
-async def test_every_size_takes_the_same_path(database, ledger, tables, edge):
+async def test_every_size_takes_the_same_path(database: str, ledger: Ledger, tables: Tables, edge: int) -> None:
     """Hatchet: what is larger than a NOTIFY payload must not go another way."""
     async with cluster(database, ledger.server, 2, poll=30) as nodes, RawSession() as session:
         await session.open(nodes[0].url)
@@ -135,15 +135,17 @@ async def one_statement(node: RunningNode, name: str, count: int) -> AsyncIterat
                 await eventually(lambda: len(inbox._accepts._waiting) >= count, f"{count} rows wait")
         return await fetch(asked, *args)
 
-    inbox._database.fetch = held
+    inbox._database.fetch = held  # type: ignore[method-assign,assignment]
     try:
         yield sizes
     finally:
-        inbox._database.fetch = fetch
+        inbox._database.fetch = fetch  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("edge", [0, 1], ids=["owner", "other"])
-async def test_strange_messages_arrive_unchanged_and_cost_no_neighbour_anything(database, ledger, tables, edge):
+async def test_strange_messages_arrive_unchanged_and_cost_no_neighbour_anything(
+    database: str, ledger: Ledger, tables: Tables, edge: int
+) -> None:
     async with (
         cluster(database, ledger.server, 2, poll=30) as nodes,
         sessions(nodes[:1], len(STRANGE) + 10) as opened,
@@ -187,7 +189,7 @@ async def test_strange_messages_arrive_unchanged_and_cost_no_neighbour_anything(
 
 
 @pytest.mark.parametrize("edge", [0, 1], ids=["owner", "other"])
-async def test_a_result_that_is_no_text_is_its_own_callers_trouble(database, ledger, edge):
+async def test_a_result_that_is_no_text_is_its_own_callers_trouble(database: str, ledger: Ledger, edge: int) -> None:
     async with cluster(database, ledger.server, 2, poll=30) as nodes, sessions(nodes[:1], 5) as opened:
         base = nodes[edge].url
         async with asyncio.TaskGroup() as group:
@@ -200,7 +202,7 @@ async def test_a_result_that_is_no_text_is_its_own_callers_trouble(database, led
         assert len(ledger.ran) == 6
 
 
-async def test_updates_of_two_long_uris_are_two(database, ledger):
+async def test_updates_of_two_long_uris_are_two(database: str, ledger: Ledger) -> None:
     """G12: what waits is coalesced by method and uri, and a long uri is a uri."""
     uris = [f"test://{'x' * 600}/{number}" for number in (1, 2)]
     async with cluster(database, ledger.server, 2, poll=30) as nodes, RawSession() as session:

@@ -19,7 +19,8 @@ from pgmcp.store.publications import TablePublications
 from pgmcp.types import NodeId, NodeRecord, NodeState, Outcome, RequestKey, SessionKey
 from tests.harness.memory import MemoryCluster, MemoryStore, memory_store
 from tests.harness.proxy import Cut, Proxy, proxied
-from tests.harness.stores import HELD, IDS, Session, check_streams, row_counts, store, until
+from tests.harness.stores import HELD, IDS, Session, check_streams, promote, row_counts, store
+from tests.harness.waiting import eventually
 
 LONG = 60.0
 
@@ -62,6 +63,10 @@ class Bench(ABC):
         """End the backend of a node's line."""
 
     @abstractmethod
+    async def fail_over(self) -> None:
+        """Another server goes on with every commit of the former one: a term begins, and all numbers jump."""
+
+    @abstractmethod
     async def counts(self) -> dict[str, int]:
         """How many rows hang off sessions, by table."""
 
@@ -94,7 +99,7 @@ class Bench(ABC):
             await observer.lease.renew()
             return bool(await observer.takeovers.condemn(by_lease=True, by_silence=False))
 
-        await until(dead, "the node is declared dead")
+        await eventually(dead, "the node is declared dead")
 
 
 @dataclass
@@ -163,7 +168,10 @@ class TableBench(Bench):
             )
             return bool(await self._hand.fetchval(text, node.node) == 0)
 
-        await until(gone, "the line's backend ends")
+        await eventually(gone, "the line's backend ends")
+
+    async def fail_over(self) -> None:
+        await promote(self._hand)
 
     async def counts(self) -> dict[str, int]:
         return await row_counts(self._hand)
@@ -219,6 +227,9 @@ class MemoryBench(Bench):
     async def hang_up(self, node: Ports) -> None:
         self._stores[node.node].lease.hang_up()
         self._stores[node.node].lease.notice()
+
+    async def fail_over(self) -> None:
+        self._cluster.begin_term()
 
     async def counts(self) -> dict[str, int]:
         cluster = self._cluster

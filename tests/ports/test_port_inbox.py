@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from pgmcp.errors import DuplicateRequest, Fenced, SessionUnknown
+from pgmcp.store.timeline import JUMP
 from pgmcp.types import ANONYMOUS, Attachment, Claimed, Cursor, Message, Principal, StreamId
 from tests.harness.stores import HELD, IDS, answer, opened, outcome, request
 from tests.ports.benches import Pair
@@ -155,10 +156,14 @@ async def test_a_batch_that_is_there_is_joined_as_a_whole(pair: Pair) -> None:
     first = posted(pair, "1", None, "2")
     await pair.one.inbox.accept(first)
     before = await pair.bench.counts()
-    for ids in (("1", None, "2"), ("2", "1", None)):
+    same: list[tuple[str | None, ...]] = [("1", None, "2"), ("2", "1", None)]
+    for ids in same:
         again = await pair.two.inbox.accept(posted(pair, *ids))
         assert (again.stream, again.joined) == (first[0].stream, True)
-    for ids in (("1", "2"), ("1", None, None, "2"), ("1",), ("2", None), ("1", None, "2", "3"), ("3", "2")):
+    others: list[tuple[str | None, ...]] = [
+        ("1", "2"), ("1", None, None, "2"), ("1",), ("2", None), ("1", None, "2", "3"), ("3", "2"),
+    ]  # fmt: skip
+    for ids in others:
         assert isinstance(await outcome(pair.two.inbox.accept(posted(pair, *ids))), DuplicateRequest), ids
     other = [*posted(pair, "1", None), *posted(pair, "2", body=b"other")]
     assert isinstance(await outcome(pair.two.inbox.accept(other)), DuplicateRequest)
@@ -181,12 +186,14 @@ async def test_a_finished_batch_gives_its_answers_until_they_were_written(pair: 
     await pair.one.log.append(answer(two, 2))
     again = await pair.one.inbox.accept(posted(pair, "1", None, "2"))
     assert (again.stream, again.joined) == (stream, True)
-    for ids in (("1",), ("1", "2"), ("2", "3")):
+    others: list[tuple[str | None, ...]] = [("1",), ("1", "2"), ("2", "3")]
+    for ids in others:
         assert isinstance(await outcome(pair.two.inbox.accept(posted(pair, *ids))), DuplicateRequest), ids
     attached = await pair.two.log.attach(pair.session.session_id, ANONYMOUS, stream)
     assert isinstance(attached, Attachment)
     await pair.two.log.release(Cursor(stream, attached.sink_epoch, 2))
-    for ids in (("1", None, "2"), ("3",)):
+    free: list[tuple[str | None, ...]] = [("1", None, "2"), ("3",)]
+    for ids in free:
         assert (await pair.one.inbox.accept(posted(pair, *ids))).joined is False
     assert (await pair.bench.counts())["requests"] == 7
 
@@ -239,6 +246,32 @@ async def test_a_claim_that_came_to_nobody_is_given_up_and_taken_again(pair: Pai
     for node, epoch in ((pair.one, 2), (pair.two, 1)):
         refused = node.inbox.put_back(replace(pair.session.ownership, epoch=epoch), seen)
         assert isinstance(await outcome(refused), Fenced)
+
+
+async def test_what_an_owner_works_on_stays_its_own_when_a_term_begins(pair: Pair) -> None:
+    for rpc_id in ("1", "2", None):
+        await pair.two.inbox.accept([request(pair.session, rpc_id)])
+    kept, other, _ = await pair.one.inbox.claim(pair.session.ownership)
+    await pair.bench.fail_over()
+    now = replace(pair.session.ownership, epoch=pair.session.ownership.epoch + JUMP)
+    assert await pair.one.inbox.unfinished([pair.session.key]) == {pair.session.key: {kept.key, other.key}}
+    await pair.two.inbox.keep_claims([now], [])  # it is not the owner
+    await pair.one.inbox.keep_claims([now], [kept.key])
+    assert isinstance(await outcome(pair.one.inbox.claim(pair.session.ownership)), Fenced)
+    assert [item.key for item in await pair.one.inbox.claim(now)] == [other.key]
+    await pair.one.inbox.keep_claims([now], [])  # a late try gives up nothing that was claimed in this term
+    assert await pair.one.inbox.claim(now) == []
+    assert [await pair.bench.runs(item.key) for item in (kept, other)] == [1, 1]
+
+
+async def test_only_requests_that_have_not_ended_are_unfinished(pair: Pair) -> None:
+    await answered(pair, request(pair.session))
+    running = request(pair.session, "2")
+    for message in (running, request(pair.session, None)):
+        await pair.two.inbox.accept([message])
+    stranger = await opened(pair.two)
+    assert await pair.one.inbox.unfinished([pair.session.key, stranger.key]) == {pair.session.key: {running.key}}
+    assert await pair.one.inbox.unfinished([]) == {}
 
 
 async def test_nothing_makes_room_where_there_is_room(pair: Pair) -> None:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from pgmcp.errors import OutOfStep, StreamTaken
+from pgmcp.errors import Fenced, OutOfStep, StreamTaken
+from pgmcp.store.timeline import JUMP
 from pgmcp.types import (
     ANONYMOUS,
     PAGE,
@@ -19,6 +20,7 @@ from pgmcp.types import (
     Entry,
     NodeState,
     SessionFacts,
+    Stand,
     StreamId,
     StreamKind,
 )
@@ -185,6 +187,35 @@ async def test_a_dropped_sink_reads_nothing_more(scene: Scene) -> None:
     assert await scene.note(1) is None
     assert (await scene.attach(scene.edge)).next_seq == 2
     assert (await scene.bench.counts())["events"] == 1
+
+
+async def test_it_is_said_where_streams_stand_and_which_there_are(scene: Scene) -> None:
+    await scene.note(1)
+    nowhere = StreamId(IDS.uuid())
+    assert await scene.edge.log.stands([scene.stream, scene.session.standalone, nowhere]) == {
+        scene.stream: Stand(2, closed=False),
+        scene.session.standalone: Stand(1, closed=False),
+    }
+    assert await scene.edge.log.stands([]) == {}
+    assert [await scene.edge.log.knows(stream) for stream in (scene.stream, nowhere)] == [True, False]
+
+
+async def test_when_a_term_begins_the_numbers_of_open_streams_jump(scene: Scene) -> None:
+    done = StreamId(IDS.uuid())
+    await scene.edge.inbox.accept([request(scene.session, "2", stream=done)])
+    (other,) = await scene.owner.inbox.claim(scene.session.ownership)
+    await scene.owner.log.append(answer(other))
+    await scene.bench.fail_over()
+    assert await scene.owner.log.stands([scene.stream, done]) == {
+        scene.stream: Stand(1 + JUMP, closed=False),
+        done: Stand(2, closed=True),
+    }
+    late = await outcome(scene.owner.log.append(answer(scene.claimed, 1)))
+    assert isinstance(late, Fenced)
+    now = replace(scene.session.ownership, epoch=scene.session.ownership.epoch + JUMP)
+    await scene.owner.inbox.keep_claims([now], [scene.claimed.key])
+    await scene.owner.log.append(answer(replace(scene.claimed, ownership=now), 1 + JUMP))
+    assert await scene.edge.log.stands([scene.stream]) == {scene.stream: Stand(2 + JUMP, closed=True)}
 
 
 async def listens(node: Ports, session: Session) -> int | None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from pgmcp.errors import Fenced
+from pgmcp.store.timeline import JUMP
 from pgmcp.types import (
     ANONYMOUS,
     Attachment,
@@ -21,7 +22,8 @@ from pgmcp.types import (
     SessionFacts,
 )
 from tests.harness.proxy import Cut
-from tests.harness.stores import Session, answer, opened, outcome, request, until
+from tests.harness.stores import Session, answer, opened, outcome, request
+from tests.harness.waiting import eventually
 from tests.ports.benches import LONG, Bench, Pair, Ports
 
 each_cut = pytest.mark.parametrize("where", [Cut.BEFORE, Cut.AFTER], ids=["before", "after"])
@@ -59,7 +61,7 @@ async def test_a_lease_that_ran_out_is_a_death(pair: Pair) -> None:
     async def dead() -> bool:
         return await condemned(pair.two, by_lease=True) == [(pair.one.node, "lease")]
 
-    await until(dead, "the node is declared dead")
+    await eventually(dead, "the node is declared dead")
     assert await condemned(pair.two, by_lease=True) == []
 
 
@@ -78,7 +80,7 @@ async def test_silence_is_a_death_when_the_line_is_gone_too(pair: Pair) -> None:
     async def dead() -> bool:
         return await condemned(pair.two, by_silence=True) == [(pair.one.node, "silence")]
 
-    await until(dead, "the node is declared dead")
+    await eventually(dead, "the node is declared dead")
 
 
 async def test_who_is_silent_itself_declares_nobody_dead(pair: Pair) -> None:
@@ -109,7 +111,7 @@ async def test_of_two_observers_one_declares_a_death(pair: Pair) -> None:
             found.extend(some)
         return found != []
 
-    await until(dead, "the node is declared dead")
+    await eventually(dead, "the node is declared dead")
     assert found == [(pair.one.node, "lease")]
 
 
@@ -352,4 +354,15 @@ async def test_a_wake_up_reaches_its_node_and_one_for_all_everybody(pair: Pair) 
     async def heard() -> bool:
         return pair.two.heard == ["i1", "o"] and pair.one.heard == ["o"]
 
-    await until(heard, "the wake-ups are heard")
+    await eventually(heard, "the wake-ups are heard")
+
+
+async def test_what_waited_when_a_term_began_may_have_run(pair: Pair) -> None:
+    """Its claim may be among the commits that nobody waited for."""
+    before, after = request(pair.session, "1"), request(pair.session, "2")
+    await pair.two.inbox.accept([before])
+    await pair.bench.fail_over()
+    await pair.two.inbox.accept([after])
+    now = replace(pair.session.ownership, epoch=pair.session.ownership.epoch + JUMP)
+    left = await pair.one.takeovers.inherit(now)
+    assert [item.key for item in left.requests] == [before.key]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from pydantic import FileUrl
 from tests.harness.clients import connect
 from tests.harness.nginx import Nginx
 from tests.harness.processes import nodes
+from tests.harness.waiting import eventually
 
 WATCHED = "test://watched-resource"
 
@@ -60,13 +61,6 @@ async def text(client: Client, tool: str, **arguments: Any) -> str:
     assert not result.is_error, result
     assert isinstance(result.content[0], types.TextContent)
     return result.content[0].text
-
-
-async def eventually(condition: Callable[[], Awaitable[bool]], timeout: float = 10) -> None:
-    """Ask again until the condition holds."""
-    async with asyncio.timeout(timeout):
-        while not await condition():  # noqa: ASYNC110 - what changes is in another process
-            await asyncio.sleep(0.02)
 
 
 async def accept(context: ClientRequestContext, params: types.ElicitRequestParams) -> types.ElicitResult:
@@ -196,5 +190,5 @@ async def test_a_cancelled_call_stops_at_its_owner(balancer: Nginx) -> None:
             async def stopped() -> bool:
                 return bool(await value(client, "slow_calls_running") == 0)
 
-            await eventually(stopped)
+            await eventually(stopped, "the tool is stopped")
         assert await value(client, "count") == 1

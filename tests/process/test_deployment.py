@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from ipaddress import ip_address, ip_network
+from ipaddress import IPv4Network, ip_address
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +142,7 @@ def test_only_the_balancer_is_believed() -> None:
         }
         assert believed == {balancer}
     [network] = compose()["networks"]["default"]["ipam"]["config"]
-    inside, others = ip_network(network["subnet"]), ip_network(network["ip_range"])
+    inside, others = IPv4Network(network["subnet"]), IPv4Network(network["ip_range"])
     address = ip_address(compose()["services"]["nginx"]["networks"]["default"]["ipv4_address"])
     assert others.subnet_of(inside)
     assert address in inside

@@ -31,7 +31,7 @@ def balancer(database: str, tmp_path: Path) -> Iterator[Nginx]:
         yield nginx
 
 
-async def accept(_: object, params: types.ElicitRequestParams) -> types.ElicitResult:
+async def accept(context: object, params: types.ElicitRequestParams) -> types.ElicitResult:
     """Confirm everything."""
     assert isinstance(params, types.ElicitRequestFormParams)
     return types.ElicitResult(action="accept", content=dict.fromkeys(params.requested_schema["properties"], True))

@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 from mcp.server.subscriptions import ToolsListChanged
+from mcp_types import TextContent
 
 from pgmcp import Cluster
 from tests.harness.clients import RawSession, connect
@@ -43,7 +44,7 @@ def lifespans(truth: Path) -> list[int]:
 
 
 async def counted(session: RawSession, node: NodeProcess) -> dict[str, Any]:
-    return (await session.call_tool(node.url, "count", 20))["structuredContent"]
+    return dict((await session.call_tool(node.url, "count", 20))["structuredContent"])
 
 
 async def test_a_session_goes_on_with_its_state_and_its_level_when_its_owner_is_killed(
@@ -119,6 +120,7 @@ async def test_clients_of_both_eras_hear_of_a_change_and_go_on_when_the_owner_is
         owner.kill()
         assert (await counted(session, edge))["count"] == 2
         again = await modern.call_tool("wait", {"seconds": 0.0})
+        assert isinstance(again.content[0], TextContent)
         assert again.content[0].text == "waited"
 
 

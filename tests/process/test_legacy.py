@@ -89,9 +89,9 @@ async def test_python_tools_progress_and_calls_at_the_same_time(balancer: Nginx 
         assert [await value(session, "count") for _ in range(6)] == list(range(first + 1, first + 7))
         reports: list[float] = []
 
-        async def progress(done: float, total: float | None, message: str | None) -> None:
+        async def progress(progress: float, total: float | None, message: str | None) -> None:
             assert (total, message) == (10, None)
-            reports.append(done)
+            reports.append(progress)
 
         await session.call_tool("slow", {"seconds": 0.2, "steps": 10}, progress_callback=progress)
         assert reports == list(range(1, 11))
@@ -164,11 +164,13 @@ async def test_python_cancels(balancer: Nginx | Haproxy) -> None:
         for _ in range(3):  # so that the cancellation arrives at every node
             begun = asyncio.Event()
 
-            async def progress(*_: Any, begun: asyncio.Event = begun) -> None:
+            async def reported(
+                progress: float, total: float | None, message: str | None, begun: asyncio.Event = begun
+            ) -> None:
                 begun.set()
 
             arguments = {"seconds": 60, "steps": 600}
-            call = asyncio.create_task(session.call_tool("slow", arguments, progress_callback=progress))
+            call = asyncio.create_task(session.call_tool("slow", arguments, progress_callback=reported))
             await asyncio.wait_for(begun.wait(), 10)
             assert await value(session, "slow_calls_running") == 1
             call.cancel()
@@ -438,11 +440,13 @@ def guarded() -> MCPServer:
     server = MCPServer(
         "guarded",
         token_verifier=Verifier(),
-        auth=AuthSettings(
-            issuer_url="https://issuer.example",
-            resource_server_url="https://mcp.example/mcp",
-            required_scopes=["use"],
-            validate_token_resource=False,
+        auth=AuthSettings.model_validate(
+            {
+                "issuer_url": "https://issuer.example",
+                "resource_server_url": "https://mcp.example/mcp",
+                "required_scopes": ["use"],
+                "validate_token_resource": False,
+            }
         ),
     )
     server.add_tool(count_to_two, name="count")
@@ -475,7 +479,7 @@ async def test_foreign_sessions_are_as_unknown_ones(database: str) -> None:
 
 async def test_sessions_of_vanished_clients_expire(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     async with cluster(database, everything) as pair, Sse() as stays, Sse() as works, Sse() as goes:
-        expire = pair[1].incarnation._retention.expire
+        expire = pair[1].retention.expire
         kept, working, gone = [await client.open(pair[0].url) for client in (stays, works, goes)]
         calls = {"name": "slow", "arguments": {"seconds": 1.5, "steps": 1}}
         await works.send(pair[1].url, "tools/call", 50, **calls)

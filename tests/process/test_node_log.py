@@ -14,7 +14,8 @@ import pytest
 
 from tests.harness.clients import RawSession
 from tests.harness.modern import Modern
-from tests.harness.processes import NodeProcess, free_ports, wait_until
+from tests.harness.processes import NodeProcess, free_ports
+from tests.harness.waiting import wait_until
 
 MARK = "m4rk3r"
 EVIL = f"{MARK}\r\n2026-01-01 00:00:00,000 ERROR root: forged {MARK}\x1b[31m\u2028"
@@ -89,12 +90,12 @@ async def session(node: NodeProcess, revision: str) -> None:
         for method, params in SAID:
             body = {"jsonrpc": "2.0", "method": method, "params": params}
             await drained(await client.post(node.url, body))
-        for body in (
+        for raw in (
             b"{" + EVIL.encode(),
             b'{"jsonrpc": "2.0", "id": {"%s": 1}}' % MARK.encode(),
             b'"%s"' % MARK.encode(),
         ):
-            await drained(await client.post(node.url, body))
+            await drained(await client.post(node.url, raw))
         for content in ({"age": EVIL}, {EVIL: EVIL}, EVIL):
             async with await client.request(node.url, "tools/call", {"name": "asks", "arguments": {}}) as asking:
                 question = await asking.message("elicitation/create")
@@ -115,7 +116,7 @@ async def session(node: NodeProcess, revision: str) -> None:
 
 async def legacy(node: NodeProcess) -> None:
     async with RawSession(path="/sse", headers=HEADERS) as client, httpx.AsyncClient(trust_env=False) as http:
-        where = (await (await client.get(node.url)).next()).data
+        where = (await (await client.get(node.url)).event()).data
         info = {"protocolVersion": "2024-11-05", "capabilities": {}, "clientInfo": {"name": EVIL, "version": EVIL}}
         for number, (method, params) in enumerate([("initialize", info), ("notifications/initialized", {}), *ASKED]):
             body = {"jsonrpc": "2.0", "id": f"{number}{EVIL}", "method": method, "params": params}

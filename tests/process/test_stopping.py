@@ -44,11 +44,11 @@ async def test_idle_sessions_move_at_once_and_busy_ones_when_they_are_done(
         standalone = await idle.get(three[1].url)
         running = await busy.request(three[1].url, "tools/call", call("unsafe", text="x", seconds=2), request_id=50)
         here = await busy.request(three[0].url, "tools/call", call("unsafe", text="y", seconds=2), request_id=51)
-        three[0].signal(15)
+        three[0].signal(signal.SIGTERM)
         moved = "select count(*) from pgmcp.takeovers where reason = 'drain'"
 
         async def one() -> bool:
-            return await tables.value(moved) == 1
+            return bool(await tables.value(moved) == 1)
 
         await eventually(one, "the idle one moves")
         counted = (await idle.call_tool(three[2].url, "count"))["structuredContent"]
@@ -285,7 +285,7 @@ async def test_under_a_foreign_server_sessions_are_handed_over_too(database: str
         async with tables_of(database) as tables, RawSession() as session, RawSession() as second:
 
             async def all_ready() -> bool:
-                return await tables.value("select count(*) from pgmcp.nodes where state = 'ready'") == 1 + workers
+                return bool(await tables.value("select count(*) from pgmcp.nodes where state = 'ready'") == 1 + workers)
 
             await eventually(all_ready, "every worker has joined", 30)
             for one in (session, second):

@@ -17,9 +17,10 @@ from typing import Any
 
 import pytest
 
+from tests.harness.balancer import Exchange
 from tests.harness.conformance import node_binary
 from tests.harness.haproxy import Haproxy
-from tests.harness.nginx import Exchange, Nginx
+from tests.harness.nginx import Nginx
 from tests.harness.processes import REPOSITORY, nodes
 from tests.harness.shipped import WITH_AFFINITY, Shipped
 

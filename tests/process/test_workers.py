@@ -11,7 +11,8 @@ import pytest
 
 from pgmcp.store import views
 from tests.harness.clients import connect
-from tests.harness.processes import NodeProcess, free_ports, wait_until
+from tests.harness.processes import NodeProcess, free_ports
+from tests.harness.waiting import wait_until
 
 TARGET = "examples/everything.py:mcp"
 

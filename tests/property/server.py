@@ -9,9 +9,11 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from typing import Any
 
+from starlette.types import Receive, Scope, Send
+
 from pgmcp.clock import Clock
 from pgmcp.errors import PgmcpError
-from pgmcp.session.adapter import Conversation, Incoming, Kind, Outgoing
+from pgmcp.session.adapter import Conversation, Incoming, Kind, Outgoing, Shared
 from pgmcp.session.state import Hooks, SessionState
 
 VERSION = "2025-11-25"
@@ -40,8 +42,14 @@ class Tools:
         self._adding: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._clock, self._taken, self._ran = clock, taken, ran
 
-    def lifespan(self) -> AbstractAsyncContextManager[None]:
+    def lifespan(self, shared: Shared) -> AbstractAsyncContextManager[None]:
         return nullcontext()
+
+    async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        raise NotImplementedError  # nobody asks without a session here
+
+    def end_streams(self) -> None:
+        pass
 
     def describe(self, scope: Mapping[str, Any]) -> dict[str, Any]:
         return {}

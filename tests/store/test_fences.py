@@ -104,25 +104,25 @@ async def finish(scene: Scene) -> object:
     return await scene.owner.log.append(answer(scene.claimed))
 
 
-async def establish(scene: Scene) -> object:
+async def establish(scene: Scene) -> None:
     facts = Established("2025-11-25", "late", "1", b"{}")
-    return await scene.owner.inbox.establish(scene.session.ownership, facts, 2)
+    await scene.owner.inbox.establish(scene.session.ownership, facts, 2)
 
 
-async def write_journal(scene: Scene) -> object:
-    return await scene.owner.inbox.write_journal(scene.session.ownership, JournalEntry("level", "", b"late"), 2)
+async def write_journal(scene: Scene) -> None:
+    await scene.owner.inbox.write_journal(scene.session.ownership, JournalEntry("level", "", b"late"), 2)
 
 
-async def forget_journal(scene: Scene) -> object:
-    return await scene.owner.inbox.write_journal(scene.session.ownership, JournalEntry("level", ""), 2)
+async def forget_journal(scene: Scene) -> None:
+    await scene.owner.inbox.write_journal(scene.session.ownership, JournalEntry("level", ""), 2)
 
 
 async def drop_sink(scene: Scene) -> object:
     return await scene.owner.log.drop_sink(scene.session.ownership, scene.claimed.stream)
 
 
-async def end_owned(scene: Scene) -> object:
-    return await scene.owner.inbox.end_owned(scene.session.ownership)
+async def end_owned(scene: Scene) -> None:
+    await scene.owner.inbox.end_owned(scene.session.ownership)
 
 
 Write = Callable[[Scene], Awaitable[object]]

@@ -286,7 +286,7 @@ async def test_an_error_of_its_own_ends_no_group(
     group: GroupCommit[Any, Any], send: Sender, clock: FakeClock, where: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Nobody waits for ever, and what comes after it is written."""
-    real, broken = getattr(group, where), []
+    real, broken = getattr(group, where), list[str]()
 
     def breaks(*args: Any, **more: Any) -> Any:
         if not broken:
@@ -374,7 +374,8 @@ async def test_a_poisoned_message_fails_alone(database: str, field: str, text: s
     async with store(database) as node:
         session = await opened(node)
         good = [request(session, str(number)) for number in range(1, 5)]
-        poisoned = replace(request(session, "5"), **{field: text})
+        change: dict[str, Any] = {field: text}
+        poisoned = replace(request(session, "5"), **change)
         calls = [node.inbox.accept([message]) for message in (good[0], good[1], poisoned, good[2], good[3])]
         results = await asyncio.gather(*(outcome(call) for call in calls))
         assert isinstance(results.pop(2), PgmcpError)

@@ -24,8 +24,8 @@ from tests.harness.stores import (
     row_counts,
     store,
     take_over,
-    until,
 )
+from tests.harness.waiting import eventually
 
 ME = Principal("client", "https://issuer", "me")
 
@@ -128,7 +128,7 @@ async def deadlocks(pair: Pair) -> int:
         others = "select count(*) from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()"
         return bool(await pair.hand.fetchval(others) == 0)
 
-    await until(alone, "connections end")
+    await eventually(alone, "connections end")
     count: int = await pair.hand.fetchval("select deadlocks from pg_stat_database where datname = current_database()")
     return count
 

@@ -21,7 +21,8 @@ from pgmcp.store.database import Database
 from pgmcp.store.line import PROBE, Line, TableNotifier, channel
 from pgmcp.types import NodeId, NodeRecord, NodeState
 from tests.harness.proxy import proxied
-from tests.harness.stores import IDS, store, until
+from tests.harness.stores import IDS, store
+from tests.harness.waiting import eventually
 
 LINES = "from pg_stat_activity where datname = current_database() and application_name like '% line'"
 
@@ -52,13 +53,13 @@ class Ears:
         async def there() -> bool:
             return payload in self.heard
 
-        await until(there, f"{payload} was not heard")
+        await eventually(there, f"{payload} was not heard")
 
     async def until_resets(self, count: int) -> None:
         async def there() -> bool:
             return self.resets >= count
 
-        await until(there, f"no reset number {count}")
+        await eventually(there, f"no reset number {count}")
 
 
 def ears(address: str, node: NodeId | None = None, **settings: Any) -> Ears:
@@ -156,7 +157,7 @@ async def test_a_notifier_says_when_postgres_refuses(database: str, refusal: Bas
         raise refusal
 
     async with store(database) as node:
-        node.database.fetch = fetch  # type: ignore[method-assign]
+        node.database.fetch = fetch  # type: ignore[method-assign,assignment]
         with pytest.raises(DatabaseUnavailable):
             await TableNotifier(node.database).notify([(None, "*")])
 
@@ -217,7 +218,7 @@ async def test_a_black_hole_is_noticed_in_eight_seconds(database: str, hand: asy
             async def lost() -> bool:
                 return found.line._connection is not with_line
 
-            await until(lost, "the line was not given up")
+            await eventually(lost, "the line was not given up")
             assert time.monotonic() - start < 8.5
             proxy.cut_all()
             proxy.black_hole = False
@@ -308,7 +309,7 @@ async def test_a_proxy_that_stalls_after_connect_holds_nobody_for_ever(database:
             async def tried_twice() -> bool:
                 return proxy.connected >= seen + 2
 
-            await until(tried_twice, "the line is not tried again")
+            await eventually(tried_twice, "the line is not tried again")
             assert not found.line.up
             with pytest.raises(DatabaseUnavailable):
                 await found.line.renew()
@@ -332,7 +333,7 @@ async def test_a_line_that_is_late_again_and_again_is_not_listened_to(
         async def deaf() -> bool:
             return found.line.deaf and found.line.up
 
-        await until(deaf, "it goes on listening")
+        await eventually(deaf, "it goes on listening")
         monkeypatch.setattr("pgmcp.store.line.LATE_SECONDS", 4.0)
         await say(hand, found.node, "i0")
         assert await found.line.renew(), "the line itself is well"
@@ -341,7 +342,7 @@ async def test_a_line_that_is_late_again_and_again_is_not_listened_to(
         async def hears() -> bool:
             return not found.line.deaf
 
-        await until(hears, "it stays deaf")
+        await eventually(hears, "it stays deaf")
         await found.until_resets(3)
         await say(hand, found.node, "i1")
         await found.until_heard("i1")
@@ -387,8 +388,8 @@ async def test_renewals_and_states_hit_live_rows_only(database: str, hand: async
         await join(database, found.node)
         assert await found.line.renew()
         assert await found.line.set_state(NodeState.READY)
-        row = await hand.fetchrow("select * from pgmcp.nodes where node_id = $1", found.node)
-        line = await hand.fetchrow(f"select pid, backend_start {LINES}")
+        [row] = await hand.fetch("select * from pgmcp.nodes where node_id = $1", found.node)
+        [line] = await hand.fetch(f"select pid, backend_start {LINES}")
         assert (row["state"], row["line_pid"], row["line_started_at"]) == ("ready", line["pid"], line["backend_start"])
         await hand.execute("update pgmcp.nodes set state = 'dead'")
         assert not await found.line.renew()
@@ -426,4 +427,4 @@ async def test_nothing_is_left_of_a_closed_line(database: str, hand: asyncpg.Con
         count = f"select count(*) {LINES}"
         return bool(await hand.fetchval(count) == 0)
 
-    await until(gone, "the backend lives on")
+    await eventually(gone, "the backend lives on")

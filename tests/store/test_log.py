@@ -74,7 +74,7 @@ async def test_answers_of_one_batch_in_one_statement_close_it(scene: Scene) -> N
     claimed = await scene.owner.inbox.claim(scene.session.ownership)
     entries = [answer(item, seq) for seq, item in enumerate(claimed, start=1)]
     await asyncio.gather(*(scene.owner.log.append(entry) for entry in entries))
-    row = await scene.hand.fetchrow("select unfinished, closed, next_seq from pgmcp.streams where id = $1", stream)
+    [row] = await scene.hand.fetch("select unfinished, closed, next_seq from pgmcp.streams where id = $1", stream)
     assert tuple(row) == (0, True, 4)
 
 

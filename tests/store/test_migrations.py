@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -20,6 +19,7 @@ from pgmcp.errors import DatabaseUnavailable, SchemaError, SettingsError
 from pgmcp.store import alembic_run, migrations, revisions, views
 from pgmcp.store.revisions import OLDEST
 from pgmcp.store.schema import metadata
+from tests.harness.waiting import wait_until
 
 OBJECTS = """
 select n.nspname, c.relname, c.relkind::text
@@ -85,9 +85,7 @@ def ask(dsn: str, sql: str, *args: object) -> list[tuple[object, ...]]:
 
 def until(dsn: str, sql: str, *args: object) -> None:
     """Wait for the query to return a row."""
-    end = time.monotonic() + 20
-    while not ask(dsn, sql, *args):
-        assert time.monotonic() < end, sql
+    wait_until(lambda: bool(ask(dsn, sql, *args)), 20, sql)
 
 
 def catalog(dsn: str, schema: str) -> dict[str, list[list[str]]]:
@@ -433,4 +431,4 @@ def test_the_public_views_have_the_public_columns_in_order(empty_database: str) 
         "where c.relkind = 'v' and c.relnamespace = $1::regnamespace group by 1",
         "pgmcp",
     )
-    assert {name: tuple(columns) for name, columns in found} == views.COLUMNS  # type: ignore[arg-type, misc]
+    assert {name: tuple(columns) for name, columns in found} == views.COLUMNS  # type: ignore[arg-type]

@@ -55,5 +55,6 @@ async def test_nodes_work_through_a_transaction_pooler(empty_database: str, pool
         slow = await session.request(
             nodes[1].url, "tools/call", {"name": "slow", "arguments": {"seconds": 0.2, "steps": 4}}
         )
-        assert "result" in (await slow.rest())[-1].message
+        await slow.rest()
+        assert "result" in slow.messages[-1]
         assert (await session.delete(nodes[1].url)).status == 200

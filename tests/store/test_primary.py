@@ -34,7 +34,9 @@ async def before(database: str) -> AsyncIterator[tuple[Proxy, int]]:
 
 
 @pytest.mark.parametrize("weather", ["black_hole", "stalling", "refusing"])
-async def test_a_server_that_does_not_answer_keeps_nobody_from_the_next_one(database, before, weather):
+async def test_a_server_that_does_not_answer_keeps_nobody_from_the_next_one(
+    database: str, before: tuple[Proxy, int], weather: str
+) -> None:
     proxy, port = before
     setattr(proxy, weather, True)
     start = time.monotonic()
@@ -45,7 +47,9 @@ async def test_a_server_that_does_not_answer_keeps_nobody_from_the_next_one(data
     assert took < STAGGER_SECONDS + 1
 
 
-async def test_one_that_answers_late_is_still_taken_when_there_is_no_other(database, before):
+async def test_one_that_answers_late_is_still_taken_when_there_is_no_other(
+    database: str, before: tuple[Proxy, int]
+) -> None:
     proxy, port = before
     proxy.delay = 2 * STAGGER_SECONDS / 3  # the login takes several round trips
     address = several(database, port).rsplit(",", 1)
@@ -54,7 +58,7 @@ async def test_one_that_answers_late_is_still_taken_when_there_is_no_other(datab
     connection.terminate()
 
 
-async def test_nobody_is_found_and_the_reasons_are_said(database, before):
+async def test_nobody_is_found_and_the_reasons_are_said(database: str, before: tuple[Proxy, int]) -> None:
     proxy, port = before
     proxy.refusing = True
     closed = free_ports(1)[0]
@@ -68,7 +72,7 @@ async def test_nobody_is_found_and_the_reasons_are_said(database, before):
         await command(address)
 
 
-async def test_nobody_answers_and_the_time_is_over(database, before):
+async def test_nobody_answers_and_the_time_is_over(database: str, before: tuple[Proxy, int]) -> None:
     proxy, port = before
     proxy.stalling = True
     address = several(database, port, port).rpartition(",")[0] + "/postgres"
@@ -78,7 +82,7 @@ async def test_nobody_answers_and_the_time_is_over(database, before):
     assert time.monotonic() - start < 2
 
 
-async def test_a_server_that_is_read_only_is_not_taken(database):
+async def test_a_server_that_is_read_only_is_not_taken(database: str) -> None:
     name = urlsplit(database).path.strip("/")
     hand = await asyncpg.connect(database)
     await hand.execute(f"alter database {name} set default_transaction_read_only = on")
@@ -90,7 +94,9 @@ async def test_a_server_that_is_read_only_is_not_taken(database):
         await command(address)
 
 
-async def test_a_pool_that_is_cut_off_finds_the_next_server_with_its_first_statement(database, before):
+async def test_a_pool_that_is_cut_off_finds_the_next_server_with_its_first_statement(
+    database: str, before: tuple[Proxy, int]
+) -> None:
     """Each of its idle connections would take as long as a statement may to find out."""
     proxy, port = before
     pool = Database(Settings(database_url=several(database, port), statement_timeout=0.5), Clock())

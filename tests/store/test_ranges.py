@@ -136,7 +136,7 @@ async def test_nodes_of_an_older_build_start_anew_on_what_was_only_expanded(
         await migrate(folder, database)
     assert await revisions.understood(connection, "pgmcp") == "0900"
     await joined(database)
-    found = await connection.fetchrow("select * from pgmcp.nodes where name = 'joined'")
+    [found] = await connection.fetch("select * from pgmcp.nodes where name = 'joined'")
     assert (found["schema_oldest"], found["schema_newest"]) == (OLDEST, revisions.head())
     await asyncio.to_thread(migrations.upgrade, database, "pgmcp")  # as the older build's own job does
     assert await asyncio.to_thread(migrations.current, database, "pgmcp") == "0900"
@@ -266,7 +266,9 @@ def test_each_migration_says_what_it_is() -> None:
         number, kind, _ = Path(script.path).name.split("_", 2)
         assert number == script.revision
         assert len(number) == 4
-        assert (script.down_revision or "0000") < number, "builds and databases are compared by these numbers"
+        former = script.down_revision or "0000"
+        assert isinstance(former, str)
+        assert former < number, "builds and databases are compared by these numbers"
         assert script.doc.lower().startswith(f"{kind}: ")
         assert kind in {"expand", "contract"}
         assert (kind == "contract") == hasattr(script.module, "needs"), "only what takes something away says `needs`"

@@ -66,7 +66,7 @@ class Scene:
             await self.hand.fetch(statement(name, "pgmcp"), *args)
             raise ConnectionResetError
 
-        self.node.database.fetch = fetch  # type: ignore[method-assign]
+        self.node.database.fetch = fetch  # type: ignore[method-assign,assignment]
         repeated = asyncio.ensure_future(outcome(call))
         await watcher.until_waiting(f"/* {name} */", repeated)
         await first.commit()
@@ -153,9 +153,7 @@ async def test_append(scene: Scene, where: Cut, finishing: bool) -> None:
         entry = replace(entry, finishes=None, outcome=None)
     assert await scene.through("append", where, scene.node.log.append(entry)) == scene.node.node
     assert (await row_counts(scene.eyes))["events"] == 1
-    row = await scene.eyes.fetchrow(
-        "select unfinished, closed, next_seq from pgmcp.streams where id = $1", entry.stream
-    )
+    [row] = await scene.eyes.fetch("select unfinished, closed, next_seq from pgmcp.streams where id = $1", entry.stream)
     assert tuple(row) == (0 if finishing else 1, finishing, 2)
 
 
@@ -204,7 +202,7 @@ async def test_release(scene: Scene, where: Cut) -> None:
     await scene.node.log.append(answer(scene.claimed))
     assert scene.claimed.stream is not None
     await scene.through("release", where, scene.node.log.release(Cursor(scene.claimed.stream, 1, 1)))
-    row = await scene.eyes.fetchrow(
+    [row] = await scene.eyes.fetch(
         "select s.sink, s.delivered_seq, r.open from pgmcp.streams s join pgmcp.requests r on r.stream = s.id"
     )
     assert tuple(row) == (None, 1, False)

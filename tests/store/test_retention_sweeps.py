@@ -289,7 +289,7 @@ async def test_a_batch_that_ends_within_a_stream_leaves_its_rest(hand: asyncpg.C
     await hand.execute("update pgmcp.streams set delivered_seq = 25, marked_at = marked_at - interval '1 hour'")
     for floor, mark in ((10, 24), (20, 24), (24, 25)):
         await node.database.ask("prune_standalone", RETENTION, 10)
-        row = await hand.fetchrow("select floor_seq, marked_seq from pgmcp.streams where kind = 'standalone'")
+        [row] = await hand.fetch("select floor_seq, marked_seq from pgmcp.streams where kind = 'standalone'")
         assert tuple(row) == (floor, mark)
     assert [row["seq"] for row in await hand.fetch("select seq from pgmcp.events")] == [25]
 
@@ -332,7 +332,8 @@ async def test_a_long_stream_goes_piece_by_piece_below_its_floor(
         assert len(await node.database.ask("prune_long_streams", RETENTION, BOTTOM_SECONDS, 500)) == min(
             500, wanted[0] % 1000 or 500
         )
-        assert tuple(await hand.fetchrow(f"{state} where kind = 'request'")) == wanted
+        [row] = await hand.fetch(f"{state} where kind = 'request'")
+        assert tuple(row) == wanted
     await Retention(node.database, IDS).prune()
     assert await hand.fetchval(STREAMS) == 0
 

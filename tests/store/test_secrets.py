@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 
 import asyncpg
 import pytest
@@ -151,10 +152,10 @@ async def test_an_unknown_key_is_looked_for_once_in_a_while(database: str, hand:
         await ring.load()
         load = ring.load
 
-        async def counting() -> None:
+        async def counting(*, make: bool = True) -> None:
             nonlocal loads
             loads += 1
-            await load()
+            await load(make=make)
 
         ring.load = counting  # type: ignore[method-assign]
         junk = [b"\xff\xff\xff" + bytes([number]) + bytes(40) for number in range(20)]
@@ -359,7 +360,7 @@ async def test_a_wrapped_key_fits_its_purpose_only(database: str, hand: asyncpg.
             await StateRing(node.database, KeyWrapping([FIRST]), IDS).load()
 
 
-def test_where_the_secrets_key_comes_from(tmp_path, subtests) -> None:
+def test_where_the_secrets_key_comes_from(tmp_path: Path, subtests: pytest.Subtests) -> None:
     file = tmp_path / "keys"
     file.write_text(f"{FIRST}\n{SECOND}\n")
     cases: dict[str, Callable[[], Settings]] = {

@@ -223,7 +223,9 @@ def literal(kind: str, value: Any) -> str:
 
 async def test_no_statement_is_compiled(database: str) -> None:
     """Where a sequential scan is priced out of reach, PostgreSQL before 18 would compile what needs one, each time."""
-    async with store(database) as node, node.database._pool.acquire() as connection:
-        assert await connection.fetchval("show jit") == "off"
-        plan = await connection.fetch(f"explain (analyze) {statement('history', 'pgmcp')}", None, None)
-        assert not [row for row in plan if "JIT" in row[0]]
+    async with store(database) as node:
+        assert node.database._pool is not None
+        async with node.database._pool.acquire() as connection:
+            assert await connection.fetchval("show jit") == "off"
+            plan = await connection.fetch(f"explain (analyze) {statement('history', 'pgmcp')}", None, None)
+            assert not [row for row in plan if "JIT" in row[0]]

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from urllib.parse import urlsplit
+from uuid import UUID
 
 import asyncpg
 import pytest
@@ -23,13 +24,21 @@ from pgmcp.store.database import Database
 from pgmcp.store.statements import statement
 from pgmcp.store.timeline import JUMP
 from pgmcp.types import Entry, Ownership
-from tests.harness.stores import IDS, Store, answer, opened, outcome, request, store
+from tests.harness.stores import (
+    BACKENDS,
+    ELSEWHERE,
+    IDS,
+    Store,
+    answer,
+    opened,
+    outcome,
+    promote,
+    request,
+    store,
+)
 
-ELSEWHERE = "7000000000000000000/00000001"
 MANY = 10_000
 """Sessions, which one statement does not move within the deadline of the test."""
-
-BACKENDS = "from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()"
 
 
 @pytest.fixture
@@ -39,14 +48,10 @@ async def hand(database: str) -> AsyncIterator[asyncpg.Connection]:
     await connection.close()
 
 
-async def promote(hand: asyncpg.Connection) -> None:
-    """The numbers in the tables belong to another timeline now, as after a failover; every connection is cut."""
-    await hand.execute("update pgmcp.history set mark = $1", ELSEWHERE)
-    await hand.execute(f"select pg_terminate_backend(pid) {BACKENDS}")
-
-
 async def row(hand: asyncpg.Connection) -> asyncpg.Record:
-    return await hand.fetchrow("select * from pgmcp.history")
+    found = await hand.fetchrow("select * from pgmcp.history")
+    assert found is not None
+    return found
 
 
 async def arrived(node: Store, term: int) -> None:
@@ -55,7 +60,7 @@ async def arrived(node: Store, term: int) -> None:
     assert node.database.timeline.term == term
 
 
-async def test_the_first_node_notes_the_history_and_nothing_jumps(database, hand):
+async def test_the_first_node_notes_the_history_and_nothing_jumps(database: str, hand: asyncpg.Connection) -> None:
     assert (await row(hand))["mark"] == ""
     async with store(database) as node:
         session = await opened(node)
@@ -67,7 +72,7 @@ async def test_the_first_node_notes_the_history_and_nothing_jumps(database, hand
         assert (await row(hand))["id"] == found["id"] == node.database.timeline.known
 
 
-async def test_all_numbers_jump_once_however_many_nodes_come_at_once(database, hand):
+async def test_all_numbers_jump_once_however_many_nodes_come_at_once(database: str, hand: asyncpg.Connection) -> None:
     async with store(database) as first:
         session = await opened(first)
         await first.inbox.accept([request(session, "1"), request(session, "2")])
@@ -83,6 +88,8 @@ async def test_all_numbers_jump_once_however_many_nodes_come_at_once(database, h
         assert len(changes) == 1
         assert (await row(hand))["term"] == 1
         assert await hand.fetchval("select epoch from pgmcp.sessions") == 1 + JUMP
+        assert done.stream is not None
+        assert running.stream is not None
         stands = await first.log.stands([done.stream, running.stream, session.standalone])
         assert {stream: stand.next_seq for stream, stand in stands.items()} == {
             done.stream: 2,
@@ -92,16 +99,20 @@ async def test_all_numbers_jump_once_however_many_nodes_come_at_once(database, h
         assert (await opened(first)).ownership.epoch == 1 + JUMP
 
 
-async def test_a_term_begins_in_pieces_and_whoever_comes_goes_on(database, hand, monkeypatch):
+async def test_a_term_begins_in_pieces_and_whoever_comes_goes_on(
+    database: str, hand: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Neither a deadline nor a crash in the middle undoes or repeats what was moved."""
     async with store(database) as node:
         for _ in range(7):
             await opened(node)
         monkeypatch.setattr(timeline, "PIECE", 2)
-        move, pieces = timeline.Timeline._move, []
+        move, pieces = timeline.Timeline._move, list[int]()
 
-        async def broken(self, connection, following, **how):
-            pieces.append(await move(self, connection, following, **how))
+        async def broken(
+            self: timeline.Timeline, connection: asyncpg.Connection, following: UUID, *, first: bool
+        ) -> int:
+            pieces.append(await move(self, connection, following, first=first))
             if len(pieces) == 2:
                 connection.terminate()  # as its deadline does
             return pieces[-1]
@@ -123,7 +134,9 @@ async def test_a_term_begins_in_pieces_and_whoever_comes_goes_on(database, hand,
         assert (await row(hand))["next_id"] is None
 
 
-async def test_another_failover_while_a_term_begins(database, hand, monkeypatch):
+async def test_another_failover_while_a_term_begins(
+    database: str, hand: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What had moved moves on; an owner's numbers are those of the newest term."""
     async with store(database) as node:
         for _ in range(5):
@@ -138,7 +151,9 @@ async def test_another_failover_while_a_term_begins(database, hand, monkeypatch)
         assert epochs == [1 + 2 * JUMP] * 5
 
 
-async def test_a_term_begins_within_short_deadlines_however_many_sessions_there_are(database, hand):
+async def test_a_term_begins_within_short_deadlines_however_many_sessions_there_are(
+    database: str, hand: asyncpg.Connection
+) -> None:
     await hand.execute(
         f"""
         insert into pgmcp.sessions (session_id, owner, transport)
@@ -153,7 +168,7 @@ async def test_a_term_begins_within_short_deadlines_however_many_sessions_there_
     assert await hand.fetchval("select count(*) from pgmcp.sessions where epoch = $1", 1 + JUMP) == MANY
 
 
-async def test_nothing_of_the_former_era_is_written(database, hand):
+async def test_nothing_of_the_former_era_is_written(database: str, hand: asyncpg.Connection) -> None:
     async with store(database) as node:
         session = await opened(node)
         await node.inbox.accept([request(session)])
@@ -171,7 +186,7 @@ async def test_nothing_of_the_former_era_is_written(database, hand):
         assert await hand.fetchval("select array_agg(seq) from pgmcp.events") == [1 + JUMP]
 
 
-async def test_what_an_owner_does_not_work_on_waits_again(database, hand):
+async def test_what_an_owner_does_not_work_on_waits_again(database: str, hand: asyncpg.Connection) -> None:
     async with store(database) as node:
         session = await opened(node)
         await node.inbox.accept([request(session, "1"), request(session, "2")])
@@ -185,7 +200,7 @@ async def test_what_an_owner_does_not_work_on_waits_again(database, hand):
         assert {row["runs"] for row in await hand.fetch("select runs from pgmcp.requests")} == {1}
 
 
-async def test_what_waits_when_an_era_begins_may_have_run(database, hand):
+async def test_what_waits_when_an_era_begins_may_have_run(database: str, hand: asyncpg.Connection) -> None:
     """Its claim may be among what was lost: claims commit asynchronously."""
     async with store(database) as node:
         session = await opened(node)
@@ -198,7 +213,7 @@ async def test_what_waits_when_an_era_begins_may_have_run(database, hand):
         assert [request.key for request in left.requests] == [before.key]
 
 
-async def test_waiting_notifications_outlive_the_jump(database, hand):
+async def test_waiting_notifications_outlive_the_jump(database: str, hand: asyncpg.Connection) -> None:
     async with store(database, max_waiting_events=3) as node:
         session = await opened(node)
 
@@ -217,7 +232,7 @@ async def test_waiting_notifications_outlive_the_jump(database, hand):
         assert lag == 4
 
 
-async def test_a_statement_that_was_begun_before_is_not_sent_after(database, hand):
+async def test_a_statement_that_was_begun_before_is_not_sent_after(database: str, hand: asyncpg.Connection) -> None:
     """It waits for a connection while the node finds the new timeline."""
     async with store(database) as node:
         await promote(hand)
@@ -225,7 +240,9 @@ async def test_a_statement_that_was_begun_before_is_not_sent_after(database, han
             assert isinstance(await outcome(node.database.ask("ready_nodes", node.node)), DatabaseUnavailable)
 
 
-async def test_a_history_that_forked_is_another_one_though_it_counts_alike(database, hand):
+async def test_a_history_that_forked_is_another_one_though_it_counts_alike(
+    database: str, hand: asyncpg.Connection
+) -> None:
     async with store(database) as node:
         session = await opened(node)
         await hand.execute("update pgmcp.history set id = gen_random_uuid()")
@@ -234,25 +251,28 @@ async def test_a_history_that_forked_is_another_one_though_it_counts_alike(datab
         assert await hand.fetchval("select epoch from pgmcp.sessions where id = $1", session.key) == 1 + JUMP
 
 
-async def test_a_node_that_knows_more_eras_counts_on(database, hand):
+async def test_a_node_that_knows_more_eras_counts_on(database: str, hand: asyncpg.Connection) -> None:
     async with store(database) as node:
         await opened(node)
         known = node.database.timeline._known
+        assert known is not None
         node.database.timeline._known = replace(known, id=IDS.uuid(), term=4)
         await hand.execute(f"select pg_terminate_backend(pid) {BACKENDS}")
         await arrived(node, 5)
         assert await hand.fetchval("select epoch from pgmcp.sessions") == 1 + 5 * JUMP
 
 
-async def test_a_server_that_was_left_behind_is_refused(database):
+async def test_a_server_that_was_left_behind_is_refused(database: str) -> None:
     async with store(database) as node:
         timeline = node.database.timeline
-        timeline._known = replace(timeline._known, present=timeline._known.present.replace("/00000001", "/00000002"))
+        known = timeline._known
+        assert known is not None
+        timeline._known = replace(known, present=known.present.replace("/00000001", "/00000002"))
         with pytest.raises(ConnectionError, match="timeline that is over"):
             await node.database.connect(database, timeout=5)
 
 
-async def test_an_ordinary_role_is_enough(database, hand):
+async def test_an_ordinary_role_is_enough(database: str, hand: asyncpg.Connection) -> None:
     name = urlsplit(database).path.strip("/")
     await hand.execute(
         f"""
@@ -273,7 +293,9 @@ async def test_an_ordinary_role_is_enough(database, hand):
         await hand.execute(f"drop owned by {name}; drop role {name}")
 
 
-async def test_a_role_that_may_not_look_works_without(database, hand, caplog):
+async def test_a_role_that_may_not_look_works_without(
+    database: str, hand: asyncpg.Connection, caplog: pytest.LogCaptureFixture
+) -> None:
     """Somebody has revoked what everybody may by default."""
     name = urlsplit(database).path.strip("/")
     await hand.execute(
@@ -296,7 +318,9 @@ async def test_a_role_that_may_not_look_works_without(database, hand, caplog):
         await hand.execute(f"drop owned by {name}; drop role {name}")
 
 
-async def test_a_session_that_has_jumped_twice_jumps_with_the_next_term_too(database, hand):
+async def test_a_session_that_has_jumped_twice_jumps_with_the_next_term_too(
+    database: str, hand: asyncpg.Connection
+) -> None:
     """An older build begins a term in one statement, also where a newer one has moved some of the sessions."""
     async with store(database) as node:
         session = await opened(node)
@@ -307,7 +331,9 @@ async def test_a_session_that_has_jumped_twice_jumps_with_the_next_term_too(data
         assert await node.inbox.owned() == {Ownership(session.key, session.ownership.epoch + 3 * JUMP)}
 
 
-async def test_what_is_said_in_a_new_term_waits_for_what_was_said_before_it(database, hand):
+async def test_what_is_said_in_a_new_term_waits_for_what_was_said_before_it(
+    database: str, hand: asyncpg.Connection
+) -> None:
     """What was being stored gets its new number first; a session lost step with the tables, and its calls."""
     gate, refused = asyncio.Event(), list[PgmcpError]()
 

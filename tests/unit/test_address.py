@@ -35,7 +35,7 @@ WANTS = "target_session_attrs=read-write"
         ("", None),
     ],
 )
-def test_each_server_has_an_address_of_its_own(url, each):
+def test_each_server_has_an_address_of_its_own(url: str, each: list[str] | None) -> None:
     assert servers(url) == (each or [url])
 
 
@@ -53,5 +53,5 @@ def test_each_server_has_an_address_of_its_own(url, each):
         ("postgresql:///db", "db"),
     ],
 )
-def test_a_message_names_the_servers_and_no_password(url, where):
+def test_a_message_names_the_servers_and_no_password(url: str, where: str) -> None:
     assert place(url) == f"PostgreSQL at {where}"

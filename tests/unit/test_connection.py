@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import MutableMapping
 from typing import Any
 
 import pytest
@@ -45,12 +46,12 @@ class Cycle:
             self.transport = transport
             transport.cycle = self
         self.writable = asyncio.Event()
-        self.sent: list[dict[str, Any]] = []
+        self.sent: list[MutableMapping[str, Any]] = []
 
     async def receive(self) -> dict[str, Any]:
         return {"type": "http.disconnect"}
 
-    async def send(self, message: dict[str, Any]) -> None:
+    async def send(self, message: MutableMapping[str, Any]) -> None:
         await self.writable.wait()
         self.sent.append(message)
 
@@ -65,7 +66,7 @@ def untaken(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("transport", [True, False], ids=["uvicorn", "another server"])
-async def test_a_client_that_takes_nothing_is_dropped(transport):
+async def test_a_client_that_takes_nothing_is_dropped(transport: bool) -> None:
     cycle = Cycle(Transport() if transport else None)
     connection = Connection(cycle.receive, cycle.send, PATIENCE)
     async with asyncio.timeout(PATIENCE + 5):
@@ -77,7 +78,7 @@ async def test_a_client_that_takes_nothing_is_dropped(transport):
         assert cycle.transport.aborted
 
 
-async def test_a_client_that_takes_a_little_now_and_then_is_waited_for(monkeypatch):
+async def test_a_client_that_takes_a_little_now_and_then_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     untaken(monkeypatch)
     transport = Transport()
     cycle = Cycle(transport)
@@ -96,7 +97,7 @@ async def test_a_client_that_takes_a_little_now_and_then_is_waited_for(monkeypat
     assert cycle.sent == [body(b"x", more=True)]
 
 
-async def test_a_large_body_goes_out_in_pieces():
+async def test_a_large_body_goes_out_in_pieces() -> None:
     cycle = Cycle(Transport())
     cycle.writable.set()
     connection = Connection(cycle.receive, cycle.send, PATIENCE)
@@ -109,7 +110,7 @@ async def test_a_large_body_goes_out_in_pieces():
             assert [message["more_body"] for message in cycle.sent] == [True] * (len(cycle.sent) - 1) + [more]
 
 
-async def test_what_is_left_in_the_buffer_has_a_deadline_too(monkeypatch):
+async def test_what_is_left_in_the_buffer_has_a_deadline_too(monkeypatch: pytest.MonkeyPatch) -> None:
     untaken(monkeypatch)
     transport = Transport()
     cycle = Cycle(transport)
@@ -122,7 +123,7 @@ async def test_what_is_left_in_the_buffer_has_a_deadline_too(monkeypatch):
 
 
 @pytest.mark.parametrize("why", ["taken", "another exchange"])
-async def test_an_exchange_that_is_over_drops_nobody(monkeypatch, why):
+async def test_an_exchange_that_is_over_drops_nobody(monkeypatch: pytest.MonkeyPatch, why: str) -> None:
     untaken(monkeypatch)
     transport = Transport()
     cycle = Cycle(transport)

@@ -17,6 +17,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import asyncpg
@@ -33,7 +34,7 @@ def server(home: Path) -> EmbeddedPostgres:
     return EmbeddedPostgres(home, durable=False)
 
 
-def ask(url: str, question: str, **options: str | int) -> object:
+def ask(url: str, question: str, **options: Any) -> object:
     async def connect_and_ask() -> object:
         connection = await asyncpg.connect(url, timeout=5, **options)
         try:

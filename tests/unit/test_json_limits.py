@@ -44,7 +44,7 @@ def passes(body: bytes, elements: int, depth: int) -> bool:
 @given(value=anything, ascii_only=st.booleans(), piece=st.integers(1, 40))
 @example(value=["\\", '"', '\\"', "\\\\"], ascii_only=True, piece=1)
 @example(value={'a\\"': [[["]"]]]}, ascii_only=True, piece=2)
-def test_counts(value, ascii_only, piece):
+def test_counts(value: object, ascii_only: bool, piece: int) -> None:
     body = json.dumps(value, ensure_ascii=ascii_only).encode()
     marks, _, depth = counted(value)
     if marks:
@@ -73,7 +73,7 @@ def test_counts(value, ascii_only, piece):
         pytest.param(json.dumps([[]] * 60_000).encode("utf-32"), id="UTF-32"),
     ],
 )
-async def test_bombs(body):
+async def test_bombs(body: bytes) -> None:
     assert not passes(body, 50_000, 100)
     with pytest.raises(Refusal) as refused:
         await JsonLimits(50_000, 100).check_large(body)
@@ -85,7 +85,7 @@ async def test_bombs(body):
     ["a,b;{c}:[d]\n" * 300_000, '"' * 2_000_000, "\\" * 2_000_000, "1234567890," * 350_000, "{[" * 2_000_000],
     ids=["table", "quotes", "backslashes", "digits", "brackets"],
 )
-async def test_a_large_text_passes_whatever_it_says(text):
+async def test_a_large_text_passes_whatever_it_says(text: str) -> None:
     body = json.dumps({"jsonrpc": "2.0", "method": "x", "params": {"text": text}}).encode()
     await JsonLimits(50_000, 100).check_large(body)
     assert passes(body, 50_000, 100)

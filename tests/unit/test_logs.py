@@ -7,6 +7,7 @@ import json
 import linecache
 import logging
 import sys
+import threading
 import types
 import warnings
 from collections.abc import Callable, Iterator
@@ -189,7 +190,7 @@ def test_every_handler_of_a_library_goes(monkeypatch: pytest.MonkeyPatch) -> Non
     """FastMCP brings handlers that print whole messages and tracebacks, and does not propagate."""
     root, theirs = logging.getLogger(), logging.getLogger("fastmcp")
     before = root.handlers[:], root.level, theirs.handlers[:], theirs.propagate
-    for module, name in ((warnings, "showwarning"), (sys, "unraisablehook"), (logs.threading, "excepthook")):
+    for module, name in ((warnings, "showwarning"), (sys, "unraisablehook"), (threading, "excepthook")):
         monkeypatch.setattr(module, name, getattr(module, name))
     try:
         theirs.addHandler(logging.NullHandler())

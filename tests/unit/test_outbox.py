@@ -22,13 +22,13 @@ def stored(outbox: Outbox, where: Stream, count: int = 1) -> None:
 
 
 @pytest.mark.parametrize(("there", "complete"), [(3, True), (4, True), (2, False), (1, False)])
-def test_it_is_complete_if_the_last_event_is_there(there, complete):
+def test_it_is_complete_if_the_last_event_is_there(there: int, complete: bool) -> None:
     outbox = Outbox(stream())
     stored(outbox, outbox.standalone, 2)
     assert outbox.complete({outbox.standalone.id: Stand(there + JUMP, closed=False)}, JUMP) is complete
 
 
-def test_a_stream_that_is_gone_is_missed():
+def test_a_stream_that_is_gone_is_missed() -> None:
     outbox, own = Outbox(stream()), stream()
     outbox.streams[own.id] = own
     here = {outbox.standalone.id: Stand(1 + JUMP, closed=False)}
@@ -40,7 +40,7 @@ def test_a_stream_that_is_gone_is_missed():
     ("stand", "complete"),
     [(Stand(2, closed=True), True), (Stand(1 + JUMP, closed=False), False), (None, None)],
 )
-def test_a_finished_stream_tells_as_long_as_it_is_kept(stand, complete):
+def test_a_finished_stream_tells_as_long_as_it_is_kept(stand: Stand | None, complete: bool | None) -> None:
     outbox, done = Outbox(stream()), stream()
     stored(outbox, done)
     stands = {outbox.standalone.id: Stand(1 + JUMP, closed=False)} | ({done.id: stand} if stand else {})
@@ -48,7 +48,7 @@ def test_a_finished_stream_tells_as_long_as_it_is_kept(stand, complete):
     assert outbox.complete(stands, JUMP) is complete
 
 
-def test_what_is_being_stored_is_no_loss_and_gets_its_number_anew():
+def test_what_is_being_stored_is_no_loss_and_gets_its_number_anew() -> None:
     outbox, own = Outbox(stream()), stream()
     outbox.streams[own.id] = own
     stored(outbox, own)
@@ -61,7 +61,7 @@ def test_what_is_being_stored_is_no_loss_and_gets_its_number_anew():
     assert outbox.begin(outbox.standalone, b"", None, None, None).seq == 1 + JUMP
 
 
-def test_an_answer_that_came_in_time_is_known_though_nobody_heard_so():
+def test_an_answer_that_came_in_time_is_known_though_nobody_heard_so() -> None:
     outbox, own, key = Outbox(stream()), stream(), RequestKey(Ids().uuid())
     last = outbox.begin(own, b"", key, None, None)
     rest = {outbox.standalone.id: Stand(1 + JUMP, closed=False)}
@@ -72,7 +72,7 @@ def test_an_answer_that_came_in_time_is_known_though_nobody_heard_so():
     assert last.stored
 
 
-def test_two_eras_at_once():
+def test_two_eras_at_once() -> None:
     outbox = Outbox(stream())
     stored(outbox, outbox.standalone)
     stands = {outbox.standalone.id: Stand(2 + 2 * JUMP, closed=False)}

@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,17 +11,17 @@ from pgmcp.settings import Settings
 DOCS = Path(__file__).parents[2] / "docs"
 
 
-def test_the_reference_is_what_the_settings_say():
+def test_the_reference_is_what_the_settings_say() -> None:
     assert (DOCS / "settings.md").read_text() == reference(), "run `make reference`"
 
 
-def test_variables_and_options_take_several_names_with_commas(monkeypatch):
+def test_variables_and_options_take_several_names_with_commas(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PGMCP_ALLOWED_HOSTS", "a.example,b.example:*")
     assert Settings().allowed_hosts == ("a.example", "b.example:*")
     assert load({"allowed_hosts": ("c.example",)}).allowed_hosts == ("c.example",)
 
 
-def test_an_option_goes_before_its_variable(monkeypatch):
+def test_an_option_goes_before_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PGMCP_SCHEMA", "theirs")
     assert Settings().schema_name == "theirs"
     assert load({"schema_name": "ours"}).schema_name == "ours"
@@ -39,6 +40,6 @@ def test_an_option_goes_before_its_variable(monkeypatch):
         {"no_such_setting": 1},
     ],
 )
-def test_what_cannot_work_is_refused_with_a_hint(values):
+def test_what_cannot_work_is_refused_with_a_hint(values: dict[str, Any]) -> None:
     with pytest.raises(SettingsError, match="refused"):
         Settings(**values)

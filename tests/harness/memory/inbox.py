@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from uuid import UUID
 
 from pgmcp.clock import Ids
@@ -11,6 +12,7 @@ from pgmcp.errors import (
     ClusterFull,
     Fenced,
     OutOfStep,
+    PgmcpError,
     SessionBusy,
     SessionUnknown,
     TooManySessions,
@@ -94,7 +96,8 @@ class MemoryInbox:
         unused = [row for row in rows if not self._in_use(row)]
         own = self._own(principal, address)
         if own and len(own) >= settings.max_sessions_per_caller:
-            candidates, error = [row for row in unused if row in own], TooManySessions()
+            candidates = [row for row in unused if row in own]
+            error: PgmcpError = TooManySessions()
         elif len(rows) >= settings.max_sessions:
             late = self._cluster.now() - CLIENT_GONE
             begun = {place[0] for place in self._cluster.journal if place[1] == "initialized"}
@@ -144,7 +147,7 @@ class MemoryInbox:
                     await self._wire.clock.sleep(0.01)
                 case Fate.FREE:
                     for each in verdict.known:
-                        await self._wire.persist("free_request_id", lambda key=each.key: self._free(key))
+                        await self._wire.persist("free_request_id", partial(self._free, each.key))
 
     def _free(self, key: RequestKey) -> None:
         row = self._cluster.requests.get(key)
@@ -346,6 +349,37 @@ class MemoryInbox:
             self._cluster.stored(self._node, "write_journal", ownership)
 
         await self._wire.persist("write_journal", work, gated=True)
+
+    async def unfinished(self, sessions: Sequence[SessionKey]) -> dict[SessionKey, set[RequestKey]]:
+        def work() -> dict[SessionKey, set[RequestKey]]:
+            found: dict[SessionKey, set[RequestKey]] = {}
+            for row in self._cluster.requests.values():
+                if row.session in sessions and row.message.rpc_id is not None and not row.finished:
+                    found.setdefault(row.session, set()).add(row.key)
+            return found
+
+        return await self._wire.persist("unfinished", work)
+
+    async def keep_claims(self, ownerships: Sequence[Ownership], keys: Sequence[RequestKey]) -> None:
+        def work() -> None:
+            for ownership in ownerships:
+                if self._cluster.owned_by(self._node, ownership) is not None:
+                    self._keep_claims(ownership, keys)
+                    self._cluster.stored(self._node, "keep_claims", ownership)
+
+        await self._wire.persist("keep_claims", work)
+        self._unheard.clear()
+
+    def _keep_claims(self, ownership: Ownership, keys: Sequence[RequestKey]) -> None:
+        for row in self._cluster.requests_of(ownership.session):
+            former = row.claimed_epoch
+            if row.message.rpc_id is None or row.finished or (former or 0) >= ownership.epoch:
+                continue  # what was claimed in the term already is let be
+            row.claim = None
+            if row.key in keys:
+                row.claimed_epoch, row.runs = ownership.epoch, max(row.runs, 1)
+            else:
+                row.claimed_epoch, row.runs = None, row.runs if former is None else max(row.runs - 1, 0)
 
     async def end(self, session_id: str, principal: Principal = ANONYMOUS) -> SessionKey:
         facts = await self.find(session_id, principal)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from pgmcp.errors import Fenced, OutOfStep, SessionBusy, SessionUnknown, StreamTaken
 from pgmcp.types import (
@@ -22,6 +23,7 @@ from pgmcp.types import (
     RequestKey,
     SessionFacts,
     SessionKey,
+    Stand,
     StreamId,
     StreamKind,
 )
@@ -225,6 +227,16 @@ class MemoryLog:
         sink, epoch = await self._wire.persist("sink_of", seen)  # a repeat could not name the sink any more
         dropped = await self._wire.persist("drop_sink", work, gated=True)
         return None if dropped is None else (dropped, sink)
+
+    async def stands(self, streams: Sequence[StreamId]) -> dict[StreamId, Stand]:
+        def work() -> dict[StreamId, Stand]:
+            rows = [row for row in self._cluster.streams.values() if row.id in streams]
+            return {row.id: Stand(row.next_seq, row.closed) for row in rows}
+
+        return await self._wire.persist("stands", work)
+
+    async def knows(self, stream: StreamId) -> bool:
+        return await self._wire.persist("knows_stream", lambda: stream in self._cluster.streams)
 
     async def standalone(self, session: SessionKey) -> tuple[StreamId, int]:
         row = await self._wire.persist("standalone_stream", lambda: self._cluster.standalone_of(session))

@@ -13,6 +13,7 @@ from uuid import UUID
 
 from pgmcp.clock import Clock
 from pgmcp.settings import Settings
+from pgmcp.store.timeline import JUMP
 from pgmcp.types import (
     Established,
     Message,
@@ -134,7 +135,8 @@ class MemoryCluster:
         """The backends of the nodes' lines, and who hears what is notified there."""
         self.channels: dict[NodeId, int] = {}
         self._numbers, self._positions = itertools.count(1), itertools.count(1)
-        self.started_at = self.now()
+        self.started_at, self.term_position = self.now(), 0
+        """What was accepted before that moment, or up to that position, may have been claimed."""
         self.issued: Callable[[NodeId, str], None] = _nothing
         """Called when a node sends a statement."""
         self.stored: Callable[[NodeId, str, Ownership], None] = _nothing
@@ -195,6 +197,14 @@ class MemoryCluster:
             if row.outcome in {None, Outcome.DELIVERED}:
                 row.claim, row.claimed_epoch, row.runs, row.outcome = None, None, max(row.runs - 1, 0), None
         self.unflushed.clear()
+
+    def begin_term(self) -> None:
+        """Another timeline, which has every commit of the former one: all numbers jump."""
+        self.term_position = max((row.position for row in self.requests.values()), default=0)
+        for session in self.sessions.values():
+            session.epoch += JUMP
+        for stream in self.streams.values():
+            stream.next_seq += 0 if stream.closed else JUMP
 
     def forget(self, session: SessionKey) -> None:
         """A session goes with all that hangs off it."""

@@ -178,7 +178,7 @@ class MemoryTakeovers:
         if row.message.rpc_id is None or row.finished:
             return False
         if row.claimed_epoch is None:
-            return row.accepted_at < self._cluster.started_at
+            return row.accepted_at < self._cluster.started_at or row.position <= self._cluster.term_position
         return row.claimed_epoch <= epoch
 
     def _inherited(self, row: RequestRow) -> Inherited:

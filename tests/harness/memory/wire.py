@@ -21,6 +21,7 @@ UNFLUSHED = {
     "claimed_requests",
     "find_session",
     "inherited_requests",
+    "knows_stream",
     "notify",
     "read_publications",
     "read_streams",
@@ -30,7 +31,9 @@ UNFLUSHED = {
     "sink_epoch",
     "sink_of",
     "standalone_stream",
+    "stands",
     "unclaimed",
+    "unfinished",
 }
 """Statements that bring nothing to the disk: reads, and those for whose commits nobody waits."""
 
