@@ -17,6 +17,7 @@ TYPESCRIPT := .cache/typescript/.installed
 
 # Without this, where Python may not write (PYTHONDONTWRITEBYTECODE), each start of a node compiles everything anew.
 export UV_COMPILE_BYTECODE := 1
+unexport PYTHONDONTWRITEBYTECODE
 export UV_NO_PROGRESS := 1
 # Trust whom the machine trusts: neither uv nor node looks into the system's certificates by itself.
 export UV_SYSTEM_CERTS := 1
@@ -60,7 +61,8 @@ controls: $(VENV)/.dev $(SUITE) tools ## run the conformance suite on the plain 
 # A hundred histories: HISTORY_SEEDS=100 make chaos ARGS="-k history"
 .PHONY: chaos
 chaos: $(VENV)/.dev ## kill, freeze and cut off nodes, 20 rounds; the figures of docs/guarantees.md
-	@CHAOS_ROUNDS=$${CHAOS_ROUNDS:-20} CHAOS_STRICT=1 $(BIN)/python -m pytest tests/chaos $(ARGS)
+	@CHAOS_ROUNDS=$${CHAOS_ROUNDS:-20} HISTORY_SEEDS=$${HISTORY_SEEDS:-3} CHAOS_STRICT=1 \
+		$(BIN)/python -m pytest tests/chaos $(ARGS)
 
 .PHONY: check
 check: $(VENV)/.dev ## lint, formatting, import rules, types
