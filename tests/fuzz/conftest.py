@@ -17,6 +17,7 @@ import pytest
 from pytest_postgresql.executors import NoopExecutor
 
 from pgmcp.clock import Clock
+from pgmcp.web import bodies
 from tests.conftest import _temporary
 from tests.harness.clients import RawSession
 from tests.harness.cluster import RunningNode, Tables, everything, running_node, tables_of
@@ -166,12 +167,14 @@ def target(template: NoopExecutor) -> Iterator[Target]:
         loop.close()
 
     thread = threading.Thread(target=run)
-    thread.start()
-    try:
-        yield ready.result(30)
-    finally:
-        loop.call_soon_threadsafe(stop.set)
-        thread.join(30)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bodies, "REFUSED_SECONDS", 0.1)  # nearly every body here is refused
+        thread.start()
+        try:
+            yield ready.result(30)
+        finally:
+            loop.call_soon_threadsafe(stop.set)
+            thread.join(30)
 
 
 @pytest.fixture

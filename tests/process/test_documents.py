@@ -30,7 +30,8 @@ from tests.harness.modern import Modern
 from tests.harness.processes import REPOSITORY
 
 README, DOCS = REPOSITORY / "README.md", REPOSITORY / "docs"
-DOCUMENTS = sorted([README, REPOSITORY / "CHANGELOG.md", REPOSITORY / "SECURITY.md", *DOCS.rglob("*.md")])
+CONTRIBUTING = REPOSITORY / "CONTRIBUTING.md"
+DOCUMENTS = sorted([README, CONTRIBUTING, REPOSITORY / "CHANGELOG.md", REPOSITORY / "SECURITY.md", *DOCS.rglob("*.md")])
 LANGUAGES = {"", "python", "sh", "sql", "yaml", "ini"}
 
 
@@ -108,6 +109,23 @@ def test_make_up_and_make_demo_are_the_commands() -> None:
     makefile = (REPOSITORY / "Makefile").read_text()
     for name in ("up", "demo"):
         assert re.search(rf"^{name}: .*\n\t@\$\(BIN\)/pgmcp {name} \$\(ARGS\)$", makefile, re.MULTILINE)
+
+
+ROOMS = ("", "pgmcp", "tests/cluster", "tests/store")
+"""Folders from which the recipes name files."""
+
+
+def test_the_recipes_name_what_is_there() -> None:
+    text = CONTRIBUTING.read_text()
+    paths = [
+        path
+        for path in re.findall(r"`((?:[\w.]+/)*[\w*.]+\.(?:py|md|sql|toml))`", text)
+        if not re.search("NAME|NNNN", path)
+    ]
+    assert len(paths) > 50
+    assert [path for path in paths if not any([*(REPOSITORY / room).glob(path)] for room in ROOMS)] == []
+    targets = re.findall(r"^([\w-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
+    assert set(re.findall(r"`(?:\w+=\S+ )?make (\w+)", text)) <= set(targets)
 
 
 # -- the example in docs/guarantees.md -------------------------------------------------------------------------------

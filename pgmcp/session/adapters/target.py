@@ -124,13 +124,19 @@ def load(target: str) -> object:
 
 
 def _module(name: str) -> object:
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
+    _look_in(Path.cwd())
     return importlib.import_module(name)
 
 
+def _look_in(folder: Path) -> None:
+    """Let modules be imported from a folder."""
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+
 def _file(path: Path) -> object:
+    """Run a file, which may import those beside it; by its path, since its name may be that of another module."""
+    _look_in(path.absolute().parent)
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
         message = f"{path} is no Python file"
