@@ -15,7 +15,7 @@ import uvicorn
 
 from pgmcp.clock import Clock, Ids
 from pgmcp.node import KEEP_ALIVE_SECONDS, Incarnation, Node
-from pgmcp.node.protocol import limited
+from pgmcp.node.http_protocol import limited
 from pgmcp.session.adapters.target import load
 from pgmcp.settings import Settings
 from pgmcp.types import SessionKey
