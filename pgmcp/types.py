@@ -39,10 +39,6 @@ CARRIED = 64
 """Times as many standalone notifications may wait while a client listens: it takes them as fast as they are stored."""
 
 
-RESUMES = "2025-11-25"
-"""The first revision whose clients know priming events, and come back when a connection ends before its stream."""
-
-
 _VERSION_BITS = 0xF << 76
 _ALIASES = 8
 

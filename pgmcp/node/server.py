@@ -12,8 +12,8 @@ import uvicorn
 
 from pgmcp.errors import SettingsError
 from pgmcp.node import listener
-from pgmcp.node.node import Node
 from pgmcp.node.http_protocol import limited, raise_file_limit
+from pgmcp.node.node import Node
 from pgmcp.ops.logs import configure
 from pgmcp.session.adapters.target import load
 from pgmcp.settings import Settings

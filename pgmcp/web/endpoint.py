@@ -33,13 +33,14 @@ from pgmcp.errors import (
     StreamTaken,
     TooManySessions,
 )
+from pgmcp.protocol import INTERNAL_ERROR, INVALID_REQUEST
 from pgmcp.settings import Settings
 from pgmcp.types import StreamId
 from pgmcp.web.bodies import Bodies, Body
 from pgmcp.web.connection import connection_of
 from pgmcp.web.edge import Edge
 from pgmcp.web.http_exchange import HttpExchange
-from pgmcp.web.json_rpc import INTERNAL_ERROR, INVALID_REQUEST, Refusal
+from pgmcp.web.json_rpc import Refusal
 from pgmcp.web.rates import Rates
 
 logger = logging.getLogger(__name__)

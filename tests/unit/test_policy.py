@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from pgmcp.session.policy import HARMLESS, Fate, fate, undecided
+from pgmcp.protocol import HARMLESS
+from pgmcp.session.policy import Fate, fate, undecided
 from pgmcp.types import Heard, Inherited, RequestKey
 from tests.harness.stores import IDS
 

@@ -31,13 +31,13 @@ from mcp.server.subscriptions import (
 from mcp_types import SubscriptionsListenRequestParams, SubscriptionsListenResult
 
 from pgmcp.errors import PublicationRefused
+from pgmcp.protocol import LISTEN
 from pgmcp.types import Change, Publication
 
 logger = logging.getLogger(__name__)
 
 Listener = Callable[[ServerEvent], None]
 
-LISTEN = "subscriptions/listen"
 SOME, TURNS = 16, 12
 """Listeners that are told at once, and turns of the event loop in which their streams write before the next are told:
 whoever else wants something of the node waits for few of them."""

@@ -26,6 +26,7 @@ from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
 from pgmcp.errors import NodeNotReady
+from pgmcp.protocol import SESSION_ID_HEADER
 from pgmcp.session.adapter import Conversation, Incoming, Kind, Outgoing, Shared
 from pgmcp.session.adapters.json_in_strings import bound_parsing
 from pgmcp.session.adapters.stateless import Stateless
@@ -170,7 +171,7 @@ def _metadata(incoming: Incoming, request: Request) -> ServerMessageMetadata:
 
 def _replayed(session_id: str) -> Mapping[str, Any]:
     """What a message that the node itself replays came with: many servers know their sessions by the header."""
-    headers = [["mcp-session-id", session_id], [RESTORED, "1"]]
+    headers = [[SESSION_ID_HEADER, session_id], [RESTORED, "1"]]
     return {"method": "POST", "path": "/", "query_string": "", "headers": headers}
 
 
