@@ -30,7 +30,7 @@ from pgmcp.ops.health import health_routes
 from pgmcp.ops.logs import mask_session_ids
 from pgmcp.service import Faults, Periodic, Service, failure
 from pgmcp.session.adapter import Shared
-from pgmcp.session.adapters.target import target_of
+from pgmcp.session.target import target_of
 from pgmcp.settings import Settings
 from pgmcp.store.database import Database
 from pgmcp.store.key_wrapping import wrapping_of

@@ -11,12 +11,12 @@ from litestar import Litestar
 from mcp.server.mcpserver import Context, MCPServer
 
 from pgmcp import ClusterPlugin
-from pgmcp.session.adapters.sdk import RESTORED
+from pgmcp.session.adapter import RESTORED_HEADER
 from tests.harness.clients import RawSession
 from tests.harness.cluster import cluster, serving
 from tests.harness.modern import Modern
 
-SAYS = {RESTORED: "1", "PGMCP-Restored": "2"}
+SAYS = {RESTORED_HEADER: "1", "PGMCP-Restored": "2"}
 
 
 def server() -> MCPServer:
@@ -24,7 +24,7 @@ def server() -> MCPServer:
 
     @made.tool()
     def restored(ctx: Context) -> list[str]:
-        return [value for name, value in ctx.request_context.request.headers.items() if name == RESTORED]
+        return [value for name, value in ctx.request_context.request.headers.items() if name == RESTORED_HEADER]
 
     @made.tool()
     async def waits(ctx: Context) -> str:

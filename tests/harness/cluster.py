@@ -16,7 +16,7 @@ import uvicorn
 from pgmcp.clock import Clock, Ids
 from pgmcp.node import KEEP_ALIVE_SECONDS, Incarnation, Node
 from pgmcp.node.http_protocol import limited
-from pgmcp.session.adapters.target import load
+from pgmcp.session.target import load
 from pgmcp.settings import Settings
 from pgmcp.types import SessionKey
 from tests.harness.pooler import way_to

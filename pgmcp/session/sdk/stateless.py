@@ -19,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 
 from pgmcp.protocol import LISTEN
 from pgmcp.session.adapter import Shared
-from pgmcp.session.adapters.states import with_shared_states
+from pgmcp.session.sdk.states import with_shared_states
 
 
 class Stateless:
