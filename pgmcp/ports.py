@@ -257,10 +257,6 @@ class Log(Protocol):
         """Whether there is such a stream."""
         ...
 
-    async def standalone(self, session: SessionKey) -> tuple[StreamId, int]:
-        """The session's standalone stream and its next number."""
-        ...
-
 
 class Takeovers(Protocol):
     """Deaths, and changes of owner after them."""

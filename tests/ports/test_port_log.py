@@ -19,6 +19,7 @@ from pgmcp.types import (
     Entry,
     NodeState,
     SessionFacts,
+    Stand,
     StreamId,
     StreamKind,
 )
@@ -154,7 +155,8 @@ async def test_the_standalone_stream_is_found_without_its_id(scene: Scene) -> No
     attachment = await scene.edge.log.attach(scene.session.session_id, ANONYMOUS, None)
     assert isinstance(attachment, Attachment)
     assert (attachment.stream, attachment.next_seq, attachment.replaced) == (scene.session.standalone, 2, None)
-    assert await scene.owner.log.standalone(scene.session.key) == (scene.session.standalone, 2)
+    stands = await scene.owner.log.stands([scene.session.standalone])
+    assert stands == {scene.session.standalone: Stand(2, closed=False)}
 
 
 async def test_a_stream_closes_with_its_last_answer(scene: Scene) -> None:

@@ -295,6 +295,3 @@ with guard as materialized (
 )
 select id as stream from target;
 
--- name: standalone_stream
-select st.id, st.next_seq from {schema}.streams st where st.session = $1 and st.kind = 'standalone';
-

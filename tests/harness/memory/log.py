@@ -21,7 +21,6 @@ from pgmcp.types import (
     Principal,
     RequestKey,
     SessionFacts,
-    SessionKey,
     StreamId,
     StreamKind,
 )
@@ -225,10 +224,3 @@ class MemoryLog:
         sink, epoch = await self._wire.persist("sink_of", seen)  # a repeat could not name the sink any more
         dropped = await self._wire.persist("drop_sink", work, gated=True)
         return None if dropped is None else (dropped, sink)
-
-    async def standalone(self, session: SessionKey) -> tuple[StreamId, int]:
-        row = await self._wire.persist("standalone_stream", lambda: self._cluster.standalone_of(session))
-        if row is None:
-            message = f"Session {session} is over."
-            raise Fenced(message)
-        return row.id, row.next_seq

@@ -29,7 +29,6 @@ UNFLUSHED = {
     "restores_begun",
     "sink_epoch",
     "sink_of",
-    "standalone_stream",
     "unclaimed",
 }
 """Statements that bring nothing to the disk: reads, and those for whose commits nobody waits."""
