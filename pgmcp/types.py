@@ -35,6 +35,11 @@ REPLACEMENTS, REPLACED_WITHIN_SECONDS = 3, 10.0
 """How often, within how many seconds, listeners may take a standalone stream from one that a living node carries."""
 
 
+JUMP = 1_000_000
+"""How far numbers jump where those from before may still be on their way: epochs and events at a term, what an owner
+writes into a journal at a restore. More than one session or stream ever uses."""
+
+
 CARRIED = 64
 """Times as many standalone notifications may wait while a client listens: it takes them as fast as they are stored."""
 
@@ -92,6 +97,9 @@ class Change(StrEnum):
     RESOURCES = "resources_list_changed"
     UPDATED = "resource_updated"
 
+
+PUBLICATIONS_SECONDS = 300.0
+"""Seconds for which publications are kept: twice as long as a reader of them may be absent without a gap."""
 
 PUBLISHED = "p"
 """The wake-up that says that there are publications; migration 0004 says the same word."""

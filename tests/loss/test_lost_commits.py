@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack
 
 import pytest
 
-from pgmcp.store.timeline import JUMP
+from pgmcp.types import JUMP
 from tests.harness.clients import RawExchange, RawSession
 from tests.harness.cluster import eventually, tables_of
 from tests.loss.inside import Truth, two_nodes, waiting

@@ -18,7 +18,7 @@ with counted as materialized (
 ), made as (
     insert into {schema}.sessions
         (session_id, owner, transport, principal_client, principal_issuer, principal_subject, address, epoch)
-    select $1, $2, $3, $4, $5, $6, $11, coalesce((select 1000000 * h.term from {schema}.history h), 0) + 1
+    select $1, $2, $3, $4, $5, $6, $11, coalesce((select {jump} * h.term from {schema}.history h), 0) + 1
     from counted where coalesce(everybody < $8, true) and own < $9
       and not exists (
           select from {schema}.spent_states where state = sha256(convert_to($1::text || '/' || $10::integer, 'UTF8'))

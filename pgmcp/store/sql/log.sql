@@ -29,7 +29,7 @@ with guard as materialized (
 ), moving as materialized (
     select f.stream, l.kind, l.delivered_seq, max(f.seq) + 1 as beyond,
         -- numbers that may be cut: beyond what was delivered or cut before, and of this term (numbers jump)
-        greatest(l.delivered_seq, l.floor_seq, (max(f.seq) + 1) / 1000000 * 1000000 - 1) as cut_after,
+        greatest(l.delivered_seq, l.floor_seq, (max(f.seq) + 1) / {jump} * {jump} - 1) as cut_after,
         max(f.seq) + 1 - case when l.sink is null then $10::bigint else $12::bigint end as cut_before
     from fit f
     join locked l on l.id = f.stream and l.session = f.session and not l.closed
