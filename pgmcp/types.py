@@ -340,7 +340,6 @@ class NodeRecord:
     address: str
     version: str
     schema_revision: str
-    capacity: int
     serves: str = ""
 
 

@@ -204,7 +204,7 @@ class Incarnation(Service):
         """
         settings = self._settings
         address = settings.address or f"{settings.host}:{settings.port}"
-        record = NodeRecord(self.node_id, settings.node_name, address, VERSION, self._revision, CAPACITY, self._serves)
+        record = NodeRecord(self.node_id, settings.node_name, address, VERSION, self._revision, self._serves)
         await join(self._database, record)
         if self._seals:
             await no_older(self._database)

@@ -88,7 +88,7 @@ with guard as materialized (
     select s.id, s.epoch
     from guard, {schema}.sessions s
     join unnest($1::bigint[], $2::bigint[]) as a (session, epoch) on a.session = s.id
-    where (s.owner = $3) is true and s.epoch = a.epoch and s.state = 'live'
+    where (s.owner = $3) is true and s.epoch = a.epoch
     order by s.id
     for key share of s
 )
