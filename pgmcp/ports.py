@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 from uuid import UUID
 
+from pgmcp.inheritance import Inheritance
 from pgmcp.types import (
     Accepted,
     Attachment,
@@ -20,7 +21,6 @@ from pgmcp.types import (
     Entry,
     Established,
     Horizon,
-    Inheritance,
     JournalEntry,
     Message,
     NewSession,

@@ -12,8 +12,8 @@ from collections.abc import Collection, Sequence
 from enum import StrEnum
 from fnmatch import fnmatchcase
 
+from pgmcp.inheritance import Heard, Inherited
 from pgmcp.protocol import CALL_TOOL, CANCELLED, HARMLESS
-from pgmcp.types import Heard, Inherited
 
 RUNS = 2
 """Times that a request is started at most."""

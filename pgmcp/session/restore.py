@@ -23,12 +23,13 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from pgmcp.errors import PgmcpError
+from pgmcp.inheritance import Inheritance, Inherited
 from pgmcp.ports import Takeovers
 from pgmcp.protocol import CANCELLED, INITIALIZED, LIST_TOOLS, message_of
 from pgmcp.session.actor import Actor
 from pgmcp.session.policy import Fate, fate, undecided
 from pgmcp.session.state import EXPORT, Hooks, SessionState
-from pgmcp.types import Claimed, Inheritance, Inherited, StreamId
+from pgmcp.types import Claimed, StreamId
 
 logger = logging.getLogger(__name__)
 

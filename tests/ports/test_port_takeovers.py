@@ -9,17 +9,8 @@ from typing import Any
 import pytest
 
 from pgmcp.errors import Fenced
-from pgmcp.types import (
-    ANONYMOUS,
-    Attachment,
-    Claimed,
-    Entry,
-    Inheritance,
-    JournalEntry,
-    NodeState,
-    Ownership,
-    SessionFacts,
-)
+from pgmcp.inheritance import Inheritance
+from pgmcp.types import ANONYMOUS, Attachment, Claimed, Entry, JournalEntry, NodeState, Ownership, SessionFacts
 from tests.harness.proxy import Cut
 from tests.harness.stores import Session, answer, opened, outcome, request, until
 from tests.ports.benches import LONG, Bench, Pair, Ports
