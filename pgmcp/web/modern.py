@@ -23,22 +23,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import anyio
-from mcp.server.transport_security import TransportSecurityMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pgmcp.clock import Clock
 from pgmcp.errors import NodeNotReady
 from pgmcp.protocol import LISTEN, METHOD_HEADER, VERSION_HEADER, revision_of
-from pgmcp.settings import Settings
 from pgmcp.web.admission import Admission
-from pgmcp.web.bodies import Bodies, Body
+from pgmcp.web.bodies import Body
 from pgmcp.web.connection import Watch
-from pgmcp.web.endpoint import Front
+from pgmcp.web.endpoint import Front, Rules
 from pgmcp.web.fair_shares import FairShares
 from pgmcp.web.http_exchange import HttpExchange
 from pgmcp.web.json_limits import json_limits_of
 from pgmcp.web.json_rpc import Refusal
-from pgmcp.web.rates import Rates
 from pgmcp.web.token_expiry import TokenExpiry, expired
 
 WAITING = 500
@@ -91,23 +88,14 @@ class Modern(Front):
     Args:
         server: answers an exchange that has its turn; raises ``NodeNotReady`` while it cannot.
         admission: the node's turns.
+        rules: whom and what it lets in.
     """
 
-    def __init__(
-        self,
-        server: ASGIApp,
-        admission: Admission,
-        *,
-        security: TransportSecurityMiddleware,
-        bodies: Bodies,
-        rates: Rates,
-        settings: Settings,
-        clock: Clock,
-    ) -> None:
-        super().__init__(security=security, bodies=bodies, rates=rates, settings=settings)
+    def __init__(self, server: ASGIApp, admission: Admission, rules: Rules, clock: Clock) -> None:
+        super().__init__(rules)
         self._server, self._admission, self._clock = server, admission, clock
-        self._calls = FairShares(settings.max_exchanges, "exchanges", clock)
-        self._listens = FairShares(settings.max_listens, f"{LISTEN} streams", clock)
+        self._calls = FairShares(rules.settings.max_exchanges, "exchanges", clock)
+        self._listens = FairShares(rules.settings.max_listens, f"{LISTEN} streams", clock)
         self._open: set[_Open] = set()
 
     @property
