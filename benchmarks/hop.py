@@ -49,7 +49,7 @@ from pgmcp.errors import DatabaseUnavailable
 from pgmcp.node import incarnation
 from pgmcp.service import Faults
 from pgmcp.session.adapter import Conversation, Kind, Outgoing, Shared
-from pgmcp.session.adapters.bus import PostgresSubscriptionBus
+from pgmcp.session.sdk.bus import PostgresSubscriptionBus
 from pgmcp.session.state import Hooks
 from pgmcp.settings import Settings
 from pgmcp.store import database, statements

@@ -8,7 +8,7 @@ from pgmcp.types import VERSION
 
 if TYPE_CHECKING:
     from pgmcp.hosting import Cluster, ClusterPlugin
-    from pgmcp.session.adapters.bus import PostgresSubscriptionBus
+    from pgmcp.session.sdk.bus import PostgresSubscriptionBus
     from pgmcp.session.state import SessionState, keep_memory, session_state
 
 __version__ = VERSION
@@ -30,7 +30,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(hosting, name)
     if name == "PostgresSubscriptionBus":
-        from pgmcp.session.adapters import bus  # noqa: PLC0415 - see above
+        from pgmcp.session.sdk import bus  # noqa: PLC0415 - see above
 
         return bus.PostgresSubscriptionBus
     if name in {"SessionState", "keep_memory", "session_state"}:

@@ -13,7 +13,7 @@ from mcp.server.subscriptions import ServerEvent
 from starlette.types import ASGIApp
 
 from pgmcp.node import Node
-from pgmcp.session.adapters.bus import publications_of
+from pgmcp.session.sdk.bus import publications_of
 from pgmcp.settings import Settings
 from pgmcp.store.publications import publish_from_outside
 from pgmcp.web.application import Application

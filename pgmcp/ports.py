@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 from uuid import UUID
 
+from pgmcp.inheritance import Inheritance
 from pgmcp.types import (
     Accepted,
     Attachment,
@@ -20,7 +21,6 @@ from pgmcp.types import (
     Entry,
     Established,
     Horizon,
-    Inheritance,
     JournalEntry,
     Message,
     NewSession,
@@ -255,10 +255,6 @@ class Log(Protocol):
 
     async def knows(self, stream: StreamId) -> bool:
         """Whether there is such a stream."""
-        ...
-
-    async def standalone(self, session: SessionKey) -> tuple[StreamId, int]:
-        """The session's standalone stream and its next number."""
         ...
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from datetime import datetime
 from enum import StrEnum
 from hashlib import sha256
 from typing import NewType
@@ -35,12 +34,13 @@ REPLACEMENTS, REPLACED_WITHIN_SECONDS = 3, 10.0
 """How often, within how many seconds, listeners may take a standalone stream from one that a living node carries."""
 
 
+JUMP = 1_000_000
+"""How far numbers jump where those from before may still be on their way: epochs and events at a term, what an owner
+writes into a journal at a restore. More than one session or stream ever uses."""
+
+
 CARRIED = 64
 """Times as many standalone notifications may wait while a client listens: it takes them as fast as they are stored."""
-
-
-RESUMES = "2025-11-25"
-"""The first revision whose clients know priming events, and come back when a connection ends before its stream."""
 
 
 _VERSION_BITS = 0xF << 76
@@ -96,6 +96,9 @@ class Change(StrEnum):
     RESOURCES = "resources_list_changed"
     UPDATED = "resource_updated"
 
+
+PUBLICATIONS_SECONDS = 300.0
+"""Seconds for which publications are kept: twice as long as a reader of them may be absent without a gap."""
 
 PUBLISHED = "p"
 """The wake-up that says that there are publications; migration 0004 says the same word."""
@@ -336,7 +339,6 @@ class NodeRecord:
     address: str
     version: str
     schema_revision: str
-    capacity: int
     serves: str = ""
 
 
@@ -356,56 +358,6 @@ class Condemned:
     node: NodeId
     name: str
     cause: str
-
-
-@dataclass(frozen=True, slots=True)
-class Inherited:
-    """A request that an earlier owner may have started and did not finish."""
-
-    key: RequestKey
-    position: int
-    rpc_id: str
-    method: str
-    name: str | None
-    body: bytes
-    context: bytes
-    stream: StreamId | None
-    next_seq: int
-    runs: int
-
-
-@dataclass(frozen=True, slots=True)
-class Heard:
-    """An answer of the client (``method`` None) or one of its notifications, claimed or not, the newest first."""
-
-    position: int
-    method: str | None
-    body: bytes
-    claimed: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Inheritance:
-    """What a new owner finds of a session.
-
-    ``attempt`` counts the restores that were begun and did not succeed, this one included; ``said`` holds questions,
-    cancels and progress of earlier owners on the streams of ``requests`` and on the standalone one, the newest first;
-    ``changed``, of which lists changes were published since the session began; ``version`` is the number of the newest
-    write of its journal, and ``exported_at`` says when a server exported its memory of it.
-    """
-
-    session_id: str
-    attempt: int
-    standalone: StreamId
-    next_seq: int
-    sinks: tuple[tuple[NodeId, StreamId], ...]
-    journal: tuple[JournalEntry, ...]
-    requests: tuple[Inherited, ...]
-    heard: tuple[Heard, ...]
-    said: tuple[tuple[StreamId, bytes], ...]
-    changed: tuple[Change, ...] = ()
-    version: int = 0
-    exported_at: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ import httpx
 from starlette.types import Message, Receive, Scope, Send
 
 from pgmcp.clock import Clock
+from pgmcp.protocol import HEADER_PREFIX, LAST_EVENT_ID_HEADER
 
 HOP_BY_HOP = frozenset(
     {
@@ -46,7 +47,7 @@ FOR_THE_NODE = frozenset(
         b"cookie",
         b"forwarded",
         b"host",
-        b"last-event-id",
+        LAST_EVENT_ID_HEADER.encode(),
         b"origin",
     }
 )
@@ -255,7 +256,7 @@ def _end_to_end(headers: Headers) -> Headers:
 
 
 def _for_the_node(name: bytes) -> bool:
-    return name in FOR_THE_NODE or name.startswith((b"x-forwarded-", b"mcp-"))
+    return name in FOR_THE_NODE or name.startswith((b"x-forwarded-", HEADER_PREFIX.encode()))
 
 
 async def _refuse(send: Send, reason: str) -> None:

@@ -19,12 +19,9 @@ from pgmcp.clock import Clock
 from pgmcp.errors import PgmcpError
 from pgmcp.ports import Publications
 from pgmcp.service import Faults, OnDemand, Service
-from pgmcp.types import LISTS, Change, Horizon, Publication
+from pgmcp.types import LISTS, PUBLICATIONS_SECONDS, Change, Horizon, Publication
 
-KEPT_SECONDS = 300.0
-"""Seconds for which publications are kept, for nodes that could not look."""
-
-ABSENT_SECONDS = KEPT_SECONDS / 2
+ABSENT_SECONDS = PUBLICATIONS_SECONDS / 2
 """Seconds without a look after which publications may have been missed."""
 
 PAUSE_SECONDS = 0.02

@@ -28,8 +28,7 @@ from pgmcp.node.timeline import TimelineChange
 from pgmcp.ports import Publications
 from pgmcp.service import Faults, Periodic, Service, failure
 from pgmcp.session import change_notices
-from pgmcp.session.adapter import Adapter
-from pgmcp.session.adapters.bus import PostgresSubscriptionBus
+from pgmcp.session.adapter import Adapter, Bus
 from pgmcp.session.host import Host
 from pgmcp.settings import Settings
 from pgmcp.store.database import Database
@@ -75,7 +74,7 @@ class Incarnation(Service):
         adapter: Adapter,
         admission: Admission,
         publications: Publications,
-        bus: PostgresSubscriptionBus,
+        bus: Bus,
         clock: Clock,
         ids: Ids,
         *,
@@ -205,7 +204,7 @@ class Incarnation(Service):
         """
         settings = self._settings
         address = settings.address or f"{settings.host}:{settings.port}"
-        record = NodeRecord(self.node_id, settings.node_name, address, VERSION, self._revision, CAPACITY, self._serves)
+        record = NodeRecord(self.node_id, settings.node_name, address, VERSION, self._revision, self._serves)
         await join(self._database, record)
         if self._seals:
             await no_older(self._database)

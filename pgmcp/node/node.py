@@ -11,7 +11,6 @@ import contextlib
 import logging
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
 
 from litestar import Litestar
 from litestar.handlers import HTTPRouteHandler
@@ -30,7 +29,7 @@ from pgmcp.ops.health import health_routes
 from pgmcp.ops.logs import mask_session_ids
 from pgmcp.service import Faults, Periodic, Service, failure
 from pgmcp.session.adapter import Shared
-from pgmcp.session.adapters.target import target_of
+from pgmcp.session.target import target_of
 from pgmcp.settings import Settings
 from pgmcp.store.database import Database
 from pgmcp.store.key_wrapping import wrapping_of
@@ -44,6 +43,7 @@ from pgmcp.web.bodies import Bodies
 from pgmcp.web.connection import Bounded
 from pgmcp.web.connection_close import ConnectionClose
 from pgmcp.web.edge import Edge
+from pgmcp.web.endpoint import Rules
 from pgmcp.web.hosts import host_rules, unprotected
 from pgmcp.web.legacy import SseMessages, SseStream
 from pgmcp.web.modern import Eras, Modern
@@ -77,16 +77,9 @@ class Node:
         self._publications = TablePublications(self._database, self._clock, self._ids)
         self._target = target_of(served, settings.mcp_path)
         self._admission = Admission(self._clock)
-        self._bodies, self._rates = Bodies(settings.max_body, self._clock), Rates(settings, self._clock)
-        self._modern = Modern(
-            self._stateless,
-            self._admission,
-            security=host_rules(settings),
-            bodies=self._bodies,
-            rates=self._rates,
-            settings=settings,
-            clock=self._clock,
-        )
+        self._bodies = Bodies(settings.max_body, self._clock)
+        self._rules = Rules(host_rules(settings), self._bodies, Rates(settings, self._clock), settings)
+        self._modern = Modern(self._stateless, self._admission, self._rules, self._clock)
         self._revision, self._started, self._draining = "", False, False
         self.faults = Faults()
         self.watchdog: Watchdog | None = None
@@ -98,20 +91,14 @@ class Node:
     def endpoints(self) -> dict[str, ASGIApp]:
         """The node's MCP endpoints by their paths, behind the served server's authentication."""
         messages = self.settings.messages_path
-        shared: Any = {
-            "security": host_rules(self.settings),
-            "bodies": self._bodies,
-            "rates": self._rates,
-            "settings": self.settings,
-        }
 
         def edge() -> Edge:
             return self.incarnation().edge
 
         endpoints: dict[str, ASGIApp] = {
-            self.settings.mcp_path: Eras(self._modern, Streamable(edge, **shared)),
-            self.settings.sse_path: SseStream(edge, **shared, messages=messages),
-            messages.rstrip("/"): SseMessages(edge, **shared),
+            self.settings.mcp_path: Eras(self._modern, Streamable(edge, self._rules)),
+            self.settings.sse_path: SseStream(edge, self._rules, messages=messages),
+            messages.rstrip("/"): SseMessages(edge, self._rules),
         }
         return {path: ReservedHeaders(self._target.protect(endpoint)) for path, endpoint in endpoints.items()}
 

@@ -12,10 +12,10 @@ import uvicorn
 
 from pgmcp.errors import SettingsError
 from pgmcp.node import listener
+from pgmcp.node.http_protocol import limited, raise_file_limit
 from pgmcp.node.node import Node
-from pgmcp.node.protocol import limited, raise_file_limit
 from pgmcp.ops.logs import configure
-from pgmcp.session.adapters.target import load
+from pgmcp.session.target import load
 from pgmcp.settings import Settings
 
 KEEP_ALIVE_SECONDS = 75

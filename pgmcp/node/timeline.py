@@ -16,7 +16,8 @@ from pgmcp.errors import Fenced, PgmcpError
 from pgmcp.service import Service
 from pgmcp.session.host import Host
 from pgmcp.store.secrets import KeyRing
-from pgmcp.store.timeline import JUMP, Timeline
+from pgmcp.store.timeline import Timeline
+from pgmcp.types import JUMP
 
 logger = logging.getLogger(__name__)
 

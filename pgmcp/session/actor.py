@@ -24,11 +24,20 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
-from mcp_types.version import is_version_at_least
-
 from pgmcp.clock import Clock, Ids
 from pgmcp.errors import Fenced, PgmcpError
 from pgmcp.ports import Inbox, Log
+from pgmcp.protocol import (
+    CANCELLED,
+    INITIALIZE,
+    INTERNAL_ERROR,
+    INVALID_REQUEST,
+    PROGRESS,
+    REQUEST_CANCELLED,
+    error_of,
+    message_of,
+    revision_of,
+)
 from pgmcp.session.adapter import Adapter, Incoming, Kind, Outgoing
 from pgmcp.session.change_notices import ChangeNotices
 from pgmcp.session.coalescing import topic_of
@@ -46,7 +55,6 @@ from pgmcp.session.server_requests import ServerRequests, dump
 from pgmcp.session.session_limits import gives_way, too_many_subscriptions
 from pgmcp.session.state import SessionState
 from pgmcp.types import (
-    RESUMES,
     Claimed,
     JournalEntry,
     NodeId,
@@ -59,8 +67,6 @@ from pgmcp.types import (
 
 logger = logging.getLogger(__name__)
 
-REQUEST_CANCELLED = -32800
-INTERNAL_ERROR, INVALID_REQUEST = -32603, -32600
 STOP_SECONDS = 2.0
 """Seconds that a stopped server session may take to unwind."""
 
@@ -154,7 +160,7 @@ class Actor:
 
     def speaks(self, version: str) -> None:
         """Note the protocol version that the handshake settled."""
-        self._closable = is_version_at_least(version, RESUMES)
+        self._closable = revision_of(version).resumes
 
     async def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         """Send the server a request of the node's own; its answer (see ``NodeRequests.ask``)."""
@@ -169,7 +175,7 @@ class Actor:
         where = self._standalone if stream == self._standalone.id else self._streams.get(stream)
         if where is not None and not self._muted:
             params = {"requestId": question, "reason": reason}
-            cancel = dump({"jsonrpc": "2.0", "method": "notifications/cancelled", "params": params})
+            cancel = dump(message_of(CANCELLED, params))
             await asyncio.shield(self.appender.store(where, cancel))
 
     def silence_until(self, rpc_id: str, progress: float | None) -> None:
@@ -199,9 +205,9 @@ class Actor:
             await self._deliver_request(claimed, claimed.rpc_id, context)
         elif claimed.method is None:
             self._pass_on(self._server_requests.answer(json.loads(claimed.body)), context)
-        elif claimed.method == "notifications/cancelled":
+        elif claimed.method == CANCELLED:
             self._deliver_cancel(claimed.body, context)
-        elif claimed.method == "notifications/progress":
+        elif claimed.method == PROGRESS:
             self._pass_on(self._server_requests.progress(json.loads(claimed.body)), context)
         else:
             for entry in journal_entries(claimed.method, claimed.body, None):
@@ -252,7 +258,7 @@ class Actor:
     def _deliver_cancel(self, body: bytes, context: RequestContext) -> None:
         rpc_id = json.dumps((json.loads(body).get("params") or {}).get("requestId"))
         if rpc_id in self._running:
-            if self._running[rpc_id].method != "initialize":
+            if self._running[rpc_id].method != INITIALIZE:
                 self._pass_on(body, context)
         elif rpc_id not in self._finished:
             self._early_cancels.keep(rpc_id)
@@ -281,7 +287,7 @@ class Actor:
         message: bytes | None = outgoing.message
         if outgoing.kind is Kind.REQUEST:
             message = self._server_requests.ask(outgoing.message)
-        elif outgoing.method == "notifications/cancelled":
+        elif outgoing.method == CANCELLED:
             message = self._server_requests.cancel(outgoing.message)
         if message is not None:
             topic = topic_of(outgoing, stream.next_seq) if stream is self._standalone else None
@@ -309,7 +315,7 @@ class Actor:
         self, rpc_id: str, request: RunningRequest, entries: Sequence[JournalEntry], result: bytes
     ) -> None:
         try:
-            if request.method == "initialize":
+            if request.method == INITIALIZE:
                 settled = handshake(request.body, result)
                 self.speaks(settled.protocol_version)
                 await self.journal_writer.establish(settled)
@@ -347,11 +353,7 @@ class Actor:
     ) -> None:
         request = self._running.get(rpc_id)
         if request is not None:
-            error: dict[str, Any] = {"code": code, "message": text}
-            if data is not None:
-                error["data"] = data
-            answer = dump({"jsonrpc": "2.0", "id": json.loads(rpc_id), "error": error})
-            await self._finish(rpc_id, request, answer, outcome)
+            await self._finish(rpc_id, request, dump(error_of(rpc_id, code, text, data)), outcome)
 
     def _finish(self, rpc_id: str, request: RunningRequest, message: bytes, outcome: Outcome) -> Awaitable[None]:
         """End a request, which has its number when this returns; done when that is stored."""

@@ -6,13 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pgmcp.clock import Clock, Ids
+from pgmcp.inheritance import Inheritance
 from pgmcp.ports import Inbox, Log
 from pgmcp.session.actor import Actor
 from pgmcp.session.adapter import Adapter
 from pgmcp.session.message_limit import MessageLimit
 from pgmcp.session.running_requests import ActorEnd
 from pgmcp.session.state import KIND, SessionState
-from pgmcp.types import Inheritance, JournalEntry, NodeId, Ownership, StreamId
+from pgmcp.types import JournalEntry, NodeId, Ownership, StreamId
 
 
 @dataclass(frozen=True, slots=True)

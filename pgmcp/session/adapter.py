@@ -6,16 +6,21 @@ giving back whatever the server writes. It knows the server's SDK; the actor kno
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol
 
+from starlette.applications import Starlette
 from starlette.types import Receive, Scope, Send
 
 from pgmcp.secret_box import StateBox
 from pgmcp.session.state import Hooks, SessionState
+from pgmcp.types import Publication
+
+RESTORED_HEADER = "pgmcp-restored"
+"""By this header server code can tell a message that the node itself replays: it has no caller."""
 
 
 class Kind(StrEnum):
@@ -122,3 +127,33 @@ class Adapter(Protocol):
     def describe(self, scope: Mapping[str, Any]) -> dict[str, Any]:
         """What of an HTTP exchange has to reach the server, as JSON values: request line, headers, identity."""
         ...
+
+
+class Bus(Protocol):
+    """Where a server says that something has changed, and where those listen that are told of it."""
+
+    def attach(self, spread: Callable[[Publication], Awaitable[None]]) -> Callable[[], None]:
+        """Publish through a node from now on; returns what ends that."""
+        ...
+
+    async def tell(self, publications: Iterable[Publication]) -> None:
+        """Tell the listeners of this process."""
+        ...
+
+    async def missed(self) -> None:
+        """Tell each listener once of everything that it may want to hear of."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Adapted:
+    """A served target, as its adapter's module gives it.
+
+    ``name`` is the same in all processes that serve it. ``bus`` is where it publishes and listens, unless it has a bus
+    of its own. ``whole`` is the application that its own package would serve.
+    """
+
+    name: str
+    adapter: Adapter
+    bus: Bus
+    whole: Starlette

@@ -13,6 +13,7 @@ import json
 import logging
 from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 
+from pgmcp.protocol import PROMPTS_CHANGED, RESOURCE_UPDATED, RESOURCES_CHANGED, TOOLS_CHANGED, message_of
 from pgmcp.session.adapter import Kind, Outgoing
 from pgmcp.session.journal import subscription
 from pgmcp.types import LISTS, Change, JournalEntry, Publication
@@ -20,10 +21,10 @@ from pgmcp.types import LISTS, Change, JournalEntry, Publication
 logger = logging.getLogger(__name__)
 
 _METHODS = {
-    Change.TOOLS: "notifications/tools/list_changed",
-    Change.PROMPTS: "notifications/prompts/list_changed",
-    Change.RESOURCES: "notifications/resources/list_changed",
-    Change.UPDATED: "notifications/resources/updated",
+    Change.TOOLS: TOOLS_CHANGED,
+    Change.PROMPTS: PROMPTS_CHANGED,
+    Change.RESOURCES: RESOURCES_CHANGED,
+    Change.UPDATED: RESOURCE_UPDATED,
 }
 
 
@@ -117,7 +118,5 @@ async def _each(sessions: Iterable[ChangeNotices], do: Callable[[ChangeNotices],
 
 def _message(publication: Publication) -> Outgoing:
     method = _METHODS[publication.change]
-    message: dict[str, object] = {"jsonrpc": "2.0", "method": method}
-    if publication.uri is not None:
-        message |= {"params": {"uri": publication.uri}}
+    message = message_of(method, None if publication.uri is None else {"uri": publication.uri})
     return Outgoing(Kind.NOTIFICATION, json.dumps(message).encode(), method=method)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from hashlib import sha256
 
+from pgmcp.protocol import Coalescing, method_of
 from pgmcp.session.adapter import Kind, Outgoing
 
 _LONGEST = 500
@@ -17,11 +18,15 @@ _LONGEST = 500
 
 def topic_of(outgoing: Outgoing, seq: int) -> str | None:
     """The topic of a standalone message that will be stored as number ``seq``."""
-    if outgoing.kind is not Kind.NOTIFICATION or outgoing.method == "notifications/cancelled":
+    if outgoing.kind is not Kind.NOTIFICATION:
         return None
-    if outgoing.method == "notifications/resources/updated":
-        uri = json.dumps((json.loads(outgoing.message).get("params") or {}).get("uri"))
-        return f"{outgoing.method} {uri if len(uri) <= _LONGEST else sha256(uri.encode()).hexdigest()}"
-    if outgoing.method is not None and outgoing.method.endswith("/list_changed"):
-        return outgoing.method
-    return f"{outgoing.method} #{seq}"
+    match method_of(outgoing.method).gives_way:
+        case Coalescing.NOTHING:
+            return None
+        case Coalescing.METHOD:
+            return outgoing.method
+        case Coalescing.URI:
+            uri = json.dumps((json.loads(outgoing.message).get("params") or {}).get("uri"))
+            return f"{outgoing.method} {uri if len(uri) <= _LONGEST else sha256(uri.encode()).hexdigest()}"
+        case Coalescing.ROOM:
+            return f"{outgoing.method} #{seq}"

@@ -19,6 +19,7 @@ from typing import Any
 
 from pgmcp.clock import Clock, Ids
 from pgmcp.errors import ClusterFull, Fenced, PgmcpError, TooManySessions, told, unknown
+from pgmcp.inheritance import Inheritance
 from pgmcp.ports import Inbox, Log, Takeovers
 from pgmcp.secret_box import SecretBox
 from pgmcp.service import Faults, OnDemand, Service, Tasks
@@ -34,7 +35,7 @@ from pgmcp.session.restore import ATTEMPTS, Restore, RestoreFailed, SessionOver
 from pgmcp.session.running_requests import ActorEnd
 from pgmcp.session.session_end import end_session
 from pgmcp.settings import Settings
-from pgmcp.types import Inheritance, NewSession, NodeId, Ownership, SessionKey, StreamId
+from pgmcp.types import NewSession, NodeId, Ownership, SessionKey, StreamId
 
 logger = logging.getLogger(__name__)
 

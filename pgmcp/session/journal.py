@@ -10,6 +10,7 @@ import json
 from hashlib import sha256
 from typing import Any
 
+from pgmcp.protocol import INITIALIZE, SUBSCRIBE, UNSUBSCRIBE, method_of
 from pgmcp.types import Established, JournalEntry
 
 _LABEL = 200
@@ -18,17 +19,16 @@ _LABEL = 200
 
 def journal_entries(method: str, body: bytes, result: bytes | None) -> list[JournalEntry]:
     """What a message that the server has taken changes in the journal."""
-    if method == "initialize" and result is not None:
-        return [JournalEntry("initialize", "", body), JournalEntry("result", "", result)]
-    if method == "notifications/initialized":
-        return [JournalEntry("initialized", "", body)]
-    if method == "logging/setLevel":
-        return [JournalEntry("level", "", body)]
-    if method in {"resources/subscribe", "resources/unsubscribe"}:
+    kind = method_of(method).journal
+    if kind is None:
+        return []
+    if method == INITIALIZE:
+        return [] if result is None else [JournalEntry(kind, "", body), JournalEntry("result", "", result)]
+    if method in {SUBSCRIBE, UNSUBSCRIBE}:
         uri = json.dumps(subscription(body))
         detail = sha256(uri.encode()).hexdigest()  # only a key, and any URI may be longer than a key
-        return [JournalEntry("subscription", detail, body if method == "resources/subscribe" else None)]
-    return []
+        return [JournalEntry(kind, detail, body if method == SUBSCRIBE else None)]
+    return [JournalEntry(kind, "", body)]
 
 
 def subscription(body: bytes) -> object:

@@ -15,10 +15,7 @@ from contextlib import asynccontextmanager
 from pgmcp.errors import DatabaseUnavailable
 from pgmcp.ports import Inbox
 from pgmcp.session.fenced_writer import FencedWriter
-from pgmcp.types import Established, JournalEntry
-
-JUMP = 1_000_000
-"""How far the numbers jump at a restore."""
+from pgmcp.types import JUMP, Established, JournalEntry
 
 TURN_SECONDS = 25.0
 """Seconds for which a value waits for the writes before it."""

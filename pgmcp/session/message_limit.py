@@ -6,17 +6,15 @@ code sends is refused where it is sent, and the code gets the error.
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass
 
 from pgmcp.errors import MessageTooLarge
+from pgmcp.protocol import INTERNAL_ERROR, error_of
 from pgmcp.session.adapter import Kind, Outgoing
 from pgmcp.session.server_requests import dump
 
 logger = logging.getLogger(__name__)
-
-INTERNAL_ERROR = -32603
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +38,5 @@ class MessageLimit:
         if outgoing.rpc_id is None or outgoing.kind not in {Kind.RESULT, Kind.ERROR}:
             raise MessageTooLarge(text)
         data = {"reason": "too_large", "bytes": size, "limit": self.max_bytes}
-        error = {"code": INTERNAL_ERROR, "message": f"{text} Ask for less at a time.", "data": data}
-        answer = dump({"jsonrpc": "2.0", "id": json.loads(outgoing.rpc_id), "error": error})
+        answer = dump(error_of(outgoing.rpc_id, INTERNAL_ERROR, f"{text} Ask for less at a time.", data))
         return Outgoing(Kind.ERROR, answer, outgoing.rpc_id, None, outgoing.related)

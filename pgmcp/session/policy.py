@@ -12,27 +12,11 @@ from collections.abc import Collection, Sequence
 from enum import StrEnum
 from fnmatch import fnmatchcase
 
-from pgmcp.types import Heard, Inherited
+from pgmcp.inheritance import Heard, Inherited
+from pgmcp.protocol import CALL_TOOL, CANCELLED, HARMLESS
 
 RUNS = 2
 """Times that a request is started at most."""
-
-HARMLESS = frozenset(
-    {
-        "initialize",
-        "ping",
-        "completion/complete",
-        "logging/setLevel",
-        "prompts/get",
-        "prompts/list",
-        "resources/list",
-        "resources/read",
-        "resources/subscribe",
-        "resources/templates/list",
-        "resources/unsubscribe",
-        "tools/list",
-    }
-)
 
 
 class Fate(StrEnum):
@@ -46,7 +30,7 @@ class Fate(StrEnum):
 def undecided(requests: Sequence[Inherited], patterns: Sequence[str]) -> bool:
     """Whether a fate depends on what the server says of its tools."""
     return any(
-        request.method == "tools/call" and request.runs < RUNS and not _named(request, patterns) for request in requests
+        request.method == CALL_TOOL and request.runs < RUNS and not _named(request, patterns) for request in requests
     )
 
 
@@ -63,7 +47,7 @@ def fate(request: Inherited, heard: Sequence[Heard], patterns: Sequence[str], ha
         return Fate.CANCELLED
     if max(request.runs, 1) >= RUNS:
         return Fate.LOST
-    if request.method == "tools/call":
+    if request.method == CALL_TOOL:
         return Fate.AGAIN if _named(request, patterns) or request.name in harmless else Fate.LOST
     return Fate.AGAIN if request.method in HARMLESS else Fate.LOST
 
@@ -74,6 +58,6 @@ def _named(request: Inherited, patterns: Sequence[str]) -> bool:
 
 def _cancels(said: Heard, request: Inherited) -> bool:
     """A cancel that was claimed may not have been obeyed; one from before the request means another request."""
-    if said.method != "notifications/cancelled" or said.position < request.position:
+    if said.method != CANCELLED or said.position < request.position:
         return False
     return json.dumps((json.loads(said.body).get("params") or {}).get("requestId")) == request.rpc_id

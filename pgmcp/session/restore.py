@@ -23,11 +23,13 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from pgmcp.errors import PgmcpError
+from pgmcp.inheritance import Inheritance, Inherited
 from pgmcp.ports import Takeovers
+from pgmcp.protocol import CANCELLED, INITIALIZED, LIST_TOOLS, message_of
 from pgmcp.session.actor import Actor
 from pgmcp.session.policy import Fate, fate, undecided
 from pgmcp.session.state import EXPORT, Hooks, SessionState
-from pgmcp.types import Claimed, Inheritance, Inherited, StreamId
+from pgmcp.types import Claimed, StreamId
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +136,7 @@ class Restore:
     def _claimed_initialized(self) -> bytes | None:
         """The end of the handshake, when the former owner took it and died before it wrote it down."""
         return next(
-            (said.body for said in self._left.heard if said.method == "notifications/initialized" and said.claimed),
+            (said.body for said in self._left.heard if said.method == INITIALIZED and said.claimed),
             None,
         )
 
@@ -165,7 +167,7 @@ class Restore:
         found: set[str] = set()
         params: dict[str, Any] = {}
         for _ in range(PAGES):
-            answer = await self._ask(json.dumps({"jsonrpc": "2.0", "method": "tools/list", "params": params}).encode())
+            answer = await self._ask(json.dumps(message_of(LIST_TOOLS, params)).encode())
             result = answer.get("result") or {}
             for tool in result.get("tools", ()):
                 notes = tool.get("annotations") or {}
@@ -182,7 +184,7 @@ class Restore:
         asked: list[tuple[StreamId, Any]] = []
         for stream, text in self._left.said:
             message = json.loads(text)
-            if message.get("method") == "notifications/cancelled":
+            if message.get("method") == CANCELLED:
                 over.add((message.get("params") or {}).get("requestId"))
             elif "id" in message and "method" in message:
                 asked.append((stream, message["id"]))

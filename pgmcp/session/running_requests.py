@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from enum import StrEnum
 
+from pgmcp.protocol import PROGRESS
 from pgmcp.session.adapter import Outgoing
 from pgmcp.types import RequestKey, StreamId
 
@@ -47,7 +48,7 @@ class RunningRequest:
 
 def repeats(request: RunningRequest, outgoing: Outgoing) -> bool:
     """Whether a request that runs again says progress that its client has seen: it must only grow (MCP, "Progress")."""
-    if request.floor is None or outgoing.method != "notifications/progress":
+    if request.floor is None or outgoing.method != PROGRESS:
         return False
     progress = (json.loads(outgoing.message).get("params") or {}).get("progress")
     return isinstance(progress, (int, float)) and progress <= request.floor

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable
 from hashlib import sha256
 from json import dumps
 
+from pgmcp.protocol import CANCELLED, SUBSCRIBE
 from pgmcp.session.adapter import Kind, Outgoing
 from pgmcp.session.journal import subscription
 from pgmcp.session.running_requests import RunningRequest, Stream, repeats
@@ -21,8 +22,6 @@ SAID_BYTES = 64 * 1024 * 1024
 
 PACE_SECONDS = 1.0
 """Seconds between the notifications that are kept after that: progress still tells that somebody works."""
-
-SUBSCRIBE = "resources/subscribe"
 
 
 def too_many_subscriptions(
@@ -51,7 +50,7 @@ def gives_way(request: RunningRequest, outgoing: Outgoing, now: float) -> bool:
     if repeats(request, outgoing):
         return True
     stream = request.stream
-    if outgoing.kind is not Kind.NOTIFICATION or outgoing.method == "notifications/cancelled" or not stream.unfinished:
+    if outgoing.kind is not Kind.NOTIFICATION or outgoing.method == CANCELLED or not stream.unfinished:
         return False  # the standalone stream, which HTTP+SSE uses for all, has a bound of its own
     if _full(stream) and now - stream.said_at < PACE_SECONDS:
         return True

@@ -39,7 +39,6 @@ from pgmcp.types import (
     Page,
     Principal,
     SessionFacts,
-    SessionKey,
     Stand,
     StreamId,
     StreamKind,
@@ -261,14 +260,6 @@ class TableLog:
     async def knows(self, stream: StreamId) -> bool:
         """See ``Log.knows``."""
         return bool(await self._database.persist("knows_stream", stream, patience=self._hold))
-
-    async def standalone(self, session: SessionKey) -> tuple[StreamId, int]:
-        """See ``Log.standalone``."""
-        rows = await self._database.persist("standalone_stream", session, patience=self._hold)
-        if not rows:
-            message = f"Session {session} is over."
-            raise Fenced(message)
-        return StreamId(rows[0]["id"]), rows[0]["next_seq"]
 
 
 def _stored(row: asyncpg.Record, entry: Entry) -> NodeId | PgmcpError | None:

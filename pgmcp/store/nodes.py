@@ -31,7 +31,6 @@ async def join(database: Database, record: NodeRecord) -> None:
             database.settings.ttl,
             record.version,
             record.schema_revision,
-            record.capacity,
             OLDEST,
             head(),
             record.serves,

@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import pairwise
 
 from pgmcp.errors import PgmcpError
+from pgmcp.protocol import CANCELLED, PROGRESS
 from pgmcp.store.database import Database
 from pgmcp.store.key_wrapping import KeyWrapping
 from pgmcp.store.secrets import MARKS, OVERHEAD_BYTES, PAYLOADS, KeyRing
@@ -31,6 +33,8 @@ SEALED = b"\0"
 
 PLAIN, WANTED = b"\x01", b"\x03"
 """The second one: the version, and whether a new owner reads the event; the statement ``inherited_said`` knows them."""
+
+_SAID = tuple(json.dumps(method).encode() for method in (CANCELLED, PROGRESS))
 
 _HEAD = 2
 _FIRST, _NEXT = PAGE_BYTES - _HEAD - OVERHEAD_BYTES, PAGE_BYTES - OVERHEAD_BYTES
@@ -167,7 +171,7 @@ def is_sealed(stored: bytes) -> bool:
 def wanted(message: bytes) -> bool:
     """Whether a new owner reads an event: questions, cancels, progress."""
     asks = b'"id":' in message and b'"method":' in message
-    return asks or b'"notifications/cancelled"' in message or b'"notifications/progress"' in message
+    return asks or any(method in message for method in _SAID)
 
 
 def place_of_body(key: RequestKey) -> bytes:

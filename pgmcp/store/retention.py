@@ -23,7 +23,7 @@ from pgmcp.clock import Ids
 from pgmcp.errors import DatabaseUnavailable
 from pgmcp.store.database import Database
 from pgmcp.store.snapshot_holders import SnapshotHolders
-from pgmcp.types import SessionKey
+from pgmcp.types import PUBLICATIONS_SECONDS, SessionKey
 
 logger = logging.getLogger(__name__)
 
@@ -32,9 +32,6 @@ EVERY_SECONDS = 30.0
 
 CLIENT_GONE_SECONDS = 60.0
 """Seconds for which a session waits for its client: to come back (HTTP+SSE), or to end the handshake."""
-
-PUBLICATIONS_SECONDS = 300.0
-"""Seconds for which publications are kept: twice as long as a publication reader may be absent without a gap."""
 
 BATCH_ROWS = 500
 """Rows that a statement takes at most."""

@@ -17,7 +17,7 @@ from pgmcp.errors import SchemaError
 from pgmcp.store.command_connection import checked
 
 VERSION_TABLE = "alembic_version"
-OLDEST = "0019"
+OLDEST = "0020"
 """The oldest revision with everything that this build's statements use."""
 
 LOOK_SECONDS = 10.0  # seconds for a call that only reads

@@ -6,6 +6,8 @@ import re
 from functools import cache
 from importlib import resources
 
+from pgmcp.types import JUMP
+
 _NAME = re.compile(r"^-- name: ([a-z_]+)\s*$", re.MULTILINE)
 
 
@@ -34,4 +36,5 @@ def statement(name: str, schema: str, wait: str = "250ms") -> str:
     Args:
         wait: how long a grouped write may wait for each lock.
     """
-    return f"/* {name} */ " + _texts()[name].replace("{schema}", f'"{schema}"').replace("'250ms'", f"'{wait}'")
+    text = _texts()[name].replace("{schema}", f'"{schema}"').replace("{jump}", str(JUMP))
+    return f"/* {name} */ " + text.replace("'250ms'", f"'{wait}'")

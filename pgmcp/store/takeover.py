@@ -17,6 +17,7 @@ from dataclasses import replace
 
 import asyncpg
 
+from pgmcp.inheritance import Heard, Inheritance, Inherited
 from pgmcp.store.database import Database
 from pgmcp.store.inbox import over
 from pgmcp.store.payloads import CLEAR, Payloads, place_of_body, place_of_entry, place_of_event
@@ -25,9 +26,6 @@ from pgmcp.types import (
     Candidate,
     Change,
     Condemned,
-    Heard,
-    Inheritance,
-    Inherited,
     JournalEntry,
     NodeId,
     Ownership,

@@ -37,9 +37,6 @@ from pgmcp.store.statements import statement
 
 logger = logging.getLogger(__name__)
 
-JUMP = 1_000_000
-"""How far epochs and event numbers jump from term to term; more than one session or stream ever uses of them."""
-
 PIECE = 500
 """Sessions that move to a term in one statement; fewer after one did not get through."""
 

@@ -147,7 +147,7 @@ class Admission:
         self._sessions.seen((caller, session))
         self._others.seen(caller)
         line = self._line((caller, session, kind))
-        if self._free and not line.waiting and self._may(line):
+        if self._free and not line.waiting and self._line_may(line) and self._caller_may(line.of):
             self._take(line)
         else:
             await self._wait(line, receive, most, patience)
@@ -183,12 +183,12 @@ class Admission:
             line = lines.all[key] = _Line(key, lines)
         return line
 
-    def _may(self, line: _Line) -> bool:
-        """Whether a line may have one more slot."""
-        return line.held < (SHARE if self._sessions else SLOTS) and self._may_have(line.of)
+    def _line_may(self, line: _Line) -> bool:
+        """Whether a line may have one more slot, if its caller may."""
+        return line.held < (SHARE if self._sessions else SLOTS)
 
-    def _may_have(self, lines: _Lines) -> bool:
-        """Whether a caller may."""
+    def _caller_may(self, lines: _Lines) -> bool:
+        """Whether a caller may have one more slot."""
         return lines.held < (MOST if self._others else SLOTS)
 
     async def _wait(self, line: _Line, receive: Receive, most: int, patience: float) -> None:
@@ -240,11 +240,11 @@ class Admission:
 
     def _place(self, line: _Line) -> None:
         lines = line.of
-        if line.waiting and line.held < (SHARE if self._sessions else SLOTS):
+        if line.waiting and self._line_may(line):
             lines.turns.setdefault(line.key, line)
         else:
             lines.turns.pop(line.key, None)
-        if lines.turns and self._may_have(lines):
+        if lines.turns and self._caller_may(lines):
             self._turns.setdefault(lines.caller, lines)
         else:
             self._turns.pop(lines.caller, None)

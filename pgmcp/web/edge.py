@@ -6,20 +6,18 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 
-from mcp_types.version import is_version_at_least
-
 from pgmcp.clock import Clock, Ids
 from pgmcp.cluster.lease import Lease
 from pgmcp.cluster.takeover import Takeover
 from pgmcp.cluster.wakeups import Wakeups
 from pgmcp.ports import Inbox, Log
+from pgmcp.protocol import SESSION_ID_HEADER, revision_of
 from pgmcp.secret_box import SecretBox
 from pgmcp.session.adapter import Adapter
 from pgmcp.session.host import Host
 from pgmcp.session.request_context import RequestContext, place_of_context
 from pgmcp.settings import Settings
 from pgmcp.types import (
-    RESUMES,
     Accepted,
     Attachment,
     Message,
@@ -32,7 +30,7 @@ from pgmcp.types import (
 )
 from pgmcp.web.admission import Admission, Kind
 from pgmcp.web.bodies import Body
-from pgmcp.web.http_exchange import SESSION_ID, HttpExchange
+from pgmcp.web.http_exchange import HttpExchange
 from pgmcp.web.json_limits import json_limits_of
 from pgmcp.web.json_rpc import Post, parse_post
 from pgmcp.web.open_streams import OpenStream, OpenStreams
@@ -220,7 +218,8 @@ class Edge:
     ) -> StreamResponse:
         """The response that carries a stream to the caller; ``affinity`` as the method of that name gave it."""
         self.open_streams.belongs(open_stream, session)
-        resumable = version is not None and is_version_at_least(version, RESUMES) and self.settings.response != "json"
+        resumes = revision_of(version).resumes
+        resumable = resumes and self.settings.response != "json"
         open_stream.patient = kind is StreamKind.REQUEST and not resumable
         return StreamResponse(
             open_stream,
@@ -233,9 +232,9 @@ class Edge:
             settings=self.settings,
             clock=self.clock,
             connection=exchange.connection,
-            priming=version is not None and is_version_at_least(version, RESUMES),
+            priming=resumes,
             notes_all=notes_all,
             expiry=TokenExpiry(self.clock, exchange.expires_at),
             lost=lost,
-            headers={SESSION_ID: session_id} | affinity,
+            headers={SESSION_ID_HEADER: session_id} | affinity,
         )

@@ -13,7 +13,7 @@ import asyncio
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from uuid import UUID
 
 from mcp.server.transport_security import TransportSecurityMiddleware
@@ -33,13 +33,14 @@ from pgmcp.errors import (
     StreamTaken,
     TooManySessions,
 )
+from pgmcp.protocol import INTERNAL_ERROR, INVALID_REQUEST
 from pgmcp.settings import Settings
 from pgmcp.types import StreamId
 from pgmcp.web.bodies import Bodies, Body
 from pgmcp.web.connection import connection_of
 from pgmcp.web.edge import Edge
 from pgmcp.web.http_exchange import HttpExchange
-from pgmcp.web.json_rpc import INTERNAL_ERROR, INVALID_REQUEST, Refusal
+from pgmcp.web.json_rpc import Refusal
 from pgmcp.web.rates import Rates
 
 logger = logging.getLogger(__name__)
@@ -58,23 +59,28 @@ _STATUS: tuple[tuple[type[PgmcpError], int, int], ...] = (
 )
 
 
-class Front(ABC):
-    """An ASGI application for one path, behind ``Bounded``.
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """By what a node decides whom and what it lets in, at every endpoint.
 
-    Args:
-        security: Host and Origin rules.
-        bodies: the node's room for bodies.
-        rates: how much a caller may ask of the node.
-        settings: the node's settings.
+    ``security`` is for Host and Origin, ``bodies`` the room for bodies, ``rates`` how much a caller may ask for.
     """
+
+    security: TransportSecurityMiddleware
+    bodies: Bodies
+    rates: Rates
+    settings: Settings
+
+
+class Front(ABC):
+    """An ASGI application for one path, behind ``Bounded``."""
 
     methods: tuple[str, ...] = ()
     """What it answers; empty: whoever answers says."""
 
-    def __init__(
-        self, *, security: TransportSecurityMiddleware, bodies: Bodies, rates: Rates, settings: Settings
-    ) -> None:
-        self._security, self._bodies, self._rates, self._settings = security, bodies, rates, settings
+    def __init__(self, rules: Rules) -> None:
+        self._security, self._bodies = rules.security, rules.bodies
+        self._rates, self._settings = rules.rates, rules.settings
 
     @abstractmethod
     async def take(self, exchange: HttpExchange, body: Body) -> None:
@@ -135,22 +141,11 @@ class Endpoint(Front):
 
     Args:
         edge: the node's present incarnation; raises ``NodeNotReady`` while there is none.
-        security: Host and Origin rules.
-        bodies: the node's room for bodies.
-        rates: how much a caller may ask of the node.
-        settings: the node's settings.
+        rules: whom and what it lets in.
     """
 
-    def __init__(
-        self,
-        edge: Callable[[], Edge],
-        *,
-        security: TransportSecurityMiddleware,
-        bodies: Bodies,
-        rates: Rates,
-        settings: Settings,
-    ) -> None:
-        super().__init__(security=security, bodies=bodies, rates=rates, settings=settings)
+    def __init__(self, edge: Callable[[], Edge], rules: Rules) -> None:
+        super().__init__(rules)
         self._edge = edge
 
     @abstractmethod

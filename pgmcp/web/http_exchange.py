@@ -15,16 +15,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from pgmcp.errors import NodeFull
+from pgmcp.protocol import INTERNAL_ERROR, SESSION_ID_HEADER
 from pgmcp.types import ANONYMOUS, Principal
 from pgmcp.web.admission import Caller
 from pgmcp.web.bodies import Body
 from pgmcp.web.connection import Connection
-from pgmcp.web.json_rpc import INTERNAL_ERROR, Refusal
+from pgmcp.web.json_rpc import Refusal
 
 OWNER = "pgmcp_node"
 """The affinity cookie: the name of the session's owner."""
-
-SESSION_ID, LAST_EVENT_ID, VERSION = "mcp-session-id", "last-event-id", "mcp-protocol-version"
 
 LONGEST_ADDRESS_CHARACTERS = 100
 """Characters of an address that is none: what a proxy passes on."""
@@ -54,7 +53,7 @@ class HttpExchange:
         Raises:
             Refusal: 400 without one; 404 for what can be nobody's id.
         """
-        session_id = self.header(SESSION_ID)
+        session_id = self.header(SESSION_ID_HEADER)
         if not session_id:
             raise Refusal(400, "Bad Request: Missing session ID")
         if not all("!" <= char <= "~" for char in session_id):

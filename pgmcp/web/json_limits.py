@@ -16,8 +16,9 @@ import asyncio
 from dataclasses import dataclass
 from itertools import accumulate
 
+from pgmcp.protocol import PARSE_ERROR
 from pgmcp.settings import Settings
-from pgmcp.web.json_rpc import PARSE_ERROR, Refusal
+from pgmcp.web.json_rpc import Refusal
 
 DIGITS = 20
 """Those of one number, on average, if all that a body may contain are numbers."""

@@ -15,9 +15,9 @@ from mcp_types import JSONRPCNotification, JSONRPCRequest, jsonrpc_message_adapt
 from pydantic import ValidationError
 from starlette.requests import Request
 
-PARSE_ERROR, INVALID_REQUEST, INVALID_PARAMS, INTERNAL_ERROR = -32700, -32600, -32602, -32603
+from pgmcp.protocol import INITIALIZE, INVALID_PARAMS, INVALID_REQUEST, PARSE_ERROR, error_of, method_of
+
 LONGEST_ID = 2000
-NAMED = {"tools/call": "name", "prompts/get": "name", "resources/read": "uri"}
 
 
 class Refusal(Exception):
@@ -39,8 +39,7 @@ class Refusal(Exception):
     @property
     def body(self) -> bytes:
         """The JSON-RPC error."""
-        error = {"jsonrpc": "2.0", "id": None, "error": {"code": self.code, "message": self.text}}
-        return json.dumps(error).encode()
+        return json.dumps(error_of(None, self.code, self.text)).encode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +73,7 @@ class Post:
     @property
     def initialize(self) -> Parsed | None:
         """The handshake, if this POST is one."""
-        return next((message for message in self.messages if message.method == "initialize" and message.rpc_id), None)
+        return next((message for message in self.messages if message.method == INITIALIZE and message.rpc_id), None)
 
 
 def parse_post(body: bytes, max_batch: int) -> Post:
@@ -98,7 +97,7 @@ def parse_post(body: bytes, max_batch: int) -> Post:
     ids = [message.rpc_id for message in messages if message.rpc_id is not None]
     if len(set(ids)) != len(ids):
         raise Refusal(400, "Two requests of the batch have the same id")
-    if any(message.method == "initialize" for message in messages):
+    if any(message.method == INITIALIZE for message in messages):
         raise Refusal(400, "initialize must not be part of a batch")
     return Post(messages, batch=True)
 
@@ -127,7 +126,7 @@ def _is_id(value: Any) -> bool:
 
 
 def _name(request: JSONRPCRequest) -> str | None:
-    key = NAMED.get(request.method)
+    key = method_of(request.method).name
     name = (request.params or {}).get(key) if key else None
     return name if isinstance(name, str) else None
 

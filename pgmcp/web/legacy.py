@@ -15,18 +15,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from urllib.parse import quote
 
-from mcp.server.transport_security import TransportSecurityMiddleware
 from starlette.responses import PlainTextResponse
 
 from pgmcp.errors import SessionUnknown, StreamTaken
-from pgmcp.settings import Settings
+from pgmcp.protocol import LAST_EVENT_ID_HEADER
 from pgmcp.types import Attachment, Cursor, StreamKind
-from pgmcp.web.bodies import Bodies, Body
+from pgmcp.web.bodies import Body
 from pgmcp.web.edge import Edge
-from pgmcp.web.endpoint import Endpoint, cursor
-from pgmcp.web.http_exchange import LAST_EVENT_ID, HttpExchange
+from pgmcp.web.endpoint import Endpoint, Rules, cursor
+from pgmcp.web.http_exchange import HttpExchange
 from pgmcp.web.json_rpc import Post, Refusal
-from pgmcp.web.rates import Rates
 
 
 class SseStream(Endpoint):
@@ -38,26 +36,17 @@ class SseStream(Endpoint):
 
     methods = ("GET",)
 
-    def __init__(
-        self,
-        edge: Callable[[], Edge],
-        *,
-        security: TransportSecurityMiddleware,
-        bodies: Bodies,
-        rates: Rates,
-        settings: Settings,
-        messages: str,
-    ) -> None:
-        super().__init__(edge, security=security, bodies=bodies, rates=rates, settings=settings)
+    def __init__(self, edge: Callable[[], Edge], rules: Rules, *, messages: str) -> None:
+        super().__init__(edge, rules)
         self._messages = messages
 
     def opens(self, exchange: HttpExchange) -> bool:
         """See ``Front.opens``; what cannot be resumed is counted when that is known."""
-        return exchange.request.method == "GET" and not exchange.header(LAST_EVENT_ID)
+        return exchange.request.method == "GET" and not exchange.header(LAST_EVENT_ID_HEADER)
 
     async def answer(self, edge: Edge, exchange: HttpExchange, body: Body) -> None:
         """See ``Endpoint.answer``."""
-        last = exchange.header(LAST_EVENT_ID)
+        last = exchange.header(LAST_EVENT_ID_HEADER)
         attached, after = await self._resumed(edge, exchange, last) if last else (None, 0)
         if attached is None:
             if last:

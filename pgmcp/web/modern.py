@@ -23,34 +23,31 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import anyio
-from mcp.server.transport_security import TransportSecurityMiddleware
-from mcp_types.version import HANDSHAKE_PROTOCOL_VERSIONS
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pgmcp.clock import Clock
 from pgmcp.errors import NodeNotReady
-from pgmcp.settings import Settings
+from pgmcp.protocol import LISTEN, METHOD_HEADER, VERSION_HEADER, revision_of
 from pgmcp.web.admission import Admission
-from pgmcp.web.bodies import Bodies, Body
+from pgmcp.web.bodies import Body
 from pgmcp.web.connection import Watch
-from pgmcp.web.endpoint import Front
+from pgmcp.web.endpoint import Front, Rules
 from pgmcp.web.fair_shares import FairShares
-from pgmcp.web.http_exchange import VERSION, HttpExchange
+from pgmcp.web.http_exchange import HttpExchange
 from pgmcp.web.json_limits import json_limits_of
 from pgmcp.web.json_rpc import Refusal
-from pgmcp.web.rates import Rates
 from pgmcp.web.token_expiry import TokenExpiry, expired
 
 WAITING = 500
 """Exchanges of one caller that may wait for their turn."""
 
-METHOD, LISTEN = "mcp-method", "subscriptions/listen"
+_VERSION = VERSION_HEADER.encode()
 
 
 def is_modern(scope: Scope) -> bool:
     """Whether an exchange has no session: it names a protocol version, and none that begins with a handshake."""
-    named = next((value for name, value in scope["headers"] if name == VERSION.encode()), b"").strip().decode("latin-1")
-    return bool(named) and named not in HANDSHAKE_PROTOCOL_VERSIONS
+    named = next((value for name, value in scope["headers"] if name == _VERSION), b"").strip().decode("latin-1")
+    return bool(named) and not revision_of(named).handshake
 
 
 class Eras:
@@ -91,23 +88,14 @@ class Modern(Front):
     Args:
         server: answers an exchange that has its turn; raises ``NodeNotReady`` while it cannot.
         admission: the node's turns.
+        rules: whom and what it lets in.
     """
 
-    def __init__(
-        self,
-        server: ASGIApp,
-        admission: Admission,
-        *,
-        security: TransportSecurityMiddleware,
-        bodies: Bodies,
-        rates: Rates,
-        settings: Settings,
-        clock: Clock,
-    ) -> None:
-        super().__init__(security=security, bodies=bodies, rates=rates, settings=settings)
+    def __init__(self, server: ASGIApp, admission: Admission, rules: Rules, clock: Clock) -> None:
+        super().__init__(rules)
         self._server, self._admission, self._clock = server, admission, clock
-        self._calls = FairShares(settings.max_exchanges, "exchanges", clock)
-        self._listens = FairShares(settings.max_listens, f"{LISTEN} streams", clock)
+        self._calls = FairShares(rules.settings.max_exchanges, "exchanges", clock)
+        self._listens = FairShares(rules.settings.max_listens, f"{LISTEN} streams", clock)
         self._open: set[_Open] = set()
 
     @property
@@ -148,7 +136,7 @@ class Modern(Front):
     @contextmanager
     def _opened(self, exchange: HttpExchange) -> Iterator[_Open]:
         """Hold a place of the caller; a header that says another method than the body is refused by the SDK."""
-        listens = exchange.header(METHOD) == LISTEN
+        listens = exchange.header(METHOD_HEADER) == LISTEN
         left = TokenExpiry(self._clock, exchange.expires_at).within(math.inf)
         opened = _Open(anyio.CancelScope(deadline=anyio.current_time() + left), listens)
         with (self._listens if listens else self._calls).held(exchange.caller):

@@ -7,16 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from pgmcp.errors import PgmcpError, SessionBusy
+from pgmcp.protocol import BATCHING, INTERNAL_ERROR, SESSION_ID_HEADER, error_of, revision_of
 from pgmcp.types import Accepted, Attachment, StreamId
 from pgmcp.web.admission import Kind
 from pgmcp.web.bodies import Body
 from pgmcp.web.edge import Edge
-from pgmcp.web.http_exchange import SESSION_ID, HttpExchange
-from pgmcp.web.json_rpc import INTERNAL_ERROR, Parsed, Post, Refusal, accepts
+from pgmcp.web.http_exchange import HttpExchange
+from pgmcp.web.json_rpc import Parsed, Post, Refusal, accepts
 from pgmcp.web.stream_response import StreamResponse
-
-BATCHES = "2025-03-26"
-"""The only revision that has batches."""
 
 LOST = (
     "The database lost this request when its primary changed, and nobody knows whether it took effect. "
@@ -24,10 +22,9 @@ LOST = (
 )
 
 
-def _error(rpc_id: str) -> bytes:
+def _error(rpc_id: str | None) -> bytes:
     data = {"reason": "commits_lost", "outcome": "unknown"}
-    error = {"code": INTERNAL_ERROR, "message": LOST, "data": data}
-    return json.dumps({"jsonrpc": "2.0", "id": json.loads(rpc_id), "error": error}).encode()
+    return json.dumps(error_of(rpc_id, INTERNAL_ERROR, LOST, data)).encode()
 
 
 class PostHandler:
@@ -68,7 +65,7 @@ class PostHandler:
                 await self._take(session_id)
 
     async def _large(self) -> None:
-        session_id = self._exchange.session_id if self._exchange.header(SESSION_ID) else None
+        session_id = self._exchange.session_id if self._exchange.header(SESSION_ID_HEADER) else None
         async with self._edge.turn("large", self._exchange, session_id):
             self._post = await self._edge.large_post(self._body, self._exchange, session_id)
             if self._post.initialize is not None:
@@ -108,8 +105,8 @@ class PostHandler:
 
     async def _check_batch(self, session_id: str) -> None:
         facts = await self._edge.inbox.find(session_id, self._exchange.principal)
-        if facts.protocol_version != BATCHES:
-            raise Refusal(400, f"Batches belong to {BATCHES}, this session speaks {facts.protocol_version}")
+        if not revision_of(facts.protocol_version).batches:
+            raise Refusal(400, f"Batches belong to {BATCHING}, this session speaks {facts.protocol_version}")
 
     async def _requests(self, session_id: str) -> None:
         stream, term, batch = self._edge.new_stream(), self._edge.term(), self._post.batch
@@ -155,7 +152,7 @@ class PostHandler:
             return []
         with suppress(PgmcpError):
             if not await self._edge.log.knows(stream):
-                return [_error(request.rpc_id or "null") for request in self._post.requests]
+                return [_error(request.rpc_id) for request in self._post.requests]
         return []
 
     async def _carry(self, response: StreamResponse, *, batch: bool) -> None:
@@ -173,7 +170,7 @@ class PostHandler:
     async def _initialize(self, message: Parsed) -> None:
         """Open a session here; its client hears of it when the handshake has succeeded and is stored."""
         edge, exchange = self._edge, self._exchange
-        if exchange.header(SESSION_ID):
+        if exchange.header(SESSION_ID_HEADER):
             await edge.inbox.find(exchange.session_id, exchange.principal)
             raise Refusal(400, "This session is initialized already; send initialize without a session id for another")
         asked = (message.params or {}).get("protocolVersion")

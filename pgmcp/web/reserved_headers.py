@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from pgmcp.session.adapters.sdk import RESTORED
+from pgmcp.session.adapter import RESTORED_HEADER
 
-_NAME = RESTORED.encode()
+_NAME = RESTORED_HEADER.encode()
 
 
 class ReservedHeaders:

@@ -21,11 +21,12 @@ from pgmcp.clock import Clock
 from pgmcp.cluster.lease import Lease
 from pgmcp.errors import PgmcpError
 from pgmcp.ports import Log
+from pgmcp.protocol import INTERNAL_ERROR
 from pgmcp.settings import Settings
 from pgmcp.types import Event, Page, StreamKind
 from pgmcp.web.connection import Connection
 from pgmcp.web.json_response import JsonResponse, is_answer
-from pgmcp.web.json_rpc import INTERNAL_ERROR, Refusal
+from pgmcp.web.json_rpc import Refusal
 from pgmcp.web.open_streams import OpenStream
 from pgmcp.web.response_writer import ResponseWriter
 from pgmcp.web.sse_response import SseResponse

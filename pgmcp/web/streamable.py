@@ -11,11 +11,12 @@ Invariants:
 
 from __future__ import annotations
 
+from pgmcp.protocol import LAST_EVENT_ID_HEADER, SESSION_ID_HEADER
 from pgmcp.types import Attachment
 from pgmcp.web.bodies import Body
 from pgmcp.web.edge import Edge
 from pgmcp.web.endpoint import Endpoint, cursor
-from pgmcp.web.http_exchange import LAST_EVENT_ID, SESSION_ID, HttpExchange
+from pgmcp.web.http_exchange import HttpExchange
 from pgmcp.web.json_rpc import Refusal, accepts
 from pgmcp.web.post_handler import PostHandler
 
@@ -27,7 +28,7 @@ class Streamable(Endpoint):
 
     def opens(self, exchange: HttpExchange) -> bool:
         """See ``Front.opens``; without a session id everything else is refused."""
-        return exchange.request.method == "POST" and not exchange.header(SESSION_ID)
+        return exchange.request.method == "POST" and not exchange.header(SESSION_ID_HEADER)
 
     async def answer(self, edge: Edge, exchange: HttpExchange, body: Body) -> None:
         """See ``Endpoint.answer``."""
@@ -45,7 +46,7 @@ async def _get(edge: Edge, exchange: HttpExchange) -> None:
     """Carry the standalone stream, or resume any stream after ``Last-Event-ID``."""
     if not accepts(exchange.request)[1]:
         raise Refusal(406, "Not Acceptable: Client must accept text/event-stream")
-    session_id, last = exchange.session_id, exchange.header(LAST_EVENT_ID)
+    session_id, last = exchange.session_id, exchange.header(LAST_EVENT_ID_HEADER)
     stream, after = cursor(last) if last else (None, None)
     attached = await edge.attach(exchange, session_id, stream)
     if not isinstance(attached, Attachment):

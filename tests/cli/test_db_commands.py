@@ -90,8 +90,8 @@ def test_a_contract_step_that_waits_has_an_exit_code_of_its_own_or_is_left_for_l
     async def start_node() -> None:
         connection = await asyncpg.connect(database, timeout=10)
         await connection.execute(
-            "insert into pgmcp.nodes (node_id, name, address, state, expires_at, version, schema_revision, capacity) "
-            "values (gen_random_uuid(), 'n1', '', 'ready', now() + interval '1 minute', '1', '0002', 1)"
+            "insert into pgmcp.nodes (node_id, name, address, state, expires_at, version, schema_revision) "
+            "values (gen_random_uuid(), 'n1', '', 'ready', now() + interval '1 minute', '1', '0002')"
         )
         await connection.close()
 

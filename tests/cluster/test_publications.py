@@ -76,7 +76,7 @@ class Ear:
 
     def __init__(self, node: RunningNode) -> None:
         self.heard: list[ServerEvent] = []
-        self.leave = node.node._target.bus.subscribe(self.heard.append)
+        self.leave = node.bus.subscribe(self.heard.append)
 
     def uris(self) -> list[str]:
         return [event.uri for event in self.heard if isinstance(event, ResourceUpdated)]
@@ -161,7 +161,7 @@ async def test_none_is_lost_and_none_comes_twice(database: str) -> None:
     """``benchmarks/publications.py`` does it 10,000 times."""
     async with three(database, poll=60) as (nodes, tables):
         ears = [Ear(node) for node in nodes]
-        buses = [node.node._target.bus for node in nodes]
+        buses = [node.bus for node in nodes]
 
         async def say(number: int) -> None:
             for turn in range(50):
@@ -393,7 +393,7 @@ async def test_a_server_with_a_bus_of_its_own_keeps_it(database: str, caplog: py
 @pytest.mark.parametrize("uri", ["", "a\0b", "a\ud800", "x" * 8193], ids=["empty", "nul", "surrogate", "long"])
 async def test_a_uri_that_cannot_be_stored_costs_nobody_else_theirs(database: str, uri: str) -> None:
     async with three(database) as (nodes, _):
-        ear, bus = Ear(nodes[1]), nodes[0].node._target.bus
+        ear, bus = Ear(nodes[1]), nodes[0].bus
         outcomes = await asyncio.gather(
             *(bus.publish(ResourceUpdated(uri=each)) for each in ("a://1", uri, "a://2")), return_exceptions=True
         )

@@ -11,12 +11,12 @@ from litestar import Litestar
 from mcp.server.mcpserver import Context, MCPServer
 
 from pgmcp import ClusterPlugin
-from pgmcp.session.adapters.sdk import RESTORED
+from pgmcp.session.adapter import RESTORED_HEADER
 from tests.harness.clients import RawSession
 from tests.harness.cluster import cluster, serving
 from tests.harness.modern import Modern
 
-SAYS = {RESTORED: "1", "PGMCP-Restored": "2"}
+SAYS = {RESTORED_HEADER: "1", "PGMCP-Restored": "2"}
 
 
 def server() -> MCPServer:
@@ -26,7 +26,7 @@ def server() -> MCPServer:
     def restored(ctx: Context) -> list[str]:
         request = ctx.request_context.request
         assert request is not None
-        return [value for name, value in request.headers.items() if name == RESTORED]
+        return [value for name, value in request.headers.items() if name == RESTORED_HEADER]
 
     @made.tool()
     async def waits(ctx: Context) -> str:

@@ -22,7 +22,7 @@ from pgmcp.clock import Clock
 from pgmcp.embedded import EmbeddedPostgres
 from pgmcp.errors import OtherServer, SettingsError
 from pgmcp.node import Node
-from pgmcp.session.adapters.target import target_of
+from pgmcp.session.target import target_of
 from pgmcp.settings import Settings
 from pgmcp.store import identity, migrations, revisions
 from tests.harness.clients import RawSession

@@ -217,7 +217,7 @@ from mcp.server.mcpserver import MCPServer
 from mcp.server.request_state import RequestStateBoundary, RequestStateSecurity
 
 early = MCPServer("early")
-import pgmcp.session.adapters.states as states
+import pgmcp.session.sdk.states as states
 
 late, own = MCPServer("late"), MCPServer("own", request_state_security=RequestStateSecurity(keys=["k" * 32]))
 for server in (early, late, own):

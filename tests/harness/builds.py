@@ -1,6 +1,6 @@
 """A made-up newer build: this one, with an expand and a contract step more, whose nodes write one column less.
 
-0900 lets nodes leave out ``nodes.capacity``, 0901 drops it: only builds that know 0900 go on after it.
+0900 lets nodes leave out ``sessions.client_capabilities``, 0901 drops it: only builds that know 0900 go on after it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pytest
 from pgmcp.store import alembic_run, revisions
 from tests.harness.processes import REPOSITORY
 
-STEP = '''"""{kind}: capacity is {fate}."""
+STEP = '''"""{kind}: client_capabilities are {fate}."""
 import sqlalchemy as sa
 from alembic import context, op
 
@@ -33,9 +33,10 @@ def upgrade():
 def downgrade():
     {down}
 '''
-ALTER = "op.alter_column('nodes', 'capacity', nullable={}, schema=context.config.attributes['schema'])"
-DROP = "op.drop_column('nodes', 'capacity', schema=context.config.attributes['schema'])"
-ADD = "op.add_column('nodes', sa.Column('capacity', sa.Integer()), schema=context.config.attributes['schema'])"
+SCHEMA = "schema=context.config.attributes['schema']"
+ALTER = f"op.alter_column('sessions', 'client_capabilities', nullable=True, {SCHEMA})"
+DROP = f"op.drop_column('sessions', 'client_capabilities', {SCHEMA})"
+ADD = f"op.add_column('sessions', sa.Column('client_capabilities', sa.LargeBinary()), {SCHEMA})"
 
 
 def newer_migrations(folder: Path) -> Path:
@@ -43,11 +44,11 @@ def newer_migrations(folder: Path) -> Path:
     shutil.copytree(REPOSITORY / "migrations", folder, ignore=shutil.ignore_patterns("__pycache__"))
     head = alembic_run.scripts().get_current_head()
     steps: dict[str, dict[str, Any]] = {
-        "0900_expand_capacity.py": {
+        "0900_expand_capabilities.py": {
             "kind": "Expand", "fate": "optional", "revision": "0900", "before": head, "needs": "",
-            "up": ALTER.format(True), "down": "pass",
+            "up": ALTER, "down": "pass",
         },
-        "0901_contract_capacity.py": {
+        "0901_contract_capabilities.py": {
             "kind": "Contract", "fate": "gone", "revision": "0901", "before": "0900", "needs": 'needs = "0900"\n',
             "up": DROP, "down": ADD,
         },
@@ -73,11 +74,11 @@ def newer_build(folder: Path) -> dict[str, str]:
     """Install the newer build into a folder; the variables with which ``python -m pgmcp`` is of it."""
     shutil.copytree(REPOSITORY / "pgmcp", folder / "pgmcp", ignore=shutil.ignore_patterns("__pycache__"))
     newer_migrations(folder / "migrations")
-    statements = folder / "pgmcp/store/sql/nodes.sql"
-    text = statements.read_text()
-    for before, after in (("_revision, capacity,", "_revision,"), ("$6, $7, $8, $9 from", "$6, $8, $9 from")):
-        assert text.count(before) == 1
-        text = text.replace(before, after)
+    statements = folder / "pgmcp/store/sql/inbox.sql"
+    text, written = statements.read_text(), "client_version = $6, client_capabilities = $7\n    from counted where"
+    assert text.count(written) == 1
     # The seventh value is still given: PostgreSQL has to be told its type.
-    statements.write_text(text.replace("select needs, coalesce", "select needs, $7::integer as capacity, coalesce"))
+    statements.write_text(
+        text.replace(written, "client_version = $6\n    from counted where $7::bytea is not null and")
+    )
     return {"PYTHONPATH": str(folder), "PYTHONSAFEPATH": "1"}

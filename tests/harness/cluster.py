@@ -14,9 +14,10 @@ import uvicorn
 
 from pgmcp.clock import Clock, Ids
 from pgmcp.node import KEEP_ALIVE_SECONDS, Incarnation, Node
-from pgmcp.node.protocol import limited
-from pgmcp.session.adapters.target import load
+from pgmcp.node.http_protocol import limited
 from pgmcp.session.intake import Resident
+from pgmcp.session.sdk.bus import PostgresSubscriptionBus
+from pgmcp.session.target import load
 from pgmcp.settings import Settings
 from pgmcp.store.database import Database
 from pgmcp.store.retention import Retention
@@ -70,6 +71,13 @@ class RunningNode:
     def modern(self) -> Modern:
         """What it answers without a session."""
         return self.node._modern
+
+    @property
+    def bus(self) -> PostgresSubscriptionBus:
+        """Where its server publishes."""
+        bus = self.node._target.bus
+        assert isinstance(bus, PostgresSubscriptionBus)
+        return bus
 
     @property
     def residents(self) -> dict[SessionKey, Resident]:

@@ -9,8 +9,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from pgmcp.node import protocol
-from pgmcp.node.protocol import HEAD_BYTES, Proxies
+from pgmcp.node import http_protocol
+from pgmcp.node.http_protocol import HEAD_BYTES, Proxies
 from tests.harness.clients import RawSession
 from tests.harness.cluster import RunningNode, cluster, eventually
 from tests.limits.conftest import Talker
@@ -21,8 +21,8 @@ Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(protocol, "HEADERS_SECONDS", 0.3)
-    monkeypatch.setattr(protocol, "LINGER_SECONDS", 0.2)
+    monkeypatch.setattr(http_protocol, "HEADERS_SECONDS", 0.3)
+    monkeypatch.setattr(http_protocol, "LINGER_SECONDS", 0.2)
 
 
 @contextlib.asynccontextmanager
@@ -88,7 +88,7 @@ async def test_headers_that_are_too_large(database: str, talker: Talker, count: 
 async def test_who_is_refused_for_headers_is_refused_no_faster_than_once_a_while(
     database: str, talker: Talker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(protocol, "LINGER_SECONDS", 2.0)
+    monkeypatch.setattr(http_protocol, "LINGER_SECONDS", 2.0)
     async with cluster(database, talker, 1, max_connections=1, forwarded_allow_ips="10.0.0.1") as [node]:
         loop = asyncio.get_running_loop()
         async with connected(node, b"GET / HTTP/1.1\r\nx: %s\r\n\r\n" % (b"x" * 2 * HEAD_BYTES)) as (reader, _):

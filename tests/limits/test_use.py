@@ -124,8 +124,8 @@ async def test_a_stream_whose_edge_has_crashed_was_use_until_that_is_noticed(
         carried = "select sink is not null from pgmcp.streams where kind = 'standalone'"
         await eventually(lambda: tables.value(carried), "the stream is carried")
         await tables.execute(
-            "insert into pgmcp.nodes (node_id, name, address, state, expires_at, version, schema_revision, capacity) "
-            "values (gen_random_uuid(), 'crashed', '', 'dead', now(), '', '', 1)"
+            "insert into pgmcp.nodes (node_id, name, address, state, expires_at, version, schema_revision) "
+            "values (gen_random_uuid(), 'crashed', '', 'dead', now(), '', '')"
         )
         await tables.execute(
             "update pgmcp.streams set sink = (select node_id from pgmcp.nodes where name = 'crashed') "

@@ -21,8 +21,7 @@ from pgmcp.clock import Clock, Ids
 from pgmcp.settings import Settings
 from pgmcp.store.database import Database
 from pgmcp.store.line import Line
-from pgmcp.store.timeline import JUMP
-from pgmcp.types import NodeId
+from pgmcp.types import JUMP, NodeId
 from tests.harness.clients import RawSession
 from tests.harness.cluster import eventually, tables_of
 from tests.harness.servers import Server

@@ -8,7 +8,8 @@ from contextlib import AsyncExitStack
 import pytest
 
 from pgmcp.node.timeline import TimelineChange
-from pgmcp.store.timeline import JUMP, Timeline
+from pgmcp.store.timeline import Timeline
+from pgmcp.types import JUMP
 from tests.harness.clients import RawExchange, RawSession
 from tests.harness.cluster import eventually, tables_of
 from tests.harness.servers import Server

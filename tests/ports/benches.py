@@ -136,7 +136,7 @@ class TableBench(Bench):
             on_payload=heard.append, on_broadcast=heard.append, on_reset=lambda **_: None, on_lost=lambda: None,
             database=made.database,
         )  # fmt: skip
-        await join(made.database, NodeRecord(made.node, "node", "", "1", "", 1))
+        await join(made.database, NodeRecord(made.node, "node", "", "1", ""))
         await line.start()
         self._stack.push_async_callback(line.stop)
         self._lines[made.node] = line

@@ -8,8 +8,7 @@ from dataclasses import replace
 import pytest
 
 from pgmcp.errors import DuplicateRequest, Fenced, SessionUnknown
-from pgmcp.store.timeline import JUMP
-from pgmcp.types import ANONYMOUS, Attachment, Claimed, Cursor, Message, Principal, StreamId
+from pgmcp.types import ANONYMOUS, JUMP, Attachment, Claimed, Cursor, Message, Principal, StreamId
 from tests.harness.stores import HELD, IDS, answer, opened, outcome, request
 from tests.ports.benches import Pair
 

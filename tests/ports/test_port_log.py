@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import pytest
 
 from pgmcp.errors import Fenced, OutOfStep, StreamTaken
-from pgmcp.store.timeline import JUMP
 from pgmcp.types import (
     ANONYMOUS,
+    JUMP,
     PAGE,
     PAGE_BYTES,
     REPLACEMENTS,
@@ -156,7 +156,8 @@ async def test_the_standalone_stream_is_found_without_its_id(scene: Scene) -> No
     attachment = await scene.edge.log.attach(scene.session.session_id, ANONYMOUS, None)
     assert isinstance(attachment, Attachment)
     assert (attachment.stream, attachment.next_seq, attachment.replaced) == (scene.session.standalone, 2, None)
-    assert await scene.owner.log.standalone(scene.session.key) == (scene.session.standalone, 2)
+    stands = await scene.owner.log.stands([scene.session.standalone])
+    assert stands == {scene.session.standalone: Stand(2, closed=False)}
 
 
 async def test_a_stream_closes_with_its_last_answer(scene: Scene) -> None:

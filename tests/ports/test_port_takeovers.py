@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from pgmcp.errors import Fenced
-from pgmcp.store.timeline import JUMP
+from pgmcp.inheritance import Inheritance
 from pgmcp.types import (
     ANONYMOUS,
+    JUMP,
     Attachment,
     Claimed,
     Entry,
-    Inheritance,
     JournalEntry,
     NodeState,
     Ownership,

@@ -12,7 +12,7 @@ import pytest
 import pytest_asyncio
 
 from pgmcp.node import Node
-from pgmcp.session.adapters.target import load
+from pgmcp.session.target import load
 from pgmcp.settings import Settings
 from tests.harness.clients import RawSession, connect
 from tests.harness.cluster import eventually, serving, tables_of

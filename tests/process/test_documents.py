@@ -22,7 +22,7 @@ import asyncpg
 import pytest
 from mcp.server.mcpserver import MCPServer
 
-from pgmcp.session.adapters.target import load
+from pgmcp.session.target import load
 from tests.harness.clients import RawSession, connect
 from tests.harness.cluster import cluster, tables_of
 from tests.harness.documents import Reader, blocks, file_of

@@ -49,16 +49,16 @@ async def upgrade(database: str, env: Mapping[str, str], *options: str) -> tuple
 
 
 async def upgrade_while_somebody_reads(database: str, env: Mapping[str, str]) -> tuple[int | None, str]:
-    """The same, while a transaction is open that has read ``nodes``, until the upgrade gave way to others once."""
+    """The same, while a transaction is open that has read ``sessions``, until the upgrade gave way to others once."""
     reader, watcher = [await asyncpg.connect(database) for _ in range(2)]
     change = reader.transaction()
     await change.start()
-    await reader.fetch("select * from pgmcp.nodes")
+    await reader.fetch("select * from pgmcp.sessions")
     upgrading = asyncio.create_task(upgrade(database, env))
     watch = Watcher(watcher)
 
     async def waits() -> bool:
-        return bool(await watch.waiting("ALTER TABLE pgmcp.nodes"))
+        return bool(await watch.waiting("ALTER TABLE pgmcp.sessions"))
 
     async def gave_way() -> bool:
         return not await waits()

@@ -139,8 +139,8 @@ async def test_a_dead_sink_stays_where_somebody_works_with_the_session(
     """It is dropped together with the note that the session was used until then, by the next sweep."""
     holder, dead = hands[0], NodeId(IDS.uuid())
     await holder.execute(
-        "insert into pgmcp.nodes (node_id, name, address, state, expires_at, version, schema_revision, capacity) "
-        "values ($1, 'crashed', '', 'dead', now(), '', '', 1)",
+        "insert into pgmcp.nodes (node_id, name, address, state, expires_at, version, schema_revision) "
+        "values ($1, 'crashed', '', 'dead', now(), '', '')",
         dead,
     )
     await holder.execute("update pgmcp.streams set sink = $1", dead)

@@ -59,7 +59,7 @@ async def every_statement(edge: Store, owner: Store, sessions: list[Session], fi
 
 
 async def joined(node: Store) -> None:
-    record = NodeRecord(node.node, "n", "http://127.0.0.1:1", "1", OLDEST, 100)
+    record = NodeRecord(node.node, "n", "http://127.0.0.1:1", "1", OLDEST)
     await join(node.database, record)
 
 

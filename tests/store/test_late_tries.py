@@ -29,8 +29,8 @@ from tests.harness.stores import IDS, Session, Store, answer, opened, outcome, r
 
 TABLES = "select tablename from pg_tables where schemaname = 'pgmcp' order by tablename"
 NODE = (
-    "insert into pgmcp.nodes (node_id, name, address, state, expires_at, version, schema_revision, capacity) "
-    "values ($1, 'node', '', $2, clock_timestamp() + interval '1 hour', '1', '1', 1)"
+    "insert into pgmcp.nodes (node_id, name, address, state, expires_at, version, schema_revision) "
+    "values ($1, 'node', '', $2, clock_timestamp() + interval '1 hour', '1', '1')"
 )
 
 

@@ -112,7 +112,7 @@ async def say(hand: asyncpg.Connection, node: NodeId | None, payload: str) -> No
 async def join(address: str, node: NodeId) -> None:
     database = Database(Settings(database_url=address), Clock())
     await database.open()
-    await nodes.join(database, NodeRecord(node, "n", "", "0", "0001", 1))
+    await nodes.join(database, NodeRecord(node, "n", "", "0", "0001"))
     await database.close()
 
 

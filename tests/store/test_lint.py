@@ -71,7 +71,7 @@ def test_squawk_finds_nothing(revision: str) -> None:
 
 def test_it_would_find_something(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = newer_migrations(tmp_path / "migrations")
-    step = folder / "versions/0901_contract_capacity.py"
+    step = folder / "versions/0901_contract_capabilities.py"
     step.write_text(
         step.read_text().replace(
             "op.drop_column(", "op.create_index('i', 'nodes', ['name'], schema='pgmcp')\n    op.drop_column("

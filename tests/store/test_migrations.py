@@ -33,10 +33,10 @@ select nspname, '', 'schema' from pg_namespace where nspname !~ '^pg_'
  order by 1, 2, 3
 """
 COLUMNS = """
-select c.relname, a.attnum, a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull, a.attidentity::text,
-       pg_get_expr(d.adbin, d.adrelid)
+select c.relname, row_number() over (partition by c.oid order by a.attnum), a.attname,
+       format_type(a.atttypid, a.atttypmod), a.attnotnull, a.attidentity::text, pg_get_expr(d.adbin, d.adrelid)
   from pg_class c
-  join pg_attribute a on a.attrelid = c.oid and a.attnum > 0
+  join pg_attribute a on a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped
   left join pg_attrdef d on d.adrelid = c.oid and d.adnum = a.attnum
  where c.relnamespace = $1::regnamespace and c.relkind = 'r' and c.relname <> 'alembic_version' order by 1, 2
 """

@@ -169,9 +169,10 @@ async def test_a_replaced_key_opens_what_it_has_sealed(sealer: Store, database: 
 
 
 async def test_no_node_seals_beside_one_that_cannot_read_it(sealer: Store, hand: asyncpg.Connection) -> None:
-    old = NodeRecord(NodeId(IDS.uuid()), "old", "", "0", "0014", 1)
+    old = NodeRecord(NodeId(IDS.uuid()), "old", "", "0", "0014")
     await join(sealer.database, old)
     await hand.execute("update pgmcp.nodes set schema_newest = '0014'")
+    await hand.execute("update pgmcp.schema_range set needs = '0001'")  # as before the first contract step
     with pytest.raises(SchemaInUse, match="Node old is of an older build"):
         await no_older(sealer.database)
     assert await hand.fetchval("select needs from pgmcp.schema_range") == "0001"

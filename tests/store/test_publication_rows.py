@@ -14,9 +14,9 @@ from pgmcp.settings import Settings
 from pgmcp.store import migrations, publications
 from pgmcp.store.line import channel
 from pgmcp.store.publications import TablePublications, publish_from_outside
-from pgmcp.store.retention import PUBLICATIONS_SECONDS, Retention
+from pgmcp.store.retention import Retention
 from pgmcp.store.schema import PUBLISHING
-from pgmcp.types import PUBLISHED, Change, Horizon, Publication
+from pgmcp.types import PUBLICATIONS_SECONDS, PUBLISHED, Change, Horizon, Publication
 from tests.harness.stores import IDS, Store, store
 
 TOOLS = Publication(Change.TOOLS)

@@ -25,10 +25,19 @@ insert into pgmcp.nodes
 values ($1, $2, $3, 'joining', clock_timestamp() + make_interval(secs => $4), $5, $6, $7)
 on conflict (node_id) do nothing
 """
-HAS_CAPACITY = """
-select exists (select from information_schema.columns where table_schema = 'pgmcp' and column_name = 'capacity')
+HAS_CAPABILITIES = """
+select exists (
+    select from information_schema.columns where table_schema = 'pgmcp' and column_name = 'client_capabilities'
+)
+"""
+UNUSED = """
+select count(*) from information_schema.columns
+ where table_schema = 'pgmcp' and (table_name, column_name) in
+       (('nodes', 'capacity'), ('sessions', 'state'), ('sessions', 'wanted_owner'), ('sessions', 'expires_at'))
 """
 NEEDS = "select needs from pgmcp.schema_range"
+NEEDED = max(getattr(script.module, "needs", "0001") for script in alembic_run.scripts().walk_revisions())
+"""What the contract steps of this build make a build know."""
 OVER_ALL = "select state, cause from pgmcp.nodes order by name"
 
 
@@ -48,12 +57,10 @@ async def connection(database: str) -> AsyncIterator[asyncpg.Connection]:
 async def node(connection: asyncpg.Connection, name: str = "n1", **values: Any) -> None:
     """The row of a node, of this build unless something else is said."""
     row = {
-        "node_id": IDS.uuid(), "name": name, "address": "", "state": "ready", "version": "1", "capacity": 1,
+        "node_id": IDS.uuid(), "name": name, "address": "", "state": "ready", "version": "1",
         "schema_revision": revisions.head(), "schema_oldest": OLDEST, "schema_newest": revisions.head(),
     } | values  # fmt: skip
     away = row.pop("away", -10)
-    if row["capacity"] is None:  # the newer build knows no such column
-        del row["capacity"]
     marks = ", ".join(f"${number}" for number in range(1, len(row) + 1))
     await connection.execute(
         f"insert into pgmcp.nodes ({', '.join(row)}, expires_at) "
@@ -74,7 +81,7 @@ async def migrate(folder: Path, database: str, *, down: str | None = None) -> No
 async def joined(database: str) -> None:
     """A node of the build that this process is of joins."""
     async with store(database) as joining:
-        await join(joining.database, NodeRecord(joining.node, "joined", "", "1", "0003", 1))
+        await join(joining.database, NodeRecord(joining.node, "joined", "", "1", "0003"))
 
 
 @pytest.mark.parametrize(
@@ -97,12 +104,12 @@ async def test_a_contract_step_waits_for_a_node_that_needs_what_it_removes(
     with pytest.raises(SchemaInUse, match=r"step to 0901 waits .* n1 \([0-9a-f-]{36}\)\. The steps before it are done"):
         await migrate(folder, database)
     assert await connection.fetchval("select version_num from pgmcp.alembic_version") == "0900"
-    assert await connection.fetchval(HAS_CAPACITY)
-    assert await connection.fetchval(NEEDS) == "0001"
+    assert await connection.fetchval(HAS_CAPABILITIES)
+    assert await connection.fetchval(NEEDS) == NEEDED
     await connection.execute("update pgmcp.nodes set state = 'left' where name = 'n1'")
     await migrate(folder, database)
     assert await connection.fetchval("select version_num from pgmcp.alembic_version") == "0901"
-    assert not await connection.fetchval(HAS_CAPACITY)
+    assert not await connection.fetchval(HAS_CAPABILITIES)
     assert await connection.fetchval(NEEDS) == "0900"
 
 
@@ -167,12 +174,20 @@ async def test_after_a_contract_step_an_older_build_is_refused_and_a_running_nod
             assert await revisions.understood(connection, "pgmcp") == "0901"
 
 
-async def test_a_node_of_the_build_before_the_ranges_joins_as_ever(
-    database: str, connection: asyncpg.Connection, folder: Path
-) -> None:
+async def test_a_node_of_the_build_before_the_ranges_joins_as_ever(empty_database: str, folder: Path) -> None:
+    """While its columns are there: what this build does without goes when no such node lives."""
+    await asyncio.to_thread(migrations.upgrade, empty_database, "pgmcp", OLDEST)
+    connection = await asyncpg.connect(empty_database, timeout=10)
     await connection.execute(JOIN_OF_THE_BUILD_BEFORE_0003, IDS.uuid(), "old", "", 10.0, "0.1", "0002", 1)
-    with pytest.raises(SchemaInUse, match=r"old \("):
-        await migrate(folder, database)
+    await joined(empty_database)
+    with pytest.raises(SchemaInUse, match=r"step to 0021 waits .* old \("):
+        await migrate(folder, empty_database)
+    assert await connection.fetchval(UNUSED) == 4
+    await connection.execute("update pgmcp.nodes set state = 'left' where name = 'old'")
+    await asyncio.to_thread(migrations.upgrade, empty_database, "pgmcp")
+    assert await connection.fetchval(UNUSED) == 0
+    assert await connection.fetchval(NEEDS) == NEEDED
+    await connection.close()
 
 
 async def test_who_joins_during_a_contract_step_is_judged_by_what_it_leaves(
@@ -199,7 +214,7 @@ async def test_a_contract_step_sees_who_joins_right_before_it(
     change = joining.transaction()
     await change.start()
     await joining.fetch(
-        statement("join", "pgmcp"), IDS.uuid(), "late", "", 10.0, "1", "0003", 1, OLDEST, revisions.head(), ""
+        statement("join", "pgmcp"), IDS.uuid(), "late", "", 10.0, "1", "0003", OLDEST, revisions.head(), ""
     )
     stepping = asyncio.create_task(migrate(folder, database))
     assert await Watcher(connection).until_waiting("schema_range", stepping)
@@ -212,11 +227,11 @@ async def test_a_contract_step_sees_who_joins_right_before_it(
 async def test_a_step_back_waits_for_nodes_too(database: str, connection: asyncpg.Connection, folder: Path) -> None:
     await migrate(folder, database)
     with newer(folder):
-        await node(connection, schema_oldest="0900", capacity=None)
+        await node(connection, schema_oldest="0900")
     with pytest.raises(SchemaInUse, match=rf"step to {revisions.head()} waits .* n1 \("):
         await migrate(folder, database, down=revisions.head())
     assert await asyncio.to_thread(migrations.current, database, "pgmcp") == "0900"
-    assert await connection.fetchval(NEEDS) == "0001"
+    assert await connection.fetchval(NEEDS) == NEEDED
     await connection.execute("update pgmcp.nodes set state = 'left'")
     await migrate(folder, database, down="base")
     assert await asyncio.to_thread(migrations.current, database, "pgmcp") is None
@@ -241,11 +256,11 @@ async def test_a_long_reader_keeps_a_migration_waiting_and_nobody_else(
     await node(connection, schema_newest="0900")
     reader = await asyncpg.connect(database, timeout=10)
     async with reader.transaction():
-        await reader.fetch("select * from pgmcp.nodes")
+        await reader.fetch("select * from pgmcp.sessions")
         stepping = asyncio.create_task(migrate(folder, database))
         for _ in range(3):
-            assert await Watcher(connection).until_waiting("ALTER TABLE pgmcp.nodes", stepping)
-            await connection.execute("update pgmcp.nodes set renewed_at = clock_timestamp()", timeout=5)
+            assert await Watcher(connection).until_waiting("ALTER TABLE pgmcp.sessions", stepping)
+            await connection.execute("update pgmcp.sessions set last_active_at = clock_timestamp()", timeout=5)
         assert not stepping.done()
     await stepping
     await reader.close()

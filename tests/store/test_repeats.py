@@ -12,7 +12,7 @@ import pytest
 
 from pgmcp.errors import DatabaseUnavailable
 from pgmcp.store.statements import statement
-from pgmcp.types import ANONYMOUS, Attachment, Claimed, Cursor, Established, JournalEntry, NewSession, StreamId
+from pgmcp.types import ANONYMOUS, Attachment, Claimed, Cursor, Established, JournalEntry, NewSession, Stand, StreamId
 from tests.harness.proxy import Cut, Proxy, proxied
 from tests.harness.stores import (
     HELD,
@@ -103,7 +103,7 @@ async def test_open_session(scene: Scene, where: Cut) -> None:
     new = NewSession(IDS.token(), ANONYMOUS, "streamable", StreamId(IDS.uuid()))
     ownership = await scene.through("open_session", where, scene.node.inbox.open_session(new))
     assert ownership.epoch == 1
-    assert await scene.node.log.standalone(ownership.session) == (new.standalone, 1)
+    assert await scene.node.log.stands([new.standalone]) == {new.standalone: Stand(1, closed=False)}
     assert (await row_counts(scene.eyes))["sessions"] == 2
 
 

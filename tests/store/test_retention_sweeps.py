@@ -300,8 +300,8 @@ async def test_what_a_dead_node_carried_can_be_had_elsewhere_for_the_whole_reten
     """A client read slowly, or came late; then its node died."""
     await hand.execute(OLD_STREAMS, session.key, 1)
     await hand.execute(
-        "insert into pgmcp.nodes (node_id, name, address, state, expires_at, version, schema_revision, capacity) "
-        "values (gen_random_uuid(), 'n', '', 'dead', now(), '', '', 1)"
+        "insert into pgmcp.nodes (node_id, name, address, state, expires_at, version, schema_revision) "
+        "values (gen_random_uuid(), 'n', '', 'dead', now(), '', '')"
     )
     await hand.execute(
         "update pgmcp.streams set sink = (select node_id from pgmcp.nodes where state = 'dead'), "

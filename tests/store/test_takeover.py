@@ -38,8 +38,8 @@ async def joined(connection: asyncpg.Connection, node: NodeId, **values: Any) ->
     row = {"state": "ready", "expires": 10.0, "renewed": 0.0, "pid": None, "started": None, "name": "n"} | values
     await connection.execute(
         "insert into pgmcp.nodes (node_id, name, address, state, renewed_at, expires_at, line_pid, line_started_at, "
-        "version, schema_revision, capacity) values ($1, $2, '', $3, clock_timestamp() + make_interval(secs => $4), "
-        "clock_timestamp() + make_interval(secs => $5), $6, $7, '', '', 1)",
+        "version, schema_revision) values ($1, $2, '', $3, clock_timestamp() + make_interval(secs => $4), "
+        "clock_timestamp() + make_interval(secs => $5), $6, $7, '', '')",
         node,
         row["name"],
         row["state"],

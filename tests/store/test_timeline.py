@@ -22,8 +22,7 @@ from pgmcp.settings import Settings
 from pgmcp.store import timeline
 from pgmcp.store.database import Database
 from pgmcp.store.statements import statement
-from pgmcp.store.timeline import JUMP
-from pgmcp.types import Entry, Ownership
+from pgmcp.types import JUMP, Entry, Ownership
 from tests.harness.stores import (
     BACKENDS,
     ELSEWHERE,

@@ -15,14 +15,13 @@ A, B, GONE = ("00000000-0000-7000-8000-00000000000" + digit for digit in "abc")
 S1, S2, S3 = ("00000000-0000-7000-8000-00000000010" + digit for digit in "123")
 
 ROWS = f"""
-insert into pgmcp.nodes (node_id, name, address, state, expires_at, version, schema_revision, capacity) values
-  ('{A}', 'a', '127.0.0.1:1', 'ready', clock_timestamp() + interval '10 s', '0.1.0', '0001', 100),
-  ('{B}', 'b', '127.0.0.1:2', 'dead', clock_timestamp() - interval '10 s', '0.1.0', '0001', 100);
+insert into pgmcp.nodes (node_id, name, address, state, expires_at, version, schema_revision) values
+  ('{A}', 'a', '127.0.0.1:1', 'ready', clock_timestamp() + interval '10 s', '0.1.0', '0001'),
+  ('{B}', 'b', '127.0.0.1:2', 'dead', clock_timestamp() - interval '10 s', '0.1.0', '0001');
 insert into pgmcp.sessions (session_id, owner, epoch, transport, client_name, principal_client, principal_issuer,
-                            principal_subject, state) values
-  ('first', '{A}', 3, 'streamable', 'probe', 'cli', 'https://issuer', 'me', 'live'),
-  ('second', '{B}', 1, 'sse', null, null, null, null, 'live'),
-  ('third', '{A}', 1, 'streamable', null, 'cli', null, null, 'ending');
+                            principal_subject) values
+  ('first', '{A}', 3, 'streamable', 'probe', 'cli', 'https://issuer', 'me'),
+  ('second', '{B}', 1, 'sse', null, null, null, null);
 insert into pgmcp.streams (id, session, kind, sink, next_seq, delivered_seq, closed) values
   ('{S1}', 1, 'request', '{A}', 5, 2, false),
   ('{S2}', 1, 'standalone', null, 1, 0, false),

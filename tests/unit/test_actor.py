@@ -9,7 +9,8 @@ from typing import Any, cast
 import pytest
 
 from pgmcp.clock import Ids
-from pgmcp.session.actor import REQUEST_CANCELLED, Actor
+from pgmcp.protocol import REQUEST_CANCELLED
+from pgmcp.session.actor import Actor
 from pgmcp.session.adapter import Adapter, Conversation, Kind, Outgoing
 from pgmcp.session.message_limit import MessageLimit
 from pgmcp.session.request_context import RequestContext

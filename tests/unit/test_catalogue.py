@@ -8,7 +8,7 @@ import pytest
 from fastmcp import FastMCP
 
 from pgmcp.session.adapters.fastmcp import FRESH_SECONDS, Catalogue
-from pgmcp.session.adapters.target import target_of
+from pgmcp.session.target import target_of
 from tests.harness.clock import FakeClock, settle
 
 

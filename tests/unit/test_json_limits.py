@@ -8,9 +8,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from pgmcp.protocol import PARSE_ERROR
 from pgmcp.web import json_limits
 from pgmcp.web.json_limits import JsonLimits
-from pgmcp.web.json_rpc import PARSE_ERROR, Refusal
+from pgmcp.web.json_rpc import Refusal
 
 texts = st.text('\\"{[}]:,0a\u00e9\n', max_size=12)
 anything = st.recursive(

@@ -6,8 +6,10 @@ import json
 
 import pytest
 
-from pgmcp.session.policy import HARMLESS, Fate, fate, undecided
-from pgmcp.types import Heard, Inherited, RequestKey
+from pgmcp.inheritance import Heard, Inherited
+from pgmcp.protocol import HARMLESS
+from pgmcp.session.policy import Fate, fate, undecided
+from pgmcp.types import RequestKey
 from tests.harness.stores import IDS
 
 KEY = RequestKey(IDS.uuid())

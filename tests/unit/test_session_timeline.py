@@ -14,8 +14,7 @@ from pgmcp.session.actor import Actor
 from pgmcp.session.outbox import Outbox
 from pgmcp.session.running_requests import Stream
 from pgmcp.settings import Settings
-from pgmcp.store.timeline import JUMP
-from pgmcp.types import Ownership, RequestKey, SessionKey, Stand, StreamId
+from pgmcp.types import JUMP, Ownership, RequestKey, SessionKey, Stand, StreamId
 from tests.harness.clock import FakeClock
 from tests.harness.memory import MemoryCluster, memory_store
 from tests.harness.stores import Session, opened, request

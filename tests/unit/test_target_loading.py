@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pgmcp.errors import TargetError
-from pgmcp.session.adapters.target import load
+from pgmcp.session.target import load
 
 SERVED = """
 from beside_the_served import served

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
@@ -16,12 +17,16 @@ from fastmcp.server.context import set_transport
 from fastmcp.server.providers.base import Provider
 from fastmcp.utilities.versions import version_sort_key
 from mcp.server import Server
+from mcp.server.subscriptions import ListenHandler
+from mcp_types import SubscriptionsListenRequestParams
 from starlette.types import Receive, Scope, Send
 
 from pgmcp.clock import Clock
-from pgmcp.session.adapter import Conversation, Shared
+from pgmcp.protocol import LISTEN
+from pgmcp.session.adapter import Adapted, Conversation, Shared
 from pgmcp.session.adapters.sdk import SdkAdapter
-from pgmcp.session.state import Hooks
+from pgmcp.session.sdk.bus import Listen, PostgresSubscriptionBus, bus_of
+from pgmcp.session.state import Hooks, hooks_of
 
 logger = logging.getLogger(__name__)
 
@@ -103,3 +108,26 @@ class Catalogue:
         """Stop reading."""
         if self._reading is not None:
             self._reading.cancel()
+
+
+def adapted(served: object, path: str) -> Adapted | None:
+    """A ``FastMCP`` with its adapter, and with subscriptions, of which it knows nothing itself; None for anything else.
+
+    Args:
+        path: where the endpoint will be.
+    """
+    if not isinstance(served, FastMCP):
+        return None
+    whole, adapter = served.http_app(path=path), FastMcpAdapter(served, hooks_of(served))
+    server: Server[Any] = served._mcp_server  # noqa: SLF001 - see above
+    if server.get_request_handler(LISTEN) is None:
+        server.add_request_handler(
+            LISTEN, SubscriptionsListenRequestParams, Listen(ListenHandler(PostgresSubscriptionBus()))
+        )
+    return Adapted(_name_of(served), adapter, bus_of(server), whole)
+
+
+def _name_of(served: FastMCP[Any]) -> str:
+    """The server's name; one that was given none makes one up in each process (FastMCP-1a2b)."""
+    kind = type(served).__name__
+    return kind if re.fullmatch(rf"{re.escape(kind)}-[0-9a-f]{{4}}", served.name) else str(served.name)

@@ -18,6 +18,7 @@ from mcp.server import Server
 from mcp.server.auth.middleware.auth_context import auth_context_var
 from mcp.server.auth.middleware.bearer_auth import AuthenticatedUser
 from mcp.server.auth.provider import AccessToken
+from mcp.server.mcpserver import MCPServer
 from mcp.server.runner import serve_loop
 from mcp.shared.message import ServerMessageMetadata, SessionMessage
 from mcp_types import JSONRPCError, JSONRPCNotification, JSONRPCRequest, jsonrpc_message_adapter
@@ -26,16 +27,15 @@ from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
 from pgmcp.errors import NodeNotReady
-from pgmcp.session.adapter import Conversation, Incoming, Kind, Outgoing, Shared
-from pgmcp.session.adapters.json_in_strings import bound_parsing
-from pgmcp.session.adapters.stateless import Stateless
-from pgmcp.session.state import Hooks, current
+from pgmcp.protocol import SESSION_ID_HEADER
+from pgmcp.session.adapter import RESTORED_HEADER, Adapted, Conversation, Incoming, Kind, Outgoing, Shared
+from pgmcp.session.sdk.bus import bus_of
+from pgmcp.session.sdk.json_in_strings import bound_parsing
+from pgmcp.session.sdk.stateless import Stateless
+from pgmcp.session.state import Hooks, current, hooks_of
 
 _TEXTS = ("method", "scheme", "http_version", "path", "root_path")
 _BYTES = ("raw_path", "query_string")
-
-RESTORED = "pgmcp-restored"
-"""The header by which server code can tell a message that the node itself replays: it has no caller."""
 
 bound_parsing()
 
@@ -158,6 +158,20 @@ class SdkAdapter:
         return described
 
 
+def adapted(served: object, path: str) -> Adapted | None:
+    """An ``MCPServer`` or a low-level ``Server`` with its adapter; None for anything else.
+
+    Args:
+        path: where the endpoint will be.
+    """
+    if not isinstance(served, (MCPServer, Server)):
+        return None
+    whole = served.streamable_http_app(streamable_http_path=path)
+    server = served.session_manager.app
+    adapter = SdkAdapter(server, hooks_of(served))
+    return Adapted(str(served.name), adapter, bus_of(server, getattr(served, "_subscriptions", None)), whole)
+
+
 def _metadata(incoming: Incoming, request: Request) -> ServerMessageMetadata:
     return ServerMessageMetadata(
         request_context=request,
@@ -170,7 +184,7 @@ def _metadata(incoming: Incoming, request: Request) -> ServerMessageMetadata:
 
 def _replayed(session_id: str) -> Mapping[str, Any]:
     """What a message that the node itself replays came with: many servers know their sessions by the header."""
-    headers = [["mcp-session-id", session_id], [RESTORED, "1"]]
+    headers = [[SESSION_ID_HEADER, session_id], [RESTORED_HEADER, "1"]]
     return {"method": "POST", "path": "/", "query_string": "", "headers": headers}
 
 

@@ -23,7 +23,7 @@ update {schema}.history set mark = $2 where id = $1 and mark = '';
 update {schema}.history
 set next_id = $2, next_mark = $4, next_session = 0,
     -- beyond every epoch: where an older build begins a term beside this one, sessions jump twice
-    next_term = greatest($3::bigint, (select coalesce(max(s.epoch), 0) / 1000000 + 1 from {schema}.sessions s)),
+    next_term = greatest($3::bigint, (select coalesce(max(s.epoch), 0) / {jump} + 1 from {schema}.sessions s)),
     next_position = (select coalesce(max(r.position), 0) from {schema}.requests r)
 where id = $1 and (next_mark is distinct from $4 or next_term <= term)
 returning next_term;
@@ -41,9 +41,9 @@ with going as materialized (
         select s.id from {schema}.sessions s where s.id > g.next_session order by s.id limit $2
     ) o
 ), held as materialized (
-    select s.id, (g.next_term - s.epoch / 1000000) * 1000000 as jump
+    select s.id, (g.next_term - s.epoch / {jump}) * {jump} as jump
     from going g, {schema}.sessions s
-    where s.id in (select l.id from looked l) and s.epoch < g.next_term * 1000000
+    where s.id in (select l.id from looked l) and s.epoch < g.next_term * {jump}
     order by s.id
     for update of s
 ), epochs as (
@@ -88,7 +88,7 @@ with guard as materialized (
     select s.id, s.epoch
     from guard, {schema}.sessions s
     join unnest($1::bigint[], $2::bigint[]) as a (session, epoch) on a.session = s.id
-    where (s.owner = $3) is true and s.epoch = a.epoch and s.state = 'live'
+    where (s.owner = $3) is true and s.epoch = a.epoch
     order by s.id
     for key share of s
 )

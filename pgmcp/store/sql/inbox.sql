@@ -18,7 +18,7 @@ with counted as materialized (
 ), made as (
     insert into {schema}.sessions
         (session_id, owner, transport, principal_client, principal_issuer, principal_subject, address, epoch)
-    select $1, $2, $3, $4, $5, $6, $11, coalesce((select 1000000 * h.term from {schema}.history h), 0) + 1
+    select $1, $2, $3, $4, $5, $6, $11, coalesce((select {jump} * h.term from {schema}.history h), 0) + 1
     from counted where coalesce(everybody < $8, true) and own < $9
       and not exists (
           select from {schema}.spent_states where state = sha256(convert_to($1::text || '/' || $10::integer, 'UTF8'))
@@ -109,7 +109,6 @@ select id, owner, epoch, protocol_version, false as orphaned
 from {schema}.sessions
 where session_id = $1
   and transport = $5
-  and state = 'live'
   and (principal_client, principal_issuer, principal_subject) is not distinct from ($2::text, $3::text, $4::text);
 
 -- name: accept
@@ -132,7 +131,7 @@ with guard as materialized (
 ), held as materialized (
     select s.*
     from guard, {schema}.sessions s
-    where s.session_id in (select session_id from asked) and s.state = 'live'
+    where s.session_id in (select session_id from asked)
     order by s.id
     for key share of s
 ), counted as materialized (
@@ -283,7 +282,7 @@ with guard as materialized (
     join unnest($1::bigint[], $2::bigint[], $3::uuid[], $6::boolean[], $7::bigint[], $8::text[])
         as a (session, epoch, claim, requests, low, running)
         on a.session = s.id
-    where (s.owner = $4) is true and s.epoch = a.epoch and s.state = 'live'
+    where (s.owner = $4) is true and s.epoch = a.epoch
     order by s.id
     for key share of s
 ), waiting as materialized (
@@ -364,9 +363,9 @@ with seen as materialized (
 ), own as materialized (
     select n.id, s.id as session, s.epoch, n.claimed_epoch is null or n.claimed_epoch < s.epoch as waits
     from seen n cross join lateral (
-        select o.id, o.epoch, o.owner, o.state from {schema}.sessions o where o.id = n.session limit 1
+        select o.id, o.epoch, o.owner from {schema}.sessions o where o.id = n.session limit 1
     ) s
-    where s.owner = $1 and s.state = 'live'
+    where s.owner = $1
 )
 select pg_current_snapshot()::text as horizon, own.id, own.session, own.epoch, own.waits
 from (values (1)) as one (row) left join own on true;
@@ -376,7 +375,7 @@ select r.session, s.epoch, r.id, r.claim
 from unnest($3::uuid[]) as k (id)
 cross join lateral (select q.* from {schema}.requests q where q.id = k.id limit 1) r
 cross join lateral (select o.* from {schema}.sessions o where o.id = r.session limit 1) s
-where s.owner = $1 and s.state = 'live' and r.claimed_epoch = s.epoch and r.finished_at is null
+where s.owner = $1 and r.claimed_epoch = s.epoch and r.finished_at is null
   and r.claimed_at < clock_timestamp() - make_interval(secs => $2);
 
 -- name: put_back
@@ -386,7 +385,7 @@ with guard as materialized (
     select set_config('lock_timeout', '250ms', true)
 ), held as materialized (
     select s.id, s.epoch from guard, {schema}.sessions s
-    where s.id = $1 and s.owner = $2 and s.epoch = $3 and s.state = 'live'
+    where s.id = $1 and s.owner = $2 and s.epoch = $3
     for key share of s
 ), back as (
     update {schema}.requests r
@@ -407,7 +406,7 @@ with guard as materialized (
     select set_config('lock_timeout', '250ms', true)
 ), held as materialized (
     select s.id from guard, {schema}.sessions s
-    where s.id = $1 and s.owner = $2 and s.epoch = $3 and s.state = 'live'
+    where s.id = $1 and s.owner = $2 and s.epoch = $3
     for key share of s
 ), counted as (
     insert into {schema}.journal as j (session, kind, detail, body)
@@ -429,7 +428,7 @@ with guard as materialized (
     select set_config('lock_timeout', '250ms', true)
 ), held as materialized (
     select s.id from guard, {schema}.sessions s
-    where s.id = $1 and s.owner = $2 and s.epoch = $3 and s.state = 'live'
+    where s.id = $1 and s.owner = $2 and s.epoch = $3
     for key share of s
 ), counted as (
     insert into {schema}.journal as j (session, kind, detail, body)
@@ -450,14 +449,14 @@ select held.id, exists (select from counted) as newest from held;
 -- Which of these ownerships hold.
 select s.id, s.epoch from {schema}.sessions s
 join unnest($2::bigint[], $3::bigint[]) as a (session, epoch) on a.session = s.id
-where (s.owner = $1) is true and s.epoch = a.epoch and s.state = 'live';
+where (s.owner = $1) is true and s.epoch = a.epoch;
 
 -- name: owned
-select id, epoch from {schema}.sessions where owner = $1 and state = 'live';
+select id, epoch from {schema}.sessions where owner = $1;
 
 -- name: owners
 -- Who owns sessions; what is heard of them may be made up.
-select id, owner, epoch from {schema}.sessions where id = any($1::bigint[]) and state = 'live';
+select id, owner, epoch from {schema}.sessions where id = any($1::bigint[]);
 
 -- name: end_session
 -- fence: DELETE locks the row FOR UPDATE; the cascade then reads what is in flight with a snapshot of its own.

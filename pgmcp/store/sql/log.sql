@@ -15,7 +15,7 @@ with guard as materialized (
 ), held as materialized (
     select s.id, s.epoch, s.last_active_at
     from guard, {schema}.sessions s
-    where s.id in (select session from asked) and (s.owner = $8) is true and s.state = 'live'
+    where s.id in (select session from asked) and (s.owner = $8) is true
     order by s.id
     for key share of s
 ), fit as materialized (
@@ -29,7 +29,7 @@ with guard as materialized (
 ), moving as materialized (
     select f.stream, l.kind, l.delivered_seq, max(f.seq) + 1 as beyond,
         -- numbers that may be cut: beyond what was delivered or cut before, and of this term (numbers jump)
-        greatest(l.delivered_seq, l.floor_seq, (max(f.seq) + 1) / 1000000 * 1000000 - 1) as cut_after,
+        greatest(l.delivered_seq, l.floor_seq, (max(f.seq) + 1) / {jump} * {jump} - 1) as cut_after,
         max(f.seq) + 1 - case when l.sink is null then $10::bigint else $12::bigint end as cut_before
     from fit f
     join locked l on l.id = f.stream and l.session = f.session and not l.closed
@@ -166,7 +166,6 @@ with guard as materialized (
     from guard, {schema}.sessions s
     where (s.session_id = $1 or ($1 is null and s.id = (select session from {schema}.streams where id = $5)))
       and s.transport = case when $1 is null then 'sse' else 'streamable' end
-      and s.state = 'live'
       and (s.principal_client, s.principal_issuer, s.principal_subject)
           is not distinct from ($2::text, $3::text, $4::text)
     for key share of s
@@ -274,7 +273,7 @@ with guard as materialized (
     select set_config('lock_timeout', '250ms', true)
 ), held as materialized (
     select s.id, s.last_active_at from guard, {schema}.sessions s
-    where s.id = $1 and s.owner = $2 and s.epoch = $3 and s.state = 'live'
+    where s.id = $1 and s.owner = $2 and s.epoch = $3
     for key share of s
 ), target as materialized (
     select st.id, st.sink from held join {schema}.streams st on st.session = held.id
@@ -294,7 +293,4 @@ with guard as materialized (
     from target where st.id = target.id and st.sink_epoch = $5::bigint
 )
 select id as stream from target;
-
--- name: standalone_stream
-select st.id, st.next_seq from {schema}.streams st where st.session = $1 and st.kind = 'standalone';
 

@@ -1,24 +1,24 @@
 -- name: join
--- No row comes back when the database needs a newer build ($9: what this one knows). The lock on the one row of
+-- No row comes back when the database needs a newer build ($8: what this one knows). The lock on the one row of
 -- schema_range puts a join and a contract step in order: the one sees the node, or the other what it leaves. The lock on
--- the one row of cluster does so with other joins and a new name: the first node says what the cluster serves ($10), and
+-- the one row of cluster does so with other joins and a new name: the first node says what the cluster serves ($9), and
 -- nobody joins who serves something else.
 with guard as materialized (
     select set_config('lock_timeout', '250ms', true)
 ), fit as materialized (
-    select r.needs from guard, {schema}.schema_range r where r.needs <= $9 for share of r
+    select r.needs from guard, {schema}.schema_range r where r.needs <= $8 for share of r
 ), held as materialized (
     select fit.needs, c.serves from fit, {schema}.cluster c for update of c
 ), named as (
-    update {schema}.cluster c set serves = $10 from held where held.serves is null
+    update {schema}.cluster c set serves = $9 from held where held.serves is null
 ), made as (
     insert into {schema}.nodes
-        (node_id, name, address, state, expires_at, version, schema_revision, capacity, schema_oldest, schema_newest)
-    select $1, $2, $3, 'joining', clock_timestamp() + make_interval(secs => $4), $5, $6, $7, $8, $9 from held
-    where coalesce(held.serves, $10) = $10
+        (node_id, name, address, state, expires_at, version, schema_revision, schema_oldest, schema_newest)
+    select $1, $2, $3, 'joining', clock_timestamp() + make_interval(secs => $4), $5, $6, $7, $8 from held
+    where coalesce(held.serves, $9) = $9
     on conflict (node_id) do nothing
 )
-select needs, coalesce(serves, $10) as serves from held;
+select needs, coalesce(serves, $9) as serves from held;
 
 -- name: renew
 -- One autocommit statement in database time; no row means that the node was declared dead. $3 is when the line's backend

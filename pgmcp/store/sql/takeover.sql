@@ -48,7 +48,6 @@ with guard as materialized (
     -- whoever waited for the lock and finds another epoch has come too late
     select s.id, s.session_id, s.owner, s.epoch, seen.reason
     from guard, seen join {schema}.sessions s on s.id = seen.id and s.epoch = seen.epoch
-    where s.state = 'live'
     for update of s
 ), taken as (
     update {schema}.sessions s
@@ -66,7 +65,7 @@ select s.id, case when taken.id is null then s.owner else $2 end as owner,
 from {schema}.sessions s
 left join taken on taken.id = s.id
 left join {schema}.nodes n on n.node_id = s.owner
-where s.id = $1 and s.state = 'live';
+where s.id = $1;
 
 -- name: take_orphans
 -- fence: the sessions' rows FOR UPDATE, locked ones skipped. Only those that somebody waits for: work in flight, a stream
@@ -74,7 +73,7 @@ where s.id = $1 and s.state = 'live';
 with held as materialized (
     select s.id, s.session_id, s.owner, s.epoch, coalesce(n.cause, n.state) as reason
     from {schema}.nodes n
-    join {schema}.sessions s on s.owner = n.node_id and s.state = 'live'
+    join {schema}.sessions s on s.owner = n.node_id
     where n.state in ('left', 'dead')
       and exists (select from {schema}.nodes me where me.node_id = $1 and me.state = 'ready')
       and (
@@ -109,7 +108,7 @@ select restores from {schema}.sessions where id = $1;
 -- counted.
 update {schema}.sessions s
 set restores = $4 + 1
-where s.id = $1 and s.owner = $2 and s.epoch = $3 and s.state = 'live' and s.restores in ($4, $4 + 1)
+where s.id = $1 and s.owner = $2 and s.epoch = $3 and s.restores in ($4, $4 + 1)
 returning s.session_id, s.restores;
 
 -- name: end_restore
@@ -196,7 +195,7 @@ with guard as materialized (
     select set_config('lock_timeout', '250ms', true)
 ), held as materialized (
     select s.id, s.epoch from guard, {schema}.sessions s
-    where s.id = $1 and s.owner = $2 and s.epoch = $3 and s.state = 'live'
+    where s.id = $1 and s.owner = $2 and s.epoch = $3
     for key share of s
 ), adopted as (
     update {schema}.requests r
@@ -218,7 +217,7 @@ with guard as materialized (
     select set_config('lock_timeout', '250ms', true)
 ), held as materialized (
     select s.id, s.session_id, s.epoch from guard, {schema}.sessions s
-    where s.id = $1 and s.owner = $2 and s.epoch = $3 and s.state = 'live'
+    where s.id = $1 and s.owner = $2 and s.epoch = $3
       and exists (select from {schema}.nodes n where n.node_id = $4 and n.state = 'ready')
     for update of s
 ), moved as (

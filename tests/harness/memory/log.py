@@ -22,7 +22,6 @@ from pgmcp.types import (
     Principal,
     RequestKey,
     SessionFacts,
-    SessionKey,
     Stand,
     StreamId,
     StreamKind,
@@ -237,10 +236,3 @@ class MemoryLog:
 
     async def knows(self, stream: StreamId) -> bool:
         return await self._wire.persist("knows_stream", lambda: stream in self._cluster.streams)
-
-    async def standalone(self, session: SessionKey) -> tuple[StreamId, int]:
-        row = await self._wire.persist("standalone_stream", lambda: self._cluster.standalone_of(session))
-        if row is None:
-            message = f"Session {session} is over."
-            raise Fenced(message)
-        return row.id, row.next_seq

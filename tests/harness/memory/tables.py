@@ -13,8 +13,8 @@ from uuid import UUID
 
 from pgmcp.clock import Clock
 from pgmcp.settings import Settings
-from pgmcp.store.timeline import JUMP
 from pgmcp.types import (
+    JUMP,
     Established,
     Message,
     NodeId,

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from pgmcp.errors import DatabaseUnavailable, Fenced
+from pgmcp.inheritance import Heard, Inheritance, Inherited
 from pgmcp.types import (
     LISTS,
     Candidate,
     Condemned,
-    Heard,
-    Inheritance,
-    Inherited,
     JournalEntry,
     NodeId,
     NodeState,

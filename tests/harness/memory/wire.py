@@ -30,7 +30,6 @@ UNFLUSHED = {
     "restores_begun",
     "sink_epoch",
     "sink_of",
-    "standalone_stream",
     "stands",
     "unclaimed",
     "unfinished",

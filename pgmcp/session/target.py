@@ -10,25 +10,20 @@ from __future__ import annotations
 import copy
 import importlib
 import importlib.util
-import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mcp.server import Server
 from mcp.server.auth.middleware.bearer_auth import RequireAuthMiddleware
-from mcp.server.mcpserver import MCPServer
 from starlette.applications import Starlette
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pgmcp.errors import TargetError
-from pgmcp.session.adapter import Adapter
-from pgmcp.session.adapters.bus import PostgresSubscriptionBus, bus_of
-from pgmcp.session.adapters.sdk import SdkAdapter
-from pgmcp.session.state import hooks_of
+from pgmcp.session.adapter import Adapter, Bus
+from pgmcp.session.adapters.kinds import KINDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +36,7 @@ class Target:
 
     name: str
     adapter: Adapter
-    bus: PostgresSubscriptionBus
+    bus: Bus
     protect: Callable[[ASGIApp], ASGIApp]
     routes: Sequence[BaseRoute]
 
@@ -50,41 +45,26 @@ def target_of(served: object, path: str) -> Target:
     """Adapt a server object.
 
     Args:
-        served: an ``MCPServer`` or a low-level ``Server`` of mcp 2.x, or a ``FastMCP`` 4.
+        served: a server of one of the ``KINDS``.
         path: where the endpoint will be.
 
     Raises:
-        TargetError: it is none of them.
+        TargetError: it is of none of them.
     """
-    whole, adapter = _taken_apart(served, path)
+    found = next((found for kind in KINDS if (found := kind.adapted(served, path)) is not None), None)
+    if found is None:
+        what = f"{type(served).__module__}.{type(served).__qualname__}"
+        message = f"The target is a {what}; pgmcp serves {' and '.join(kind.named for kind in KINDS)}."
+        raise TargetError(message)
+    whole = found.whole
     endpoint = next(route for route in whole.routes if isinstance(route, Route) and route.path == path)
     return Target(
-        name=_name_of(served),
-        adapter=adapter,
-        bus=bus_of(served),
+        name=found.name,
+        adapter=found.adapter,
+        bus=found.bus,
         protect=lambda app: _protected(app, whole, endpoint),
         routes=[route for route in whole.routes if route is not endpoint],
     )
-
-
-def _name_of(served: Any) -> str:
-    """The server's name; a FastMCP without one makes one up in each process (FastMCP-1a2b)."""
-    kind = type(served).__name__
-    return kind if re.fullmatch(rf"{re.escape(kind)}-[0-9a-f]{{4}}", served.name) else str(served.name)
-
-
-def _taken_apart(served: object, path: str) -> tuple[Starlette, SdkAdapter]:
-    """The application that the server's package would serve, and the adapter to the server in it."""
-    if isinstance(served, (MCPServer, Server)):
-        whole = served.streamable_http_app(streamable_http_path=path)
-        return whole, SdkAdapter(served.session_manager.app, hooks_of(served))
-    if (package := sys.modules.get("fastmcp")) is not None and isinstance(served, package.FastMCP):
-        from pgmcp.session.adapters.fastmcp import FastMcpAdapter  # noqa: PLC0415 - FastMCP is an extra
-
-        return served.http_app(path=path), FastMcpAdapter(served, hooks_of(served))
-    kind = f"{type(served).__module__}.{type(served).__qualname__}"
-    message = f"The target is a {kind}; pgmcp serves MCPServer and Server objects (mcp 2.x) and FastMCP ones (4.x)."
-    raise TargetError(message)
 
 
 def _protected(app: ASGIApp, whole: Starlette, endpoint: Route) -> ASGIApp:

@@ -17,10 +17,9 @@ from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
 from mcp.server.subscriptions import ListenHandler
 from starlette.types import Receive, Scope, Send
 
+from pgmcp.protocol import LISTEN
 from pgmcp.session.adapter import Shared
-from pgmcp.session.adapters.states import with_shared_states
-
-LISTEN = "subscriptions/listen"
+from pgmcp.session.sdk.states import with_shared_states
 
 
 class Stateless:

@@ -31,13 +31,13 @@ from mcp.server.subscriptions import (
 from mcp_types import SubscriptionsListenRequestParams, SubscriptionsListenResult
 
 from pgmcp.errors import PublicationRefused
+from pgmcp.protocol import LISTEN
 from pgmcp.types import Change, Publication
 
 logger = logging.getLogger(__name__)
 
 Listener = Callable[[ServerEvent], None]
 
-LISTEN = "subscriptions/listen"
 SOME, TURNS = 16, 12
 """Listeners that are told at once, and turns of the event loop in which their streams write before the next are told:
 whoever else wants something of the node waits for few of them."""
@@ -146,25 +146,20 @@ class Listen(ListenHandler):
         self.handler.close()
 
 
-def bus_of(served: Any) -> PostgresSubscriptionBus:
-    """The cluster's bus for a server, plugged in where it has only the SDK's in-process one, or is a ``FastMCP``.
+def bus_of(server: Server[Any], given: Any = None) -> PostgresSubscriptionBus:
+    """The cluster's bus for a server, plugged in where it has only the SDK's in-process one.
 
     A server with a bus of its own keeps it, and one that serves no subscriptions has none: then nobody publishes to the
     one that is returned.
 
     Args:
-        served: an ``MCPServer``, a low-level ``Server`` or a ``FastMCP``; of others nothing is known.
+        server: the low-level server.
+        given: the bus that what is around it publishes to, if that has one.
     """
-    fast: Server[Any] | None = getattr(served, "_mcp_server", None)
-    if fast is not None and fast.get_request_handler(LISTEN) is None:  # FastMCP knows nothing of subscriptions
-        fast.add_request_handler(
-            LISTEN, SubscriptionsListenRequestParams, Listen(ListenHandler(PostgresSubscriptionBus()))
-        )
-    server = served if isinstance(served, Server) else getattr(served, "_lowlevel_server", fast)
-    entry = None if server is None else server.get_request_handler(LISTEN)
+    entry = server.get_request_handler(LISTEN)
     handler: Any = None if entry is None else entry.handler
-    own = getattr(served, "_subscriptions", None) or getattr(getattr(handler, "handler", handler), "_bus", None)
-    if server is None or (own is None and handler is None):
+    own = given or getattr(getattr(handler, "handler", handler), "_bus", None)
+    if own is None and handler is None:
         return PostgresSubscriptionBus()
     if not isinstance(own, PostgresSubscriptionBus):
         if type(own) is not InMemorySubscriptionBus:
