@@ -24,7 +24,7 @@ def upgrade() -> None:
 def downgrade() -> None:
     schema: str = context.config.attributes["schema"]
     _create_views("s.state = 'live'")
-    nodes = sa.table("nodes", sa.column("capacity"), schema=schema)
+    nodes = sa.table("nodes", sa.column("capacity", sa.Integer()), schema=schema)
     op.execute(nodes.update().where(nodes.c.capacity.is_(None)).values(capacity=10_000))
     op.alter_column("nodes", "capacity", nullable=False, schema=schema)
 
