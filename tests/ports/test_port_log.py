@@ -20,7 +20,6 @@ from pgmcp.types import (
     Entry,
     NodeState,
     SessionFacts,
-    Stand,
     StreamId,
     StreamKind,
 )
@@ -156,8 +155,9 @@ async def test_the_standalone_stream_is_found_without_its_id(scene: Scene) -> No
     attachment = await scene.edge.log.attach(scene.session.session_id, ANONYMOUS, None)
     assert isinstance(attachment, Attachment)
     assert (attachment.stream, attachment.next_seq, attachment.replaced) == (scene.session.standalone, 2, None)
-    stands = await scene.owner.log.stands([scene.session.standalone])
-    assert stands == {scene.session.standalone: Stand(2, closed=False)}
+    again = await scene.owner.log.attach(scene.session.session_id, ANONYMOUS, None)
+    assert isinstance(again, Attachment)
+    assert (again.stream, again.next_seq) == (scene.session.standalone, 2)
 
 
 async def test_a_stream_closes_with_its_last_answer(scene: Scene) -> None:
