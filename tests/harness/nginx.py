@@ -10,7 +10,7 @@ from tests.harness.balancer import Balancer, Exchange
 # ``proxy_next_upstream`` without ``non_idempotent``: another node is tried when the first refuses the connection,
 # but a POST that was sent once is never repeated. ``max_fails=0``: a node is never skipped for past failures.
 # With ``plain`` nothing is set but what HTTP/1.1 needs: a connection for each request, and a node that refused one is
-# skipped for ten seconds.
+# skipped for ten seconds (``skips``).
 _CONFIGURATION = """
 master_process off;
 daemon off;
@@ -61,13 +61,19 @@ class Nginx(Balancer):
     """nginx in front of ports of 127.0.0.1, on a port and in a folder of its own."""
 
     def __init__(
-        self, ports: Sequence[int], *, plain: bool = False, port: int | None = None, directory: Path | None = None
+        self,
+        ports: Sequence[int],
+        *,
+        plain: bool = False,
+        skips: int = 10,
+        port: int | None = None,
+        directory: Path | None = None,
     ) -> None:
-        self._plain = plain
+        self._plain, self._skips = plain, skips
         super().__init__("nginx", "nginx-light", ports, port, directory)
 
     def configure(self, port: int) -> list[str]:
-        how = "" if self._plain else " max_fails=0"
+        how = f" fail_timeout={self._skips}s" if self._plain else " max_fails=0"
         servers = "\n".join(f"    server 127.0.0.1:{one}{how};" for one in self.ports)
         configuration = self.directory / "nginx.conf"
         configuration.write_text(

@@ -81,7 +81,7 @@ async def test_an_upgrade_with_both_builds_at_work_fails_no_call(database: str, 
     saw: list[Seen] = []
     with (
         nodes(TARGET, 3, database_url=database, log_dir=tmp_path, env=env) as members,
-        Nginx([node.port for node in members], plain=True, directory=tmp_path / "nginx") as nginx,
+        Nginx([node.port for node in members], plain=True, skips=2, directory=tmp_path / "nginx") as nginx,
     ):
         rotation = Rotation(nginx, LIMIT)
         async with Load(nginx, tmp_path, LONG) as load, tables_of(database) as tables:
