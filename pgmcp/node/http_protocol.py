@@ -3,6 +3,10 @@
 Invariants:
 - Nothing that is not a body takes more than ``HEAD_BYTES`` and what is read at once: not headers, not what follows a
   chunked body, not blanks between two requests.
+- A request has ``HEADERS`` of them, and ``PIPELINED`` requests wait behind one that is being answered.
+- The pieces of a chunked body have ``PIECE_BYTES`` on average, where there are many: each costs a turn of the parser.
+- A request that has a body and asks for an upgrade is refused: the parser takes what follows its headers for something
+  else.
 - Headers are complete ``HEADERS_SECONDS`` after their first byte, and so is the rest of a body after its answer.
 - One address has ``max_connections`` connections at most. Proxies whose ``X-Forwarded-For`` is believed have as many
   as they want, since they bring everybody; so do Unix sockets.
@@ -34,6 +38,15 @@ logger = logging.getLogger(__name__)
 HEAD_BYTES = 64 * 1024
 """Bytes of a request's line and headers."""
 
+HEADERS = 500
+"""Headers of one request; each costs some hundred bytes, however short it is."""
+
+PIPELINED = 16
+"""Requests of one connection that wait while another one is answered."""
+
+PIECES, PIECE_BYTES = 1_000, 64
+"""How many pieces of a body may be of any size, and how large those of a body with more of them are on average."""
+
 HEADERS_SECONDS = 10.0
 """Seconds from their first byte until they are complete."""
 
@@ -43,12 +56,19 @@ LINGER_SECONDS = 1.0
 SLOWLY_SECONDS = 0.1
 """Seconds between two reads (some 256 KB) of what is left of a body that was refused."""
 
+_BODY = {b"content-length", b"transfer-encoding"}
+"""Headers that announce a body, as the parser's callbacks name them."""
+
 FILES = 65_536
 """Files, connections among them, that a node may have open where the operating system lets it."""
 
 
 class _TooLarge(Exception):
-    """The headers have too many bytes."""
+    """The headers have too many bytes, or are too many."""
+
+
+class _Refused(Exception):
+    """What arrives costs more than it may, or cannot be told apart from something else; the text says what to do."""
 
 
 class LimitedProtocol(HttpToolsProtocol):
@@ -64,7 +84,8 @@ class LimitedProtocol(HttpToolsProtocol):
         self._timer: asyncio.TimerHandle | None = None
         self._inside = False  # between the end of a request's headers and its own
         self._quiet = 0  # bytes since something came of them
-        self._large = False
+        self._large, self._why = False, ""
+        self._pieces = self._size = 0  # of the body
 
     # -- the connection --------------------------------------------------------------------------------------------
 
@@ -122,6 +143,13 @@ class LimitedProtocol(HttpToolsProtocol):
         self._hurry()
         super().on_message_begin()
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """One of its headers, or trailers, is there."""
+        super().on_header(name, value)
+        if len(self.headers) > HEADERS:
+            self._large = True
+            raise _TooLarge
+
     def on_headers_complete(self) -> None:
         """Its headers are there."""
         self._in_time()
@@ -129,13 +157,24 @@ class LimitedProtocol(HttpToolsProtocol):
         if len(self.url) + sum([len(name) + len(value) for name, value in self.headers]) > HEAD_BYTES:
             self._large = True
             raise _TooLarge
+        if self.parser.should_upgrade() and any(name in _BODY and value != b"0" for name, value in self.headers):
+            self._why = "No body can be read after an Upgrade header: send the request without one."
+            raise _Refused
+        self._pieces = self._size = 0
         super().on_headers_complete()
+        if len(self.pipeline) > PIPELINED:
+            raise _Refused  # nobody can be told: an answer is under way
         if not self.parser.should_upgrade():
             self.headers = []  # for trailers; the request has its own
 
     def on_body(self, body: bytes) -> None:
         """A piece of its body is there."""
         self._quiet = 0
+        self._pieces += 1
+        self._size += len(body)
+        if self._pieces > PIECES and self._size < PIECE_BYTES * self._pieces:
+            self._why = "The body comes in too many small pieces: send larger ones."
+            raise _Refused
         super().on_body(body)
 
     def on_message_complete(self) -> None:
@@ -172,9 +211,12 @@ class LimitedProtocol(HttpToolsProtocol):
         """Answer what the parser has refused."""
         if self._large:
             self._refuse(431, "The headers are too large.")
+            return
+        if self.pipeline or (self.cycle is not None and self.cycle.response_started):  # type: ignore[redundant-expr]
+            self.transport.close()  # an answer is under way, or was given: a second one would be another request's
         elif not self.transport.is_closing():
-            super().send_400_response(msg)
-            self._gone()
+            super().send_400_response(self._why or msg)
+        self._gone()
 
     def _refuse(self, status: int, text: str) -> None:
         self._in_time()

@@ -207,8 +207,9 @@ class Line(Service):
         _set_up(connection)
         self._lost.clear()
         connection.add_termination_listener(self._on_lost)
+        listens = not self._jammed.is_set()
         try:
-            if not self._jammed.is_set():
+            if listens:
                 await self._listen(connection)
             (started,) = await connection.fetch(statement("line_started", self._settings.schema_name))
         except BaseException:
@@ -217,6 +218,8 @@ class Line(Service):
         self._connection, self._started_at = connection, started["backend_start"]
         before, self._recovered_at = self._recovered_at, started["recovered_at"]
         self._on_reset(crashed=before != self._recovered_at)
+        if listens == self._jammed.is_set():
+            self._lost.set()  # a jam has begun or ended meanwhile: once more
 
     async def run(self) -> None:
         """Keep the line open, for ever."""

@@ -116,7 +116,7 @@ class Modern(Front):
         if body.small:
             json_limits_of(limits).check(body.text)
         with self._opened(exchange) as opened:
-            answer = _Answer(exchange, body.text, opened.scope.cancel)
+            answer = _Answer(exchange, body, opened.scope.cancel, lasts=opened.listens)
             with opened.scope:
                 async with self._admission.turn(
                     exchange.caller,
@@ -148,10 +148,14 @@ class Modern(Front):
 
 
 class _Answer:
-    """What the SDK sees of a connection: the body that was read already, and a client that reads in time or is gone."""
+    """What the SDK sees of a connection: the body that was read already, and a client that reads in time or is gone.
 
-    def __init__(self, exchange: HttpExchange, body: bytes, on_gone: Callable[[], None]) -> None:
-        self._connection, self._body, self._on_gone = exchange.connection, body, on_gone
+    Args:
+        lasts: it stays open, and its body is not to count for as long.
+    """
+
+    def __init__(self, exchange: HttpExchange, body: Body, on_gone: Callable[[], None], *, lasts: bool) -> None:
+        self._connection, self._body, self._on_gone, self._lasts = exchange.connection, body, on_gone, lasts
         self._read = self._started = self._ended = False
 
     async def receive(self) -> Message:
@@ -159,8 +163,10 @@ class _Answer:
         if self._read:
             await anyio.sleep_forever()
         self._read = True
-        body, self._body = self._body, b""
-        return {"type": "http.request", "body": body, "more_body": False}
+        text, self._body.text = self._body.text, b""
+        if self._lasts:
+            self._body.drop()
+        return {"type": "http.request", "body": text, "more_body": False}
 
     async def send(self, message: Message) -> None:
         """Pass on what is to be sent, to a client that reads it in time."""

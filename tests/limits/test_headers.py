@@ -80,7 +80,7 @@ async def test_headers_that_are_too_large(database: str, talker: Talker, count: 
     async with cluster(database, talker, 1) as [node], connected(node) as (reader, writer):
         writer.write(b"GET /livez HTTP/1.1\r\nhost: x\r\n" + line * count + b"\r\n")
         assert b" 431 " in (await to_the_end(reader)).split(b"\r\n")[0]
-        half = b"GET /livez HTTP/1.1\r\nhost: x\r\n" + line * (count // 4) + b"\r\n"
+        half = b"GET /livez HTTP/1.1\r\nhost: x\r\n" + line * (count // 16) + b"\r\n"
         async with connected(node, half) as (answer, _):
             assert b" 200 " in await asyncio.wait_for(answer.readline(), 10)
 

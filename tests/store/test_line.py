@@ -351,6 +351,41 @@ async def test_a_line_that_is_late_again_and_again_is_not_listened_to(
         await found.stop()
 
 
+async def test_a_line_that_opens_as_a_jam_ends_listens(
+    database: str, hand: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pgmcp.store.line.QUIET_SECONDS", 0.3)
+    found = ears(database, deadline=4, trust=12, ttl=20)
+    fetch, slow = asyncpg.Connection.fetch, True
+
+    async def ended() -> bool:
+        return not found.line._jammed.is_set()
+
+    async def slowly(self: asyncpg.Connection, query: str, *args: Any, **options: Any) -> Any:
+        if slow and "backend_start" in query:
+            await eventually(ended, "the jam goes on")
+        return await fetch(self, query, *args, **options)
+
+    await found.start()
+    try:
+        monkeypatch.setattr(asyncpg.Connection, "fetch", slowly)
+        found.line._jammed.set()
+
+        async def hears() -> bool:
+            return not found.line.deaf
+
+        await eventually(hears, "it stays deaf")
+        slow = False
+
+        async def heard() -> bool:
+            await say(hand, found.node, "i1")
+            return "i1" in found.heard
+
+        await eventually(heard, "nobody listens, and it does not know")
+    finally:
+        await found.stop()
+
+
 async def test_a_probe_is_nobodys_payload(listening: Ears, hand: asyncpg.Connection) -> None:
     await say(hand, listening.node, PROBE + "forged")
     await say(hand, listening.node, "i1")
