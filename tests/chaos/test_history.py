@@ -29,8 +29,8 @@ from tests.harness.processes import REPOSITORY
 from tests.harness.proxy import proxied
 from tests.harness.servers import Server, site
 
-SEEDS = int(os.environ.get("HISTORY_SEEDS", "2"))
-"""The first two have every kind of blow."""
+SEEDS = int(os.environ.get("HISTORY_SEEDS", "3"))
+"""Together they have every kind of blow."""
 
 SECONDS = float(os.environ.get("HISTORY_SECONDS", "30"))
 NODES, SESSIONS, CLIENTS = 4, 6, 2

@@ -29,13 +29,13 @@ def test_the_way_up_and_back_as_people_see_it(empty_database: str) -> None:
         (("upgrade",), f"Schema tests: base -> {HEAD}."),
         (("upgrade", "head"), f"Schema tests was already at {HEAD}."),
         (("current",), f"{HEAD} (head)"),
-        (("history",), f"{HEAD}  applied  Expand: "),
+        (("history",), f"{HEAD}  applied  Contract: "),
         (("check",), f"Schema tests is at revision {HEAD} and as this build expects."),
         (("downgrade", "0002"), f"Schema tests: {HEAD} -> 0002."),
         (("downgrade", "-1"), "Schema tests: 0002 -> 0001."),
         (("downgrade", "base"), "Schema tests: 0001 -> base."),
         (("downgrade",), "Schema tests was already at base."),
-        (("history",), f"{HEAD}  missing  Expand: "),
+        (("history",), f"{HEAD}  missing  Contract: "),
     ]
     for arguments, wanted in steps:
         result = run(*arguments, dsn=empty_database)

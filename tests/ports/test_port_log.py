@@ -20,6 +20,7 @@ from pgmcp.types import (
     Entry,
     NodeState,
     SessionFacts,
+    Stand,
     StreamId,
     StreamKind,
 )

@@ -256,7 +256,7 @@ async def drain_node(scene: Scene) -> None:
 
 async def join(scene: Scene) -> None:
     node = NodeId(IDS.uuid())
-    row = (node, "node", "", 60.0, "1", "0001", 1, "0001", "9999", "server")
+    row = (node, "node", "", 60.0, "1", "0001", "0001", "9999", "server")
     await scene.late("join", scene.raw("join", *row))
     await scene.hand.execute("update pgmcp.nodes set state = 'dead' where node_id = $1", node)
 

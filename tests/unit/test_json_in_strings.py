@@ -35,3 +35,15 @@ async def test_a_bomb_in_a_string_stays_a_string() -> None:
     with pytest.raises(ToolError):
         await made.call_tool("count", {"numbers": f"[{LISTS}]", "text": ""})
     assert time.thread_time() - began < LIMIT
+
+
+async def test_many_strings_are_no_larger_than_one() -> None:
+    made, lists = MCPServer("lists"), "[" + ",".join(["[]"] * 16_000) + "]"
+
+    @made.tool()
+    def join(a: list[object], b: list[object], c: list[object], d: list[object], e: list[object]) -> int:
+        return len([*a, *b, *c, *d, *e])
+
+    with pytest.raises(ToolError, match="4 validation errors"):
+        await made.call_tool("join", dict.fromkeys("abcde", lists))
+    assert "18" in str(await made.call_tool("join", {"a": f"[{'1,' * 9}1]"} | dict.fromkeys("bcde", "[1, 2]")))

@@ -3,8 +3,9 @@
 What a body contains is bounded before it is parsed (``pgmcp.web.json_limits``), but what its strings contain is not:
 four megabytes of lists in a string would hold the event loop for a second.
 
-Invariant: no string is parsed that has more brackets, colons and commas than a body may have. It stays the string that
-it is, as the SDK leaves those that are no JSON, and fails the validation of an argument that wants something else.
+Invariant: those strings of one call that are parsed have together no more brackets, colons and commas than a body may
+have. The others stay the strings that they are, as the SDK leaves those that are no JSON, and fail the validation of an
+argument that wants something else.
 
 Failure handling: the SDK has no setting for this, so its method is replaced.
 """
@@ -19,8 +20,15 @@ MARKS = 50_000
 """As many as ``--max-elements`` lets a body have by default."""
 
 
-def _too_much(value: object) -> bool:
-    return isinstance(value, str) and len(value) > MARKS and sum(map(value.count, "[{:,")) > MARKS
+def _too_much(data: dict[str, Any]) -> set[str]:
+    """The arguments that are not to be parsed: those with the most."""
+    marks = {key: sum(map(value.count, "[{:,")) for key, value in data.items() if isinstance(value, str)}
+    left, total = set(), 0
+    for key in sorted(marks, key=marks.__getitem__):
+        total += marks[key]
+        if total > MARKS:
+            left.add(key)
+    return left
 
 
 def bound_parsing() -> None:
@@ -28,7 +36,7 @@ def bound_parsing() -> None:
     parse = FuncMetadata.pre_parse_json
 
     def bounded(self: FuncMetadata, data: dict[str, Any]) -> dict[str, Any]:
-        left = {key: value for key, value in data.items() if _too_much(value)}
+        left = _too_much(data)
         return data | parse(self, {key: value for key, value in data.items() if key not in left})
 
     FuncMetadata.pre_parse_json = bounded  # type: ignore[method-assign]
