@@ -280,12 +280,16 @@ class Line(Service):
         if self._jammed.is_set():
             return True  # renewals tell whether it is
         before, begun = self._late, self._clock.boottime()
+        probe = asyncio.create_task(self._probe())
+        probe.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody asks when the node stops
         try:
-            await self._probe()
+            done, _ = await asyncio.wait({probe}, timeout=LATE_SECONDS)
+            self._late = not done and self._clock.boottime() - begun <= LATE_SECONDS + LAG_SECONDS
+            await probe
         except (DatabaseUnavailable, TimeoutError):
             return False
         finally:
-            self._late = self._clock.boottime() - begun > LATE_SECONDS
+            probe.cancel()
             if before and self._late:
                 self._jammed.set()
         return True

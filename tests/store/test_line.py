@@ -323,7 +323,7 @@ async def test_a_proxy_that_stalls_after_connect_holds_nobody_for_ever(database:
 async def test_a_line_that_is_late_again_and_again_is_not_listened_to(
     database: str, hand: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, seconds in {"LATE": -1.0, "SOON": 0.05, "PROBE": 0.05, "QUIET": 2.0}.items():
+    for name, seconds in {"LATE": 0.0, "SOON": 0.05, "PROBE": 0.05, "QUIET": 2.0}.items():
         monkeypatch.setattr(f"pgmcp.store.line.{name}_SECONDS", seconds)
     found = ears(database, deadline=4, trust=12, ttl=20)
     await join(database, found.node)
