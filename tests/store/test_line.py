@@ -381,7 +381,7 @@ async def test_a_line_that_opens_as_a_jam_ends_listens(
             await say(hand, found.node, "i1")
             return "i1" in found.heard
 
-        await eventually(heard, "nobody listens, and it does not know")
+        await eventually(heard, "nobody listens, and it does not know before its next probe", 3)
     finally:
         await found.stop()
 
