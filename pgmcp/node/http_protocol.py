@@ -153,14 +153,14 @@ class LimitedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """Its headers are there."""
         self._in_time()
-        self._inside, self._quiet = True, 0
+        self._quiet = 0
         if len(self.url) + sum([len(name) + len(value) for name, value in self.headers]) > HEAD_BYTES:
             self._large = True
             raise _TooLarge
         if self.parser.should_upgrade() and any(name in _BODY and value != b"0" for name, value in self.headers):
             self._why = "No body can be read after an Upgrade header: send the request without one."
             raise _Refused
-        self._pieces = self._size = 0
+        self._inside, self._pieces, self._size = True, 0, 0
         super().on_headers_complete()
         if len(self.pipeline) > PIPELINED:
             raise _Refused  # nobody can be told: an answer is under way
@@ -212,11 +212,18 @@ class LimitedProtocol(HttpToolsProtocol):
         if self._large:
             self._refuse(431, "The headers are too large.")
             return
-        if self.pipeline or (self.cycle is not None and self.cycle.response_started):  # type: ignore[redundant-expr]
-            self.transport.close()  # an answer is under way, or was given: a second one would be another request's
+        if self.pipeline or self._answered:
+            self.transport.close()  # another answer would be taken for another request's
         elif not self.transport.is_closing():
             super().send_400_response(self._why or msg)
         self._gone()
+
+    @property
+    def _answered(self) -> bool:
+        """Whether the request that is arriving, or the one before it, has an answer or begins to have it."""
+        if self.cycle is None:
+            return False
+        return self._inside if self.cycle.response_complete else self.cycle.response_started
 
     def _refuse(self, status: int, text: str) -> None:
         self._in_time()
