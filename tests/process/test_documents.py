@@ -36,8 +36,10 @@ LANGUAGES = {"", "python", "sh", "sql", "yaml", "ini"}
 
 
 def free_range(count: int) -> int:
-    """The first of so many free ports in a row."""
-    for first in range(18000, 60000, 50):
+    """The first of so many free ports in a row, looked for elsewhere by each process that may look at the same time."""
+    begin = os.getpid() * 50 % 40_000
+    for offset in range(0, 40_000, 50):
+        first = 18_000 + (begin + offset) % 40_000
         sockets = []
         try:
             for port in range(first, first + count):
