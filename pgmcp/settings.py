@@ -16,7 +16,9 @@ from pgmcp.errors import SettingsError
 Names = Annotated[
     tuple[str, ...],
     NoDecode,
-    BeforeValidator(lambda given: tuple(filter(None, given.split(","))) if isinstance(given, str) else given),
+    BeforeValidator(
+        lambda given: tuple(filter(None, map(str.strip, given.split(",")))) if isinstance(given, str) else given
+    ),
 ]
 """Several names; one text with commas in a variable."""
 
@@ -85,10 +87,14 @@ class Settings(BaseSettings):
         "/messages/", pattern=r"^/[\w./-]*[\w-]/?$", description="Path to which HTTP+SSE clients POST their messages."
     )
     allowed_hosts: Names = Field(
-        (), description="Host headers to accept, as host or host:*; default on a loopback address: loopback names."
+        (),
+        description="Host headers to accept, with commas between them: host (no port), host:port or host:*; "
+        "default on a loopback address: loopback names.",
     )
     allowed_origins: Names = Field(
-        (), description="Origin headers to accept; default on a loopback address: loopback names."
+        (),
+        description="Origin headers to accept, with commas between them; "
+        "default on a loopback address: loopback names.",
     )
     bind_to: Literal["client,subject", "subject"] = Field(
         "client,subject",

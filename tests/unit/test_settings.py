@@ -16,7 +16,7 @@ def test_the_reference_is_what_the_settings_say() -> None:
 
 
 def test_variables_and_options_take_several_names_with_commas(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PGMCP_ALLOWED_HOSTS", "a.example,b.example:*")
+    monkeypatch.setenv("PGMCP_ALLOWED_HOSTS", "a.example, b.example:*,")
     assert Settings().allowed_hosts == ("a.example", "b.example:*")
     assert load({"allowed_hosts": ("c.example",)}).allowed_hosts == ("c.example",)
 
