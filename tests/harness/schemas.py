@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-from mcp.server.mcpserver.tools import base
-from mcp.server.mcpserver.utilities.func_metadata import FuncMetadata, func_metadata
+from mcp.server.mcpserver.prompts.base import Prompt
+from mcp.server.mcpserver.tools.base import Tool
 
-_made: dict[Any, FuncMetadata] = {}
-
-
-def remembered(
-    func: Callable[..., Any], skip_names: Sequence[str] = (), structured_output: bool | None = None
-) -> FuncMetadata:
-    """The SDK's ``func_metadata``, once for each function: it takes most of the time that loading a file takes."""
-    key = (func.__code__, tuple(skip_names), structured_output) if func.__closure__ is None else None
-    if key is None or not func.__code__.co_filename.endswith("everything.py"):
-        return func_metadata(func, skip_names=skip_names, structured_output=structured_output)
-    if key not in _made:
-        _made[key] = func_metadata(func, skip_names=skip_names, structured_output=structured_output)
-    return _made[key]
+_made: dict[Any, Any] = {}
 
 
 def remember() -> None:
-    """Do so in this process from now on."""
-    base.func_metadata = remembered  # type: ignore[attr-defined]  # imported there, and not for others
+    """From now on this process makes what stands for a function of the everything server once only.
+
+    It takes most of the time that loading the file takes. A tool gets its new function, with the new memory; prompts
+    have no memory, and keep their first one.
+    """
+    _once(Tool, lambda made, fn: made.model_copy(update={"fn": fn}))
+    _once(Prompt, lambda made, _: made)
+
+
+def _once(kind: Any, again: Callable[[Any, Callable[..., Any]], Any]) -> None:
+    anew = kind.from_function
+
+    def from_function(fn: Callable[..., Any], **how: Any) -> Any:
+        if not fn.__code__.co_filename.endswith("everything.py") or fn.__closure__ is not None:
+            return anew(fn, **how)
+        key = kind, fn.__code__, repr(how)
+        if key in _made:
+            return again(_made[key], fn)
+        return _made.setdefault(key, anew(fn, **how))
+
+    kind.from_function = from_function

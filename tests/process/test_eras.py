@@ -21,11 +21,12 @@ PACKAGES = REPOSITORY / ".cache/typescript"
 MODERN, CALLS = "2026-07-28", 6
 
 
-@pytest.fixture
-def balancer(database: str, tmp_path: Path) -> Iterator[Nginx]:
+@pytest.fixture(scope="module")
+def balancer(shared_database: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nginx]:
     """Three nodes on one database, and nginx in front of them."""
+    logs = tmp_path_factory.mktemp("logs")
     with (
-        nodes("examples/everything.py:mcp", 3, database_url=database, log_dir=tmp_path / "logs") as members,
+        nodes("examples/everything.py:mcp", 3, database_url=shared_database, log_dir=logs) as members,
         Nginx([node.port for node in members]) as nginx,
     ):
         yield nginx

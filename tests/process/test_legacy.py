@@ -104,6 +104,7 @@ async def test_python_tools_progress_and_calls_at_the_same_time(balancer: Nginx 
     assert {(exchange.status, exchange.path) for exchange in posts} == {(202, "/messages/")}
 
 
+@pytest.mark.parametrize("balancer", ["nginx"], indirect=True)
 async def test_python_questions_to_the_client(balancer: Nginx | Haproxy) -> None:
     async def elicit(context: ClientRequestContext, params: types.ElicitRequestParams) -> types.ElicitResult:
         del context
@@ -132,6 +133,7 @@ async def test_python_questions_to_the_client(balancer: Nginx | Haproxy) -> None
             assert await value(session, "client_roots") == ["file:///root"]
 
 
+@pytest.mark.parametrize("balancer", ["haproxy"], indirect=True)
 async def test_python_notifications(balancer: Nginx | Haproxy) -> None:
     updated: asyncio.Queue[str] = asyncio.Queue()
     logged: list[Any] = []
@@ -159,6 +161,7 @@ async def test_python_notifications(balancer: Nginx | Haproxy) -> None:
         assert logged == ["Tool execution started", "Tool processing data", "Tool execution completed"]
 
 
+@pytest.mark.parametrize("balancer", ["haproxy"], indirect=True)
 async def test_python_cancels(balancer: Nginx | Haproxy) -> None:
     async with connect(balancer) as session:
         for _ in range(3):  # so that the cancellation arrives at every node

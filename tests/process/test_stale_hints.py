@@ -1,12 +1,14 @@
-"""Official TypeScript clients behind a balancer with affinity, when the node that their session ids name leaves."""
+"""Official TypeScript clients behind balancers with affinity, when the node that their session ids name leaves.
+
+One client goes through each balancer, before the same nodes: every balancer before every client is the matter of
+``test_balancers.py``.
+"""
 
 from __future__ import annotations
 
 import signal
 from collections import Counter
 from pathlib import Path
-
-import pytest
 
 from tests.harness.cluster import eventually, tables_of
 from tests.harness.load import TARGET, ended, typescript
@@ -18,8 +20,7 @@ LIMIT = 2 * LONG + 5
 SOME = 30  # calls
 
 
-@pytest.mark.parametrize("name", WITH_AFFINITY)
-async def test_clients_whose_owner_has_left_go_on_elsewhere(database: str, tmp_path: Path, name: str) -> None:
+async def test_clients_whose_owner_has_left_go_on_elsewhere(database: str, tmp_path: Path) -> None:
     truth = tmp_path / "truth"
     truth.touch()
     env = {"TRUTH": str(truth), "PGMCP_DRAIN_NOTICE": "1", "PGMCP_DRAIN_LIMIT": str(LIMIT)}
@@ -29,12 +30,12 @@ async def test_clients_whose_owner_has_left_go_on_elsewhere(database: str, tmp_p
 
     with nodes(TARGET, 3, database_url=database, log_dir=tmp_path, env=env) as members:
         ports = {node.name: node.port for node in members}
-        with Shipped(name, ports, tmp_path / "balancer") as balancer:
-            url = balancer.mcp_url
+        first, second = (Shipped(name, ports, tmp_path / str(n)) for n, name in enumerate(WITH_AFFINITY))
+        with first, second:
             async with (
                 tables_of(database) as tables,
-                typescript("v1", url, tmp_path, LONG) as v1,
-                typescript("v2", url, tmp_path, LONG) as v2,
+                typescript("v1", first.mcp_url, tmp_path, LONG) as v1,
+                typescript("v2", second.mcp_url, tmp_path, LONG) as v2,
             ):
                 await eventually(lambda: calls() >= SOME, "both work", 30)
                 owners = {row["node_name"] for row in await tables.rows("select node_name from pgmcp.live_sessions")}
@@ -49,7 +50,8 @@ async def test_clients_whose_owner_has_left_go_on_elsewhere(database: str, tmp_p
                 assert all(row["session_id"].rpartition("-")[0] in owners for row in rows)
                 assert not {row["node_name"] for row in rows} & owners
                 saw = [await ended(v1), await ended(v2)]
-            refused = [each for each in balancer.exchanges if each.status not in {200, 202, 204, 499, -1}]
+            exchanges = first.exchanges + second.exchanges
+            refused = [each for each in exchanges if each.status not in {200, 202, 204, 499, -1}]
     assert [seen.failures for seen in saw] == [[], []]
     assert refused == []
     for seen in saw:
