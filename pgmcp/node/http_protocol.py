@@ -63,12 +63,8 @@ FILES = 65_536
 """Files, connections among them, that a node may have open where the operating system lets it."""
 
 
-class _TooLarge(Exception):
-    """The headers have too many bytes, or are too many."""
-
-
 class _Refused(Exception):
-    """What arrives costs more than it may, or cannot be told apart from something else; the text says what to do."""
+    """What arrives costs more than it may, or cannot be told apart from something else: the parser gives up."""
 
 
 class LimitedProtocol(HttpToolsProtocol):
@@ -148,7 +144,7 @@ class LimitedProtocol(HttpToolsProtocol):
         super().on_header(name, value)
         if len(self.headers) > HEADERS:
             self._large = True
-            raise _TooLarge
+            raise _Refused
 
     def on_headers_complete(self) -> None:
         """Its headers are there."""
@@ -156,7 +152,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._quiet = 0
         if len(self.url) + sum([len(name) + len(value) for name, value in self.headers]) > HEAD_BYTES:
             self._large = True
-            raise _TooLarge
+            raise _Refused
         if self.parser.should_upgrade() and any(name in _BODY and value != b"0" for name, value in self.headers):
             self._why = "No body can be read after an Upgrade header: send the request without one."
             raise _Refused

@@ -285,9 +285,8 @@ class Incarnation(Service):
     def _on_line_open(self, *, crashed: bool) -> None:
         if crashed:
             self.inbox.look_anew()
-            self.publication_reader.look(
-                gap=True
-            )  # its horizon names transactions by ids that may have been given out anew
+            # its horizon names transactions by ids that may have been given out anew
+            self.publication_reader.look(gap=True)
         self._catch_up.begin()
 
     async def _tell(self, publications: Sequence[Publication]) -> None:

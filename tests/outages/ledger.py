@@ -139,3 +139,22 @@ async def load(
                 group.create_task(caller(number, session))
     assert sorted(ledger.ran) == sorted(f"{number}/{turn}" for number in range(count) for turn in range(each))
     yield took
+
+
+@asynccontextmanager
+async def unread_flood(node: RunningNode, session: RawSession) -> AsyncIterator[asyncio.StreamReader]:
+    """A call of ``flood`` that says 80 times 100,000 characters to a client that reads what the test reads, and goes."""
+    asked = b'{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"flood",'
+    asked += b'"arguments":{"count":80,"size":100000},"_meta":{"progressToken":1}}}'
+    host, _, port = node.url.removeprefix("http://").partition(":")
+    reader, writer = await asyncio.open_connection(host, int(port), limit=1024)
+    try:
+        writer.write(
+            b"POST /mcp HTTP/1.1\r\nhost: 127.0.0.1:%s\r\ncontent-type: application/json\r\n"
+            b"accept: application/json, text/event-stream\r\nmcp-session-id: %s\r\n"
+            b"mcp-protocol-version: 2025-11-25\r\ncontent-length: %d\r\n\r\n%s"
+            % (port.encode(), str(session.session_id).encode(), len(asked), asked)
+        )
+        yield reader
+    finally:
+        writer.transport.abort()

@@ -18,7 +18,7 @@ from pgmcp.types import StreamId
 from tests.harness.clients import RawSession
 from tests.harness.cluster import RunningNode, Tables, cluster, eventually, running_node
 from tests.harness.proxy import proxied
-from tests.outages.ledger import Ledger, load, run, sessions
+from tests.outages.ledger import Ledger, load, run, sessions, unread_flood
 
 
 def heard_by(nodes: Sequence[RunningNode]) -> list[str]:
@@ -162,17 +162,7 @@ where datname = current_database() and application_name like 'pgmcp %' and (
 async def test_a_client_that_does_not_read_holds_no_snapshot(database: str, ledger: Ledger, tables: Tables) -> None:
     async with cluster(database, ledger.server, 2) as nodes, RawSession() as session:
         await session.open(nodes[0].url)
-        asked = b'{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"flood",'
-        asked += b'"arguments":{"count":80,"size":100000},"_meta":{"progressToken":1}}}'
-        host, _, port = nodes[1].url.removeprefix("http://").partition(":")
-        reader, writer = await asyncio.open_connection(host, int(port), limit=1024)
-        try:
-            writer.write(
-                b"POST /mcp HTTP/1.1\r\nhost: 127.0.0.1:%s\r\ncontent-type: application/json\r\n"
-                b"accept: application/json, text/event-stream\r\nmcp-session-id: %s\r\n"
-                b"mcp-protocol-version: 2025-11-25\r\ncontent-length: %d\r\n\r\n%s"
-                % (port.encode(), str(session.session_id).encode(), len(asked), asked)
-            )
+        async with unread_flood(nodes[1], session) as reader:
             await eventually(lambda: ledger.ran == ["flood"], "the tool is done", 20)
             assert await reader.readline() == b"HTTP/1.1 200 OK\r\n"
             stuck = "select count(*) from pgmcp.streams where next_seq = 82 and sink is not null and closed"
@@ -181,8 +171,6 @@ async def test_a_client_that_does_not_read_holds_no_snapshot(database: str, ledg
                 assert await tables.value(XMIN) == 0
                 assert await tables.value(stuck) == 1
                 await run(session, nodes[1].url, "meanwhile")
-        finally:
-            writer.transport.abort()
 
 
 async def test_a_line_that_does_not_read_pins_no_snapshot_for_long(

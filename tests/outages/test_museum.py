@@ -25,7 +25,7 @@ from tests.harness.clients import RawSession
 from tests.harness.cluster import Tables, cluster, eventually
 from tests.harness.proxy import proxied
 from tests.harness.stores import Watcher, opened, request, store
-from tests.outages.ledger import Ledger, run, sessions
+from tests.outages.ledger import Ledger, run, sessions, unread_flood
 
 ELSEWHERE = {
     "01 River: never pinged": "tests/store/test_line.py::test_a_black_hole_is_noticed_in_eight_seconds",
@@ -238,22 +238,10 @@ async def test_museum_09_a_slow_reader_is_let_go_and_can_resume(database: str, l
     """litestar: an unbounded queue for each slow client. Here it is a cursor, and its exchange ends."""
     async with cluster(database, ledger.server, 2, write_timeout=0.3) as nodes, RawSession() as session:
         await session.open(nodes[0].url)
-        asked = b'{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"flood",'
-        asked += b'"arguments":{"count":80,"size":100000},"_meta":{"progressToken":1}}}'
-        host, _, port = nodes[1].url.removeprefix("http://").partition(":")
-        reader, writer = await asyncio.open_connection(host, int(port), limit=1024)
-        try:
-            writer.write(
-                b"POST /mcp HTTP/1.1\r\nhost: 127.0.0.1:%s\r\ncontent-type: application/json\r\n"
-                b"accept: application/json, text/event-stream\r\nmcp-session-id: %s\r\n"
-                b"mcp-protocol-version: 2025-11-25\r\ncontent-length: %d\r\n\r\n%s"
-                % (port.encode(), str(session.session_id).encode(), len(asked), asked)
-            )
+        async with unread_flood(nodes[1], session) as reader:
             first = (await reader.readuntil(b".0\r\n")).rpartition(b"id: ")[2].strip().decode()
             await eventually(lambda: ledger.ran == ["flood"], "the tool does not wait for the reader", 20)
             await eventually(lambda: not len(nodes[1].incarnation.open_streams), "the exchange ends")
-        finally:
-            writer.transport.abort()
         resumed = await session.get(nodes[0].url, first)
         assert (await resumed.response(1))["result"]["content"][0]["text"] == "done"
         steps = [message["params"]["progress"] for message in resumed.messages if "method" in message]
