@@ -143,7 +143,7 @@ async def load(
 
 @asynccontextmanager
 async def unread_flood(node: RunningNode, session: RawSession) -> AsyncIterator[asyncio.StreamReader]:
-    """A call of ``flood`` that says 80 times 100,000 characters to a client that reads what the test reads, and goes."""
+    """A call of ``flood`` that says 80 times 100,000 characters; its client reads what the test reads, then goes."""
     asked = b'{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"flood",'
     asked += b'"arguments":{"count":80,"size":100000},"_meta":{"progressToken":1}}}'
     host, _, port = node.url.removeprefix("http://").partition(":")
