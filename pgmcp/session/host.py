@@ -267,7 +267,7 @@ class Host(Service):
         owned = await self._inbox.owned()
         for ownership in [] if self.unsettled else before:
             if ownership not in owned:
-                self.drop(ownership.session)
+                self.drop(ownership.session, only=ownership)  # it may have gone on in a new term meanwhile
         return owned
 
     async def go_on(self, jump: int, lasts: Callable[[], bool]) -> None:
