@@ -53,12 +53,12 @@ from pgmcp.session.sdk.bus import PostgresSubscriptionBus
 from pgmcp.session.state import Hooks
 from pgmcp.settings import Settings
 from pgmcp.store import database, statements
-from pgmcp.store.key_wrapping import KeyWrapping
+from pgmcp.store.encryption.key_rings import CONTEXTS, KeyRing
+from pgmcp.store.encryption.key_wrapping import KeyWrapping
+from pgmcp.store.encryption.payloads import Payloads
 from pgmcp.store.line import TableNotifier
-from pgmcp.store.payloads import Payloads
 from pgmcp.store.publications import TablePublications
-from pgmcp.store.revisions import head
-from pgmcp.store.secrets import CONTEXTS, KeyRing
+from pgmcp.store.schema.revisions import head
 from pgmcp.types import ANONYMOUS, NewSession, NodeId, StreamId
 from pgmcp.web.admission import Admission
 from pgmcp.web.bodies import Bodies

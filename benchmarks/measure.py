@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pgmcp.embedded import EmbeddedPostgres, bound_to_parent
-from pgmcp.store import migrations
+from pgmcp.store.schema import migrations
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = "pgmcp"

@@ -1,4 +1,4 @@
-"""Runs the migrations inside pgmcp's own schema; started by ``pgmcp.store.migrations`` only.
+"""Runs the migrations inside pgmcp's own schema; started by ``pgmcp.store.schema.migrations`` only.
 
 The config attributes carry what a run needs: ``schema`` (its name, already checked), ``metadata`` (the tables in
 that schema), ``limits`` (settings of a script's connection) and, online, ``connection``. The version table lives in the

@@ -24,7 +24,7 @@ from pytest_postgresql.executors import NoopExecutor
 from pytest_postgresql.factories import postgresql_noproc
 
 from pgmcp.embedded import EmbeddedPostgres
-from pgmcp.store import migrations
+from pgmcp.store.schema import migrations
 from tests.harness.pooler import SWITCH
 
 ADDRESS = "PGMCP_TEST_PG"

@@ -17,7 +17,8 @@ import click
 
 from pgmcp.errors import SchemaError, SchemaInUse
 from pgmcp.settings import in_file
-from pgmcp.store import identity, migrations, revisions
+from pgmcp.store.commands import identity
+from pgmcp.store.schema import migrations, revisions
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from pgmcp.cli.options import load, settings_options
-from pgmcp.store import node_commands
+from pgmcp.store.commands import node_commands
 
 WAIT_SECONDS = 60.0
 """Seconds: more than a node's notice and limit take by default."""

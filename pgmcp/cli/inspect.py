@@ -13,7 +13,7 @@ from rich.text import Text
 
 from pgmcp.cli.options import load, settings_options
 from pgmcp.errors import SettingsError
-from pgmcp.store import views
+from pgmcp.store.commands import views
 
 WIDTH = 10_000
 """Columns of a line at most: a row is one line, and no cell is cut for the sake of a terminal's width."""

@@ -24,7 +24,8 @@ from pgmcp.cli.options import arguments, environment, load
 from pgmcp.embedded import EmbeddedPostgres, free_port
 from pgmcp.errors import SchemaInUse, SettingsError, TargetError
 from pgmcp.settings import Settings
-from pgmcp.store import identity, migrations
+from pgmcp.store.commands import identity
+from pgmcp.store.schema import migrations
 
 MAKER = "up"
 """Who has made a schema in which ``up`` starts nodes."""

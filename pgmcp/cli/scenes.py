@@ -23,7 +23,7 @@ from pgmcp.cli.local import LocalCluster, Node
 from pgmcp.cli.story import Finding, Lost, Story
 from pgmcp.clock import Ids
 from pgmcp.errors import PgmcpError
-from pgmcp.store import views
+from pgmcp.store.commands import views
 
 CALLS = 6
 STEPS, STEP_SECONDS = 8, 0.4  # of the slow tool: how many, and seconds for each

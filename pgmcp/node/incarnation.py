@@ -32,13 +32,13 @@ from pgmcp.session.adapter import Adapter, Bus
 from pgmcp.session.host import Host
 from pgmcp.settings import Settings
 from pgmcp.store.database import Database
+from pgmcp.store.encryption.key_rings import KeyRing
+from pgmcp.store.encryption.payloads import Payloads
 from pgmcp.store.inbox import TableInbox
 from pgmcp.store.line import Line, TableNotifier
 from pgmcp.store.log import TableLog
 from pgmcp.store.nodes import join, no_older, outgrown, own_state
-from pgmcp.store.payloads import Payloads
 from pgmcp.store.retention import EVERY_SECONDS, Retention
-from pgmcp.store.secrets import KeyRing
 from pgmcp.store.takeover import TableTakeovers
 from pgmcp.types import VERSION, Change, NodeRecord, NodeState, Publication, Wake, node_id
 from pgmcp.web.abandoned_streams import AbandonedStreams

@@ -32,10 +32,10 @@ from pgmcp.session.adapter import Shared
 from pgmcp.session.target import target_of
 from pgmcp.settings import Settings
 from pgmcp.store.database import Database
-from pgmcp.store.key_wrapping import wrapping_of
-from pgmcp.store.payloads import Payloads
+from pgmcp.store.encryption.key_rings import CONTEXTS, REFRESH_SECONDS, KeyRing, StateRing
+from pgmcp.store.encryption.key_wrapping import wrapping_of
+from pgmcp.store.encryption.payloads import Payloads
 from pgmcp.store.publications import TablePublications
-from pgmcp.store.secrets import CONTEXTS, REFRESH_SECONDS, KeyRing, StateRing
 from pgmcp.types import Publication
 from pgmcp.web.admission import Admission
 from pgmcp.web.application import Application

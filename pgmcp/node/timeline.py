@@ -15,7 +15,7 @@ from pgmcp.cluster.publications import PublicationReader
 from pgmcp.errors import Fenced, PgmcpError
 from pgmcp.service import Service
 from pgmcp.session.host import Host
-from pgmcp.store.secrets import KeyRing
+from pgmcp.store.encryption.key_rings import KeyRing
 from pgmcp.store.timeline import Timeline
 from pgmcp.types import JUMP
 

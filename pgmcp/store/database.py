@@ -2,7 +2,7 @@
 
 Invariants:
 - One statement is one transaction; nothing here takes an advisory lock, or sets anything for a session of a transaction
-  pooler. What role and database say does not matter (``store.connection_settings``).
+  pooler. What role and database say does not matter (``store.connection.settings``).
 - Large rows are written on connections of their own, a few at a time, with deadlines that grow with their size: whoever
   has small ones does not wait for them.
 - A connection on which a call failed is thrown away, never handed to the next caller. One that did not answer in time,
@@ -24,12 +24,12 @@ from asyncpg.pool import PoolConnectionProxy
 from pgmcp.clock import Clock, Ids
 from pgmcp.errors import DatabaseUnavailable, PgmcpError, SettingsError
 from pgmcp.settings import Settings
-from pgmcp.store import primary
-from pgmcp.store.address import AddressUnread, place
-from pgmcp.store.connection_settings import PLANS, STARTUP, Frame, pin
-from pgmcp.store.encoding import Encoding, encoding_of, read_unescaped
-from pgmcp.store.error_text import error_text
-from pgmcp.store.revisions import understood
+from pgmcp.store.connection import primary
+from pgmcp.store.connection.address import AddressUnread, place
+from pgmcp.store.connection.encoding import Encoding, encoding_of, read_unescaped
+from pgmcp.store.connection.error_text import error_text
+from pgmcp.store.connection.settings import PLANS, STARTUP, Frame, pin
+from pgmcp.store.schema.revisions import understood
 from pgmcp.store.statements import statement
 from pgmcp.store.timeline import Timeline
 

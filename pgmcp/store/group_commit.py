@@ -30,8 +30,8 @@ import asyncpg
 
 from pgmcp.clock import Clock
 from pgmcp.errors import DatabaseUnavailable, PgmcpError
+from pgmcp.store.connection.error_text import error_text
 from pgmcp.store.database import BACKOFF_SECONDS, CONTENTION, LOCK_WAIT, TROUBLE
-from pgmcp.store.error_text import error_text
 
 logger = logging.getLogger(__name__)
 

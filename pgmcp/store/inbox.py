@@ -21,8 +21,8 @@ import asyncpg
 from pgmcp.clock import Clock, Ids
 from pgmcp.errors import Fenced, OutOfStep, PgmcpError, SessionBusy, SessionUnknown
 from pgmcp.store.database import Database, extra
+from pgmcp.store.encryption.payloads import CLEAR, Payloads, Stored, place_of_body, place_of_entry
 from pgmcp.store.group_commit import GroupCommit
-from pgmcp.store.payloads import CLEAR, Payloads, Stored, place_of_body, place_of_entry
 from pgmcp.store.repeats import Fate, fate
 from pgmcp.store.rows import claimed_of, facts_of, known_of
 from pgmcp.store.scan_floors import ScanFloor, ScanFloors

@@ -35,8 +35,8 @@ from pgmcp.errors import DatabaseUnavailable
 from pgmcp.service import Service
 from pgmcp.settings import Settings
 from pgmcp.store.allowance import Allowance
+from pgmcp.store.connection.error_text import error_text
 from pgmcp.store.database import TROUBLE, Database
-from pgmcp.store.error_text import error_text
 from pgmcp.store.statements import statement
 from pgmcp.types import NodeId, NodeState
 

@@ -21,8 +21,8 @@ import asyncpg
 from pgmcp.clock import Clock
 from pgmcp.errors import Fenced, OutOfStep, PgmcpError, SessionBusy, SessionUnknown, StreamTaken
 from pgmcp.store.database import Database
+from pgmcp.store.encryption.payloads import CLEAR, Payloads, place_of_event, stored_from
 from pgmcp.store.group_commit import GroupCommit
-from pgmcp.store.payloads import CLEAR, Payloads, place_of_event, stored_from
 from pgmcp.store.rows import facts_of
 from pgmcp.types import (
     CARRIED,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pgmcp.errors import OtherServer, SchemaError, SchemaInUse
 from pgmcp.store.database import Database
-from pgmcp.store.revisions import OLDEST, head
+from pgmcp.store.schema.revisions import OLDEST, head
 from pgmcp.types import NodeId, NodeRecord, NodeState
 
 READS_SEALED = "0019"

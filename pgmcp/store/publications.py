@@ -22,9 +22,9 @@ import asyncpg
 from pgmcp.clock import Clock, Ids
 from pgmcp.errors import DatabaseUnavailable, PgmcpError, PublicationRefused
 from pgmcp.settings import Settings
-from pgmcp.store.command_connection import connect, explained
+from pgmcp.store.connection.encoding import encoding_of
+from pgmcp.store.connection.one_shot import connect, explained
 from pgmcp.store.database import Database
-from pgmcp.store.encoding import encoding_of
 from pgmcp.store.group_commit import GroupCommit
 from pgmcp.store.line import channel
 from pgmcp.store.statements import statement

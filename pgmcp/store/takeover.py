@@ -19,8 +19,8 @@ import asyncpg
 
 from pgmcp.inheritance import Heard, Inheritance, Inherited
 from pgmcp.store.database import Database
+from pgmcp.store.encryption.payloads import CLEAR, Payloads, place_of_body, place_of_entry, place_of_event
 from pgmcp.store.inbox import over
-from pgmcp.store.payloads import CLEAR, Payloads, place_of_body, place_of_entry, place_of_event
 from pgmcp.store.rows import facts_of
 from pgmcp.types import (
     Candidate,

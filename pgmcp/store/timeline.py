@@ -10,7 +10,7 @@ it piece by piece, and then it begins; anybody goes on where another one stopped
 
 A server that has lost its last commits in a crash (fsync off, a lying disk), or was put back to a snapshot of its
 storage, counts no other timeline. It is told by the node's own row: one that is older than the node's last good renewal
-has lost that one, and everything after it. Each renewal is durable before it counts (``store.connection_settings``).
+has lost that one, and everything after it. Each renewal is durable before it counts (``store.connection.settings``).
 
 Invariants:
 - Every connection of a node is checked before it is used: no statement of a node runs in a timeline before its term was

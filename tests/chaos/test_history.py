@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import asyncpg
 import pytest
 
-from pgmcp.store import migrations
+from pgmcp.store.schema import migrations
 from tests.chaos.bumps import Balancer, Client
 from tests.chaos.judge import Call, judge
 from tests.chaos.nemesis import Blow, Kind, Member, Nemesis, schedule

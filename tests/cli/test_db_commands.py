@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 from pgmcp.cli import main
 from pgmcp.cli.db import db
 from pgmcp.errors import DatabaseUnavailable, SchemaError
-from pgmcp.store.revisions import head
+from pgmcp.store.schema.revisions import head
 from tests.harness.builds import newer, newer_migrations
 
 HEAD = head()

@@ -30,7 +30,7 @@ from pgmcp import Cluster, PostgresSubscriptionBus
 from pgmcp.clock import Clock
 from pgmcp.cluster.lease import LeaseState
 from pgmcp.errors import DatabaseUnavailable, PublicationRefused, SchemaError
-from pgmcp.store import migrations
+from pgmcp.store.schema import migrations
 from tests.harness.clients import RawExchange, RawSession
 from tests.harness.cluster import RunningNode, Tables, cluster, eventually, running_node, tables_of
 

@@ -24,7 +24,8 @@ from pgmcp.errors import OtherServer, SettingsError
 from pgmcp.node import Node
 from pgmcp.session.target import target_of
 from pgmcp.settings import Settings
-from pgmcp.store import identity, migrations, revisions
+from pgmcp.store.commands import identity
+from pgmcp.store.schema import migrations, revisions
 from tests.harness.clients import RawSession
 from tests.harness.cluster import Tables, eventually, running_node, tables_of
 

@@ -15,7 +15,7 @@ from mcp.server.mcpserver import Context, MCPServer
 from mcp.server.request_state import AESGCMRequestStateCodec, RequestStateSecurity
 from mcp_types import ElicitRequest, ElicitRequestFormParams, ElicitResult, InputRequiredResult
 
-from pgmcp.store.secrets import KeyRing
+from pgmcp.store.encryption.key_rings import KeyRing
 from tests.cluster.test_identity import bearer, server
 from tests.harness.clients import Message
 from tests.harness.cluster import RunningNode, cluster, eventually, tables_of

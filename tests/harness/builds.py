@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from pgmcp.store import alembic_run, revisions
+from pgmcp.store.schema import alembic_run, revisions
 from tests.harness.processes import REPOSITORY
 
 STEP = '''"""{kind}: client_capabilities are {fate}."""

@@ -15,10 +15,10 @@ from pgmcp.errors import PgmcpError
 from pgmcp.ports import Inbox
 from pgmcp.settings import Settings
 from pgmcp.store.database import Database
+from pgmcp.store.encryption.key_wrapping import wrapping_of
+from pgmcp.store.encryption.payloads import Payloads
 from pgmcp.store.inbox import TableInbox
-from pgmcp.store.key_wrapping import wrapping_of
 from pgmcp.store.log import TableLog
-from pgmcp.store.payloads import Payloads
 from pgmcp.store.takeover import TableTakeovers
 from pgmcp.types import (
     ANONYMOUS,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pgmcp.store import migrations
+from pgmcp.store.schema import migrations
 from tests.harness.nginx import Nginx
 from tests.harness.processes import NodeProcess, nodes
 from tests.harness.servers import Server, Site, site

@@ -25,7 +25,7 @@ from pgmcp.cli import main
 from pgmcp.clock import Clock
 from pgmcp.errors import DatabaseUnavailable, SettingsError
 from pgmcp.settings import Settings
-from pgmcp.store.address import current, place
+from pgmcp.store.connection.address import current, place
 from pgmcp.store.database import Database
 from tests.harness.clients import RawSession
 from tests.harness.cluster import cluster, eventually, everything

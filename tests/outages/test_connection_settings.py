@@ -10,7 +10,7 @@ import asyncpg
 import pytest
 
 from pgmcp.errors import DatabaseUnavailable
-from pgmcp.store import migrations
+from pgmcp.store.schema import migrations
 from pgmcp.types import ANONYMOUS, Cursor
 from tests.harness.clients import RawSession
 from tests.harness.cluster import Tables, cluster, everything
@@ -173,7 +173,7 @@ async def test_a_change_behind_the_pooler_is_noticed(
     role: Role, tables: Tables, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     address, set_for_it = role
-    monkeypatch.setattr("pgmcp.store.connection_settings.LOOK_AGAIN_SECONDS", 0.0)
+    monkeypatch.setattr("pgmcp.store.connection.settings.LOOK_AGAIN_SECONDS", 0.0)
     with pooler(address) as through:
         async with store(through, listen_url=address) as node:
             await exchange(node)

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from mcp.server.mcpserver import Context, MCPServer
 
 from pgmcp import session_state
-from pgmcp.store import migrations, views
-from pgmcp.store.encoding import CODECS, Encoding, unescaped
+from pgmcp.store.commands import views
+from pgmcp.store.connection.encoding import CODECS, Encoding, unescaped
+from pgmcp.store.schema import migrations
 from tests.conftest import ADDRESS
 from tests.harness.clients import RawSession
 from tests.harness.cluster import cluster, tables_of

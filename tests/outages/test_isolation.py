@@ -12,8 +12,8 @@ from uuid import UUID
 import pytest
 
 from pgmcp.clock import Clock, Ids
-from pgmcp.store import migrations
 from pgmcp.store.line import channel
+from pgmcp.store.schema import migrations
 from pgmcp.types import StreamId
 from tests.harness.clients import RawSession
 from tests.harness.cluster import RunningNode, Tables, cluster, eventually, running_node

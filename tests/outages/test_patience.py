@@ -13,7 +13,7 @@ from mcp.server.mcpserver import Context, MCPServer
 from pgmcp.errors import DatabaseUnavailable
 from pgmcp.session import event_appender
 from pgmcp.session.running_requests import ActorEnd
-from pgmcp.store.secrets import KeyRing
+from pgmcp.store.encryption.key_rings import KeyRing
 from tests.harness.clients import RawSession
 from tests.harness.cluster import RunningNode, cluster, eventually
 from tests.harness.proxy import Proxy, proxied

@@ -15,7 +15,7 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from pgmcp.store.revisions import head
+from pgmcp.store.schema.revisions import head
 from tests.harness.builds import newer_build
 from tests.harness.cluster import eventually, tables_of
 from tests.harness.load import TARGET, Load, Rotation, Seen, check, figures_of

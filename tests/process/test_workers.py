@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pgmcp.store import views
+from pgmcp.store.commands import views
 from tests.harness.clients import connect
 from tests.harness.processes import NodeProcess, free_ports
 from tests.harness.waiting import wait_until

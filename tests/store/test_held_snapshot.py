@@ -12,7 +12,7 @@ import asyncpg
 import pytest
 
 from pgmcp.store.nodes import join
-from pgmcp.store.revisions import OLDEST
+from pgmcp.store.schema.revisions import OLDEST
 from pgmcp.types import ANONYMOUS, Cursor, NodeRecord
 from tests.harness.buffers import Buffers, explained
 from tests.harness.stores import Session, Store, answer, opened, request

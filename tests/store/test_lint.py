@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pgmcp.store import alembic_run, migrations
+from pgmcp.store.schema import alembic_run, migrations
 from tests.harness.builds import newer, newer_migrations
 
 SQUAWK = Path(sys.executable).with_name("squawk")

@@ -16,9 +16,9 @@ from sqlalchemy import NullPool
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from pgmcp.errors import DatabaseUnavailable, SchemaError, SettingsError
-from pgmcp.store import alembic_run, migrations, revisions, views
-from pgmcp.store.revisions import OLDEST
-from pgmcp.store.schema import metadata
+from pgmcp.store.schema import alembic_run, migrations, public_views, revisions
+from pgmcp.store.schema.revisions import OLDEST
+from pgmcp.store.schema.tables import metadata
 from tests.harness.waiting import wait_until
 
 OBJECTS = """
@@ -64,7 +64,7 @@ IN_THE_MIDDLE = """select pid from pg_stat_activity
 ONE_UPGRADE = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests in the background ignores it
-from pgmcp.store.migrations import upgrade
+from pgmcp.store.schema.migrations import upgrade
 upgrade(sys.argv[1], 'pgmcp')
 """
 
@@ -431,4 +431,4 @@ def test_the_public_views_have_the_public_columns_in_order(empty_database: str) 
         "where c.relkind = 'v' and c.relnamespace = $1::regnamespace group by 1",
         "pgmcp",
     )
-    assert {name: tuple(columns) for name, columns in found} == views.COLUMNS  # type: ignore[arg-type]
+    assert {name: tuple(columns) for name, columns in found} == public_views.COLUMNS  # type: ignore[arg-type]

@@ -14,8 +14,8 @@ import pytest
 
 from pgmcp.errors import DuplicateRequest, PgmcpError, SchemaInUse, SettingsError
 from pgmcp.settings import Settings
+from pgmcp.store.encryption.payloads import SEALED, Payloads, place_of_body, wanted
 from pgmcp.store.nodes import join, no_older
-from pgmcp.store.payloads import SEALED, Payloads, place_of_body, wanted
 from pgmcp.types import (
     PAGE_BYTES,
     Attachment,

@@ -9,7 +9,8 @@ from contextlib import ExitStack
 import pytest
 
 from pgmcp.errors import SchemaError
-from pgmcp.store import migrations, revisions, views
+from pgmcp.store.commands import views
+from pgmcp.store.schema import migrations, revisions
 from tests.harness.clients import RawSession
 from tests.harness.cluster import cluster, everything
 from tests.harness.pooler import pooler

@@ -12,9 +12,9 @@ import pytest
 from pgmcp.clock import Clock
 from pgmcp.errors import DatabaseUnavailable
 from pgmcp.settings import Settings
-from pgmcp.store.command_connection import connect as command
+from pgmcp.store.connection.one_shot import connect as command
+from pgmcp.store.connection.primary import STAGGER_SECONDS, connect
 from pgmcp.store.database import Database
-from pgmcp.store.primary import STAGGER_SECONDS, connect
 from tests.harness.processes import free_ports
 from tests.harness.proxy import Proxy, proxied
 

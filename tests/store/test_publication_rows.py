@@ -11,11 +11,12 @@ import pytest
 from pgmcp.clock import Clock
 from pgmcp.errors import DatabaseUnavailable
 from pgmcp.settings import Settings
-from pgmcp.store import migrations, publications
+from pgmcp.store import publications
 from pgmcp.store.line import channel
 from pgmcp.store.publications import TablePublications, publish_from_outside
 from pgmcp.store.retention import Retention
-from pgmcp.store.schema import PUBLISHING
+from pgmcp.store.schema import migrations
+from pgmcp.store.schema.tables import PUBLISHING
 from pgmcp.types import PUBLICATIONS_SECONDS, PUBLISHED, Change, Horizon, Publication
 from tests.harness.stores import IDS, Store, store
 

@@ -11,9 +11,9 @@ import asyncpg
 import pytest
 
 from pgmcp.errors import SchemaError, SchemaInUse
-from pgmcp.store import alembic_run, migrations, revisions
 from pgmcp.store.nodes import join, outgrown
-from pgmcp.store.revisions import OLDEST
+from pgmcp.store.schema import alembic_run, migrations, revisions
+from pgmcp.store.schema.revisions import OLDEST
 from pgmcp.store.statements import names, statement
 from pgmcp.types import NodeRecord
 from tests.harness.builds import newer, newer_migrations

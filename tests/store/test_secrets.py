@@ -12,10 +12,10 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from pgmcp.errors import DatabaseUnavailable, PgmcpError, SettingsError
 from pgmcp.settings import Settings
-from pgmcp.store import secrets
-from pgmcp.store.key_wrapping import KeyWrapping, wrapping_of
+from pgmcp.store.encryption import key_rings
+from pgmcp.store.encryption.key_rings import CONTEXTS, KEPT_SECONDS, RIPE_SECONDS, KeyRing, StateRing
+from pgmcp.store.encryption.key_wrapping import KeyWrapping, wrapping_of
 from pgmcp.store.retention import Retention
-from pgmcp.store.secrets import CONTEXTS, KEPT_SECONDS, RIPE_SECONDS, KeyRing, StateRing
 from pgmcp.store.statements import statement
 from tests.harness.clock import FakeClock
 from tests.harness.cluster import eventually
@@ -161,7 +161,7 @@ async def test_an_unknown_key_is_looked_for_once_in_a_while(database: str, hand:
         junk = [b"\xff\xff\xff" + bytes([number]) + bytes(40) for number in range(20)]
         await asyncio.gather(*(ring.learn(box) for box in junk))
         assert loads == 1
-        clock.jump(secrets.SETTLED_SECONDS)
+        clock.jump(key_rings.SETTLED_SECONDS)
         await ring.learn(junk[0])
         assert loads == 2
 

@@ -135,12 +135,12 @@ def test_no_lock_and_no_setting_outlives_its_transaction() -> None:
 
     What ``pin`` sets belongs to a connection for its whole life, and no pooler stands before it.
     """
-    texts = [(where, text) for where, text in sql_texts() if where not in {"store/alembic_run.py", "pin"}]
+    texts = [(where, text) for where, text in sql_texts() if where not in {"store/schema/alembic_run.py", "pin"}]
     assert [(where, found[0]) for where, text in texts if (found := LASTING.search(text))] == []
 
 
 def test_migrations_take_no_lasting_lock() -> None:
-    texts = [text for where, text in sql_texts() if where == "store/alembic_run.py"]
+    texts = [text for where, text in sql_texts() if where == "store/schema/alembic_run.py"]
     assert not any(re.search(r"advisory_(lock|unlock)|pg_try_advisory_lock", text) for text in texts)
 
 

@@ -9,7 +9,9 @@ import asyncpg
 import pytest
 
 from pgmcp.errors import DatabaseUnavailable, SchemaError, SettingsError
-from pgmcp.store import migrations, views
+from pgmcp.store.commands import views
+from pgmcp.store.schema import migrations
+from pgmcp.store.schema.public_views import COLUMNS
 
 A, B, GONE = ("00000000-0000-7000-8000-00000000000" + digit for digit in "abc")
 S1, S2, S3 = ("00000000-0000-7000-8000-00000000010" + digit for digit in "123")
@@ -90,7 +92,7 @@ def test_takeovers_name_nodes_as_long_as_they_are_known(filled: str) -> None:
 
 
 def test_every_value_is_json_and_every_column_is_there(filled: str) -> None:
-    for view, columns in views.COLUMNS.items():
+    for view, columns in COLUMNS.items():
         rows = views.fetch(filled, "pgmcp", view)
         assert rows
         assert tuple(rows[0]) == columns

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pgmcp.store.address import place, servers
+from pgmcp.store.connection.address import place, servers
 
 WANTS = "target_session_attrs=read-write"
 

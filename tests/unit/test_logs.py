@@ -21,7 +21,7 @@ import pytest
 from pgmcp.errors import PgmcpError, told
 from pgmcp.ops import logs, redaction
 from pgmcp.ops.redaction import _template, show_warning
-from pgmcp.store.error_text import error_text
+from pgmcp.store.connection.error_text import error_text
 
 MARK = "m4rk3r"
 EVIL = f"a\n2026-01-01 ERROR root: {MARK}\r\x1b[2J\x85\u2028\u2029\u202e\x00\udc80\x7f"

@@ -2,7 +2,7 @@
 
 Invariants:
 - Payloads are ``bytea``: NUL escapes, key order and big numbers survive byte for byte. Those that begin with a zero
-  byte are sealed (``store/payloads.py``); ``requests.mark`` tells a repeat of one that is.
+  byte are sealed (``store/encryption/payloads.py``); ``requests.mark`` tells a repeat of one that is.
 - Tables hang off their session and go with it, but for ``cluster``, ``history``, ``nodes``, ``node_states``,
   ``publications``, ``schema_range``, ``secrets``, ``spent_states`` and ``takeovers``.
 - ``nodes`` has no index on its times, and room in its pages: renewals stay heap-only.

@@ -29,7 +29,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from pgmcp.clock import Ids
 from pgmcp.errors import DatabaseUnavailable, PgmcpError, SettingsError
 from pgmcp.store.database import Database
-from pgmcp.store.key_wrapping import KeyWrapping, Stored
+from pgmcp.store.encryption.key_wrapping import KeyWrapping, Stored
 
 logger = logging.getLogger(__name__)
 

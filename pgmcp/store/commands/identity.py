@@ -12,9 +12,9 @@ from __future__ import annotations
 import asyncpg
 
 from pgmcp.errors import SchemaError, SchemaInUse, SettingsError
-from pgmcp.store.address import place
-from pgmcp.store.command_connection import checked, connect, finish
-from pgmcp.store.encoding import encoding_of
+from pgmcp.store.connection.address import place
+from pgmcp.store.connection.encoding import encoding_of
+from pgmcp.store.connection.one_shot import checked, connect, finish
 from pgmcp.store.statements import statement
 
 LIMIT_SECONDS = 10.0  # seconds

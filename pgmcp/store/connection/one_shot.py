@@ -15,9 +15,9 @@ from typing import TypeVar
 import asyncpg
 
 from pgmcp.errors import DatabaseUnavailable, PgmcpError, SchemaError, SchemaInUse, SettingsError
-from pgmcp.store import primary
-from pgmcp.store.address import AddressUnread, place
-from pgmcp.store.encoding import read_unescaped
+from pgmcp.store.connection import primary
+from pgmcp.store.connection.address import AddressUnread, place
+from pgmcp.store.connection.encoding import read_unescaped
 
 T = TypeVar("T")
 

@@ -24,8 +24,8 @@ from itertools import pairwise
 from pgmcp.errors import PgmcpError
 from pgmcp.protocol import CANCELLED, PROGRESS
 from pgmcp.store.database import Database
-from pgmcp.store.key_wrapping import KeyWrapping
-from pgmcp.store.secrets import MARKS, OVERHEAD_BYTES, PAYLOADS, KeyRing
+from pgmcp.store.encryption.key_rings import MARKS, OVERHEAD_BYTES, PAYLOADS, KeyRing
+from pgmcp.store.encryption.key_wrapping import KeyWrapping
 from pgmcp.types import PAGE_BYTES, JournalEntry, Message, RequestKey, SessionKey, StreamId
 
 SEALED = b"\0"

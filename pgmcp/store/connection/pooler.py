@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncpg
 
 from pgmcp.errors import SchemaError
-from pgmcp.store.address import place
-from pgmcp.store.command_connection import connect
+from pgmcp.store.connection.address import place
+from pgmcp.store.connection.one_shot import connect
 
 ROUNDS = 3
 

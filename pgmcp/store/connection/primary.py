@@ -13,8 +13,8 @@ from typing import Any
 
 import asyncpg
 
-from pgmcp.store import tls
-from pgmcp.store.address import place, servers
+from pgmcp.store.connection import tls
+from pgmcp.store.connection.address import place, servers
 
 STAGGER_SECONDS = 0.3
 """Seconds after which the next server is asked while one has not answered yet."""

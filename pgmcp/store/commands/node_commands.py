@@ -8,7 +8,7 @@ import asyncpg
 
 from pgmcp.clock import Clock
 from pgmcp.errors import NodeUnknown, PgmcpError, SettingsError
-from pgmcp.store.command_connection import checked, connect, finish
+from pgmcp.store.connection.one_shot import checked, connect, finish
 from pgmcp.store.statements import statement
 from pgmcp.types import NodeState
 

@@ -23,12 +23,12 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from pgmcp.clock import Clock, Ids
 from pgmcp.errors import SchemaError
-from pgmcp.store import revisions
-from pgmcp.store.address import place
-from pgmcp.store.command_connection import connect
-from pgmcp.store.connection_settings import pin
-from pgmcp.store.pooler import refuse_transaction_pooler
-from pgmcp.store.schema import metadata
+from pgmcp.store.connection.address import place
+from pgmcp.store.connection.one_shot import connect
+from pgmcp.store.connection.pooler import refuse_transaction_pooler
+from pgmcp.store.connection.settings import pin
+from pgmcp.store.schema import revisions
+from pgmcp.store.schema.tables import metadata
 
 LOCK_WAIT_SECONDS = 60.0  # seconds for another run to end
 # Everybody else queues behind a waiting ALTER TABLE: it waits for less time than a renewal may take (1.5 s), but for

@@ -14,7 +14,7 @@ import asyncpg
 from asyncpg.pool import PoolConnectionProxy
 
 from pgmcp.errors import SchemaError
-from pgmcp.store.command_connection import checked
+from pgmcp.store.connection.one_shot import checked
 
 VERSION_TABLE = "alembic_version"
 OLDEST = "0020"
@@ -33,7 +33,7 @@ class Shape:
 
 def folder() -> Path:
     """``pgmcp/migrations`` in an installed wheel, ``migrations`` beside the package in a checkout."""
-    package = Path(__file__).parent.parent
+    package = Path(__file__).parents[2]
     installed = package / "migrations"
     return installed if installed.is_dir() else package.parent / "migrations"
 
