@@ -123,10 +123,10 @@ class CountingDatabase(database.Database):
 
     count = 0
 
-    async def fetch(self, name: str, *args: object) -> list[Any]:
+    async def fetch(self, name: str, *args: object, **more: Any) -> list[Any]:
         """Count and pass on."""
         self.count += 1
-        return await super().fetch(name, *args)
+        return await super().fetch(name, *args, **more)
 
 
 class SwitchedNotifier(TableNotifier):

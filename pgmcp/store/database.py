@@ -15,7 +15,6 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import asyncpg
@@ -30,7 +29,7 @@ from pgmcp.store.connection.encoding import Encoding, encoding_of, read_unescape
 from pgmcp.store.connection.error_text import error_text
 from pgmcp.store.connection.settings import PLANS, STARTUP, Frame, pin
 from pgmcp.store.schema.revisions import understood
-from pgmcp.store.statements import statement
+from pgmcp.store.statements import LockWait, statement
 from pgmcp.store.timeline import Timeline
 
 Result = TypeVar("Result")
@@ -56,9 +55,6 @@ CONTENTION = (
     asyncpg.UniqueViolationError,
 )
 """Another transaction was in the way, or stored the same row; the same statement may be sent again."""
-
-LOCK_WAIT: ContextVar[str] = ContextVar("LOCK_WAIT", default="250ms")
-"""How long the grouped writes of a task wait for a lock."""
 
 LARGE_BYTES = 1024 * 1024
 """Bytes from which a statement's rows are large."""
@@ -181,30 +177,37 @@ class Database:
         except TROUBLE as error:
             raise unavailable(self.settings.database_url, error) from error
 
-    async def fetch(self, name: str, *args: object) -> list[asyncpg.Record]:
+    async def fetch(self, name: str, *args: object, lock_wait: LockWait = LockWait.USUAL) -> list[asyncpg.Record]:
         """Run a named statement once.
+
+        Args:
+            lock_wait: how long it waits for each lock, if it is a grouped write.
 
         Raises:
             DatabaseUnavailable: the pool is closed.
             Exception: whatever asyncpg raises; see ``TROUBLE`` and ``CONTENTION``.
         """
-        return await self._fetch(name, args, self._turns, self.settings.statement_timeout)
+        return await self._fetch(name, args, self._turns, self.settings.statement_timeout, lock_wait)
 
-    async def fetch_sized(self, name: str, *args: object, size: int) -> list[asyncpg.Record]:
+    async def fetch_sized(
+        self, name: str, *args: object, size: int, lock_wait: LockWait = LockWait.USUAL
+    ) -> list[asyncpg.Record]:
         """Run a named statement once, as befits the size of its rows.
 
         Args:
             size: their bytes; large ones have connections of their own, and more time.
+            lock_wait: as in ``fetch``.
 
         Raises:
             Exception: as in ``fetch``.
         """
         if size <= LARGE_BYTES:
-            return await self.fetch(name, *args)
-        return await self._fetch(name, args, self._large_turns, self.settings.statement_timeout + extra(size))
+            return await self.fetch(name, *args, lock_wait=lock_wait)
+        seconds = self.settings.statement_timeout + extra(size)
+        return await self._fetch(name, args, self._large_turns, seconds, lock_wait)
 
     async def _fetch(
-        self, name: str, args: tuple[object, ...], turns: asyncio.Semaphore, seconds: float
+        self, name: str, args: tuple[object, ...], turns: asyncio.Semaphore, seconds: float, lock_wait: LockWait
     ) -> list[asyncpg.Record]:
         pool = self._pool
         if pool is None:
@@ -217,7 +220,7 @@ class Database:
                 self._idle.append(connection)
                 message = "the database follows another timeline than when this was begun"
                 raise ConnectionError(message)
-            text = statement(name, self.settings.schema_name, LOCK_WAIT.get())
+            text = statement(name, self.settings.schema_name, lock_wait)
             rows: list[asyncpg.Record] = []
             try:
                 rows = await self._run(connection, text, args, seconds)

@@ -22,7 +22,6 @@ import logging
 import math
 from collections import deque
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
-from contextvars import Context
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -31,7 +30,8 @@ import asyncpg
 from pgmcp.clock import Clock
 from pgmcp.errors import DatabaseUnavailable, PgmcpError
 from pgmcp.store.connection.error_text import error_text
-from pgmcp.store.database import BACKOFF_SECONDS, CONTENTION, LOCK_WAIT, TROUBLE
+from pgmcp.store.database import BACKOFF_SECONDS, CONTENTION, TROUBLE
+from pgmcp.store.statements import LockWait
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,8 @@ class GroupCommit(Generic[Row, Result]):
     """A queue of rows for one statement.
 
     Args:
-        send: runs the statement for some rows and returns one result (or error) for each.
+        send: runs the statement for some rows and returns one result (or error) for each. Its locks it waits for as
+            long as it is told.
         clock: the node's time.
         key: rows of one key stay in order, and wait for each other when they meet a lock.
         gate: awaited before each statement; owners wait here for trust. What it raises, every waiting row gets.
@@ -75,7 +76,7 @@ class GroupCommit(Generic[Row, Result]):
 
     def __init__(
         self,
-        send: Callable[[Sequence[Row]], Awaitable[Sequence[Result | PgmcpError]]],
+        send: Callable[[Sequence[Row], LockWait], Awaitable[Sequence[Result | PgmcpError]]],
         clock: Clock,
         key: Callable[[Row], Hashable],
         gate: Callable[[], Awaitable[None]] = _open,
@@ -154,21 +155,17 @@ class GroupCommit(Generic[Row, Result]):
             size += waiting.size
         return batch
 
-    async def _settled(self, batch: list[_Waiting[Row, Result]]) -> None:
+    async def _settled(self, batch: list[_Waiting[Row, Result]], lock_wait: LockWait = LockWait.USUAL) -> None:
         """Send a batch until every row of it is settled or parked."""
         tries = 0
         while batch:
-            error = await self._attempt(batch, confirm=tries > 0)
+            error = await self._attempt(batch, lock_wait, confirm=tries > 0)
             if error is None:
                 return
             if len(batch) > 1 and not isinstance(error, TROUBLE):
-                brief = LOCK_WAIT.set("20ms")  # each locked row holds up those after it: it waits on when it is parked
                 self._rest = deque(batch)
-                try:
-                    while self._rest:
-                        await self._settled([self._rest.popleft()])
-                finally:
-                    LOCK_WAIT.reset(brief)
+                while self._rest:  # each locked row holds up those after it: it waits on when it is parked
+                    await self._settled([self._rest.popleft()], LockWait.BRIEF)
                 return
             if isinstance(error, CONTENTION):
                 self._park(batch[0], tries=1)
@@ -177,7 +174,9 @@ class GroupCommit(Generic[Row, Result]):
             await self._clock.sleep(BACKOFF_SECONDS[min(tries, len(BACKOFF_SECONDS) - 1)])
             tries += 1
 
-    async def _attempt(self, batch: list[_Waiting[Row, Result]], *, confirm: bool) -> Exception | None:
+    async def _attempt(
+        self, batch: list[_Waiting[Row, Result]], lock_wait: LockWait, *, confirm: bool
+    ) -> Exception | None:
         """Send a batch once; the error if it may be sent again, in whole or in parts.
 
         Args:
@@ -190,8 +189,8 @@ class GroupCommit(Generic[Row, Result]):
                 await self._gate()
             rows = [waiting.row for waiting in batch]
             if confirm:
-                await self._send(rows)
-            results = await self._send(rows)
+                await self._send(rows, lock_wait)
+            results = await self._send(rows, lock_wait)
         except (*TROUBLE, *CONTENTION) as error:
             return error
         except asyncpg.PostgresError as error:
@@ -218,7 +217,7 @@ class GroupCommit(Generic[Row, Result]):
             others = [row for row in queue if row.key != waiting.key]
             queue.clear()
             queue.extend(others)
-        task = asyncio.create_task(self._one_by_one(waiting.key, tries), context=Context())
+        task = asyncio.create_task(self._one_by_one(waiting.key, tries))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -228,7 +227,7 @@ class GroupCommit(Generic[Row, Result]):
         try:
             while rows:
                 async with self._retries:
-                    error = await self._attempt([rows[0]], confirm=tries > 0)
+                    error = await self._attempt([rows[0]], LockWait.USUAL, confirm=tries > 0)
                 if error is None or not self._patient([rows[0]], error):
                     rows.popleft()
                     tries = 0

@@ -27,6 +27,7 @@ from pgmcp.store.repeats import Fate, fate
 from pgmcp.store.rows import claimed_of, facts_of, known_of
 from pgmcp.store.scan_floors import ScanFloor, ScanFloors
 from pgmcp.store.session_opening import SessionOpening
+from pgmcp.store.statements import LockWait
 from pgmcp.types import (
     Accepted,
     Claimed,
@@ -148,7 +149,9 @@ class TableInbox:
             await self._payloads.load()  # somebody began to seal since this node has looked
         return rows
 
-    async def _send_accepts(self, posts: Sequence[Sequence[Stored]]) -> list[list[asyncpg.Record] | PgmcpError]:
+    async def _send_accepts(
+        self, posts: Sequence[Sequence[Stored]], lock_wait: LockWait
+    ) -> list[list[asyncpg.Record] | PgmcpError]:
         each = [stored for post in posts for stored in post]
         flat = [stored.message for stored in each]
         term = self._database.timeline.term  # another one may count transactions anew
@@ -179,6 +182,7 @@ class TableInbox:
             [stored.mark for stored in each],
             [stored.digest for stored in each],
             size=max(len(stored.body) for stored in each),
+            lock_wait=lock_wait,
         )
         for session_id, row in {m.session_id: r for m, r in zip(flat, rows, strict=True) if r["horizon"]}.items():
             seen = ScanFloor.of(row["horizon"], row["unfinished"] or ())
@@ -210,7 +214,7 @@ class TableInbox:
             raise
         return claimed
 
-    async def _send_claims(self, claims: Sequence[_Claim]) -> list[list[Claimed] | PgmcpError]:
+    async def _send_claims(self, claims: Sequence[_Claim], lock_wait: LockWait) -> list[list[Claimed] | PgmcpError]:
         newest = {claim.ownership.session: claim for claim in claims}
         repeat = any(claim.sent for claim in claims)
         for claim in claims:
@@ -227,6 +231,7 @@ class TableInbox:
             [floor.low for floor in floors.values()],
             [floor.texts[0] for floor in floors.values()],
             self._settings.use_precision,
+            lock_wait=lock_wait,
         )
         for row in rows:
             ownership = Ownership(SessionKey(row["session"]), row["epoch"])

@@ -24,6 +24,7 @@ from pgmcp.store.database import Database
 from pgmcp.store.encryption.payloads import CLEAR, Payloads, place_of_event, stored_from
 from pgmcp.store.group_commit import GroupCommit
 from pgmcp.store.rows import facts_of
+from pgmcp.store.statements import LockWait
 from pgmcp.types import (
     CARRIED,
     PAGE,
@@ -90,7 +91,7 @@ class TableLog:
         # An event has its number, and what came after it would leave a gap: only the database refuses it.
         return await self._appends.put(entry, patience=None, size=len(entry.message))
 
-    async def _send_appends(self, entries: Sequence[Entry]) -> list[NodeId | PgmcpError | None]:
+    async def _send_appends(self, entries: Sequence[Entry], lock_wait: LockWait) -> list[NodeId | PgmcpError | None]:
         messages = [await self._payloads.seal_event(entry.message, entry.stream, entry.seq) for entry in entries]
         rows = await self._database.fetch_sized(
             "append",
@@ -107,6 +108,7 @@ class TableLog:
             self._settings.use_precision,
             self._settings.max_waiting_events * CARRIED,
             size=max(len(message) for message in messages),
+            lock_wait=lock_wait,
         )
         for row, entry in zip(rows, entries, strict=True):
             if row["closed"] and row["sink"] == self._node and len(entry.message) <= LAST_BYTES:
@@ -129,7 +131,7 @@ class TableLog:
             self._last.pop((cursor.stream, cursor.sink_epoch), None)  # it was kept while this was read
         return page
 
-    async def _send_reads(self, cursors: Sequence[Cursor]) -> list[Page | PgmcpError]:
+    async def _send_reads(self, cursors: Sequence[Cursor], _: LockWait) -> list[Page | PgmcpError]:
         rows = await self._database.fetch(
             "read_streams",
             [cursor.stream for cursor in cursors],
@@ -221,7 +223,9 @@ class TableLog:
         """See ``Log.release``."""
         return await self._releases.put((cursor, keep), patience=self._hold)
 
-    async def _send_releases(self, notes: Sequence[tuple[Cursor, bool]]) -> list[bool | PgmcpError]:
+    async def _send_releases(
+        self, notes: Sequence[tuple[Cursor, bool]], lock_wait: LockWait
+    ) -> list[bool | PgmcpError]:
         rows = await self._database.fetch(
             "release",
             [cursor.stream for cursor, _ in notes],
@@ -230,6 +234,7 @@ class TableLog:
             self._node,
             [keep for _, keep in notes],
             self._settings.use_precision,
+            lock_wait=lock_wait,
         )
         held = {row["id"] for row in rows}
         return [cursor.stream in held for cursor, _ in notes]

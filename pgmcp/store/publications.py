@@ -27,7 +27,7 @@ from pgmcp.store.connection.one_shot import connect, explained
 from pgmcp.store.database import Database
 from pgmcp.store.group_commit import GroupCommit
 from pgmcp.store.line import channel
-from pgmcp.store.statements import statement
+from pgmcp.store.statements import LockWait, statement
 from pgmcp.types import PUBLISHED, Change, Horizon, Publication, PublicationBatch
 
 MOST = 1_000
@@ -77,7 +77,7 @@ class TablePublications:
         if self._waiting.get(draft.publication, (None,))[0] is draft:
             del self._waiting[draft.publication]
 
-    async def _send(self, drafts: Sequence[_Draft]) -> list[PgmcpError | None]:
+    async def _send(self, drafts: Sequence[_Draft], _: LockWait) -> list[PgmcpError | None]:
         for draft in drafts:
             self._sent(draft)
         await self._database.fetch(

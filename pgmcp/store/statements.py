@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import re
+from enum import StrEnum
 from functools import cache
 from importlib import resources
 
 from pgmcp.types import JUMP
+
+
+class LockWait(StrEnum):
+    """How long a grouped write waits for each lock: a statement has one text for each."""
+
+    USUAL = "250ms"
+    BRIEF = "20ms"
+
 
 _NAME = re.compile(r"^-- name: ([a-z_]+)\s*$", re.MULTILINE)
 
@@ -30,11 +39,11 @@ def names() -> list[str]:
 
 
 @cache
-def statement(name: str, schema: str, wait: str = "250ms") -> str:
+def statement(name: str, schema: str, lock_wait: LockWait = LockWait.USUAL) -> str:
     """The text of one statement for one schema; the schema's name was checked by the settings.
 
     Args:
-        wait: how long a grouped write may wait for each lock.
+        lock_wait: how long a grouped write may wait for each lock.
     """
     text = _texts()[name].replace("{schema}", f'"{schema}"').replace("{jump}", str(JUMP))
-    return f"/* {name} */ " + text.replace("'250ms'", f"'{wait}'")
+    return f"/* {name} */ " + text.replace("{lock_wait}", lock_wait)

@@ -296,11 +296,11 @@ async def test_comments_go_on_while_the_database_does_not_answer(database: str) 
         store = nodes[1].database
         fetch = store.fetch
 
-        async def gone(name: str, *args: object) -> list[asyncpg.Record]:
+        async def gone(name: str, *args: object, **more: Any) -> list[asyncpg.Record]:
             if name == "read_streams":
                 message = "cut"
                 raise ConnectionError(message)
-            return await fetch(name, *args)
+            return await fetch(name, *args, **more)
 
         store.fetch = gone  # type: ignore[method-assign]  # one statement of it
         try:

@@ -40,11 +40,11 @@ class Statements:
         database = node.incarnation.inbox._database
         fetch = database.fetch
 
-        async def counted(name: str, *args: Any) -> Any:
+        async def counted(name: str, *args: Any, **more: Any) -> Any:
             self.names[name] += 1
             if name == "notify":
                 self.payloads.extend(args[1])
-            return await fetch(name, *args)
+            return await fetch(name, *args, **more)
 
         database.fetch = counted  # type: ignore[method-assign]  # until the context ends
         try:
@@ -128,12 +128,12 @@ async def one_statement(node: RunningNode, name: str, count: int) -> AsyncIterat
     inbox, sizes = node.incarnation.inbox, list[int]()
     fetch = inbox._database.fetch
 
-    async def held(asked: str, *args: Any) -> Any:
+    async def held(asked: str, *args: Any, **more: Any) -> Any:
         if asked == name:
             sizes.append(len(args[0]))
             if len(sizes) == 1:
                 await eventually(lambda: len(inbox._accepts._waiting) >= count, f"{count} rows wait")
-        return await fetch(asked, *args)
+        return await fetch(asked, *args, **more)
 
     inbox._database.fetch = held  # type: ignore[method-assign,assignment]
     try:

@@ -14,6 +14,7 @@ from pgmcp.clock import Clock
 from pgmcp.errors import DatabaseUnavailable, Fenced, PgmcpError, SessionUnknown
 from pgmcp.store import group_commit as module
 from pgmcp.store.group_commit import BYTES, LARGE_BYTES, ROWS, GroupCommit
+from pgmcp.store.statements import LockWait
 from tests.harness.clock import FakeClock, settle
 from tests.harness.stores import (
     Watcher,
@@ -31,16 +32,18 @@ class Sender:
 
     def __init__(self) -> None:
         self.batches: list[list[Any]] = []
+        self.lock_waits: list[LockWait] = []
         self.running = 0
         self.free = asyncio.Event()
         self.free.set()
         self.failures: list[BaseException] = []
         self.guilty: dict[Any, BaseException] = {}
 
-    async def __call__(self, rows: Sequence[Any]) -> list[Any]:
+    async def __call__(self, rows: Sequence[Any], lock_wait: LockWait) -> list[Any]:
         assert self.running == 0 or set(rows) <= self.guilty.keys(), "two statements of a group are in flight"
         self.running += 1
         self.batches.append(list(rows))
+        self.lock_waits.append(lock_wait)
         try:
             await self.free.wait()
             if self.failures:
@@ -107,7 +110,7 @@ async def test_a_large_row_holds_up_no_stranger_and_keeps_its_place(clock: FakeC
     sent: list[list[str]] = []
     large = asyncio.Event()
 
-    async def send(rows: Sequence[str]) -> list[str]:
+    async def send(rows: Sequence[str], _: LockWait) -> list[str]:
         sent.append(list(rows))
         if "a2 large" in rows:
             await large.wait()
@@ -312,6 +315,9 @@ async def test_a_locked_row_holds_up_no_stranger(group: GroupCommit[Any, Any], s
     tasks = put_all(group, range(3))
     await clock.advance(1)
     assert ended(tasks) == ["waits", "did 1", "did 2"]
+    met = send.batches.index([0, 1, 2])
+    assert send.lock_waits[met : met + 4] == [LockWait.USUAL, *[LockWait.BRIEF] * 3]
+    assert set(send.lock_waits[met + 4 :]) == {LockWait.USUAL}, "once it is parked it holds up nobody"
     for task in tasks:
         task.cancel()
 
@@ -330,7 +336,7 @@ async def test_rows_of_a_key_keep_their_order_when_one_meets_a_lock(clock: FakeC
     sent: list[str] = []
     locked, strangers = True, asyncio.Event()
 
-    async def send(rows: Sequence[str]) -> list[str]:
+    async def send(rows: Sequence[str], _: LockWait) -> list[str]:
         if "a1" in rows and locked:
             raise asyncpg.LockNotAvailableError("lock timeout")
         if "b1" in rows:

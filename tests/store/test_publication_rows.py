@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from typing import Any
 
 import asyncpg
 import pytest
@@ -57,12 +58,12 @@ class Gate:
         self.free, self.sent = asyncio.Event(), list[int]()
         self._fetch, node.database.fetch = node.database.fetch, self.fetch  # type: ignore[method-assign]
 
-    async def fetch(self, name: str, *args: object) -> list[asyncpg.Record]:
+    async def fetch(self, name: str, *args: object, **more: Any) -> list[asyncpg.Record]:
         if name == "publish":
             assert isinstance(args[0], Sequence)
             self.sent.append(len(args[0]))
             await self.free.wait()
-        return await self._fetch(name, *args)
+        return await self._fetch(name, *args, **more)
 
 
 async def turns() -> None:

@@ -57,11 +57,11 @@ class Scene:
         watcher, again, first = Watcher(self.eyes), self.node.database.fetch, self.hand.transaction()
         tries = 0
 
-        async def fetch(asked: str, *args: object) -> list[asyncpg.Record]:
+        async def fetch(asked: str, *args: object, **more: Any) -> list[asyncpg.Record]:
             nonlocal tries
             tries += asked == name
             if asked != name or tries > 1:
-                return await again(asked, *args)
+                return await again(asked, *args, **more)
             await first.start()
             await self.hand.fetch(statement(name, "pgmcp"), *args)
             raise ConnectionResetError

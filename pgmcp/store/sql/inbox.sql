@@ -119,7 +119,7 @@ where session_id = $1
 -- edge's floor for each session ($17 to $20, see store/scan_floors.py), and what it had counted is looked up by its id.
 -- A sealed message is compared by its mark ($22), and with one that is not sealed by its digest ($23, only if it is sealed).
 with guard as materialized (
-    select set_config('lock_timeout', '250ms', true)
+    select set_config('lock_timeout', '{lock_wait}', true)
 ), asked as materialized (
     select *
     from unnest(
@@ -275,7 +275,7 @@ order by a.n;
 -- the owner's floor for the session (see store/scan_floors.py). "is true" keeps the planner from reading every session of the
 -- owner. What is taken is use of the session, noted once in $9 seconds.
 with guard as materialized (
-    select set_config('lock_timeout', '250ms', true), set_config('synchronous_commit', 'off', true)
+    select set_config('lock_timeout', '{lock_wait}', true), set_config('synchronous_commit', 'off', true)
 ), held as materialized (
     select s.id, s.epoch, s.last_active_at, a.claim, a.requests, a.low, a.running
     from guard, {schema}.sessions s

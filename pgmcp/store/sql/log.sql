@@ -7,7 +7,7 @@
 -- that ends was use of its session until now, noted once in $11 seconds. "is true" keeps the planner from reading every
 -- session of the owner.
 with guard as materialized (
-    select set_config('lock_timeout', '250ms', true)
+    select set_config('lock_timeout', '{lock_wait}', true)
 ), asked as materialized (
     select *
     from unnest($1::bigint[], $2::bigint[], $3::uuid[], $4::bigint[], $6::uuid[], $7::text[], $9::text[])
@@ -220,7 +220,7 @@ left join {schema}.node_states o on o.node_id = held.owner;
 -- seconds: those sessions' rows are locked before the streams', so that no sweep finds a stream let go and its use not
 -- noted.
 with guard as materialized (
-    select set_config('lock_timeout', '250ms', true), set_config('synchronous_commit', 'off', true)
+    select set_config('lock_timeout', '{lock_wait}', true), set_config('synchronous_commit', 'off', true)
 ), asked as materialized (
     select * from unnest($1::uuid[], $2::bigint[], $3::bigint[], $5::boolean[]) as a (stream, sink_epoch, delivered, keeps)
 ), used as materialized (
