@@ -310,6 +310,22 @@ class Attachment:
     closed: bool
     replaced: NodeId | None
 
+    @classmethod
+    def to_new(cls, facts: SessionFacts, session_id: str, stream: StreamId) -> Attachment:
+        """To the stream of a request, which begins when that is accepted."""
+        return cls(
+            facts=facts,
+            session_id=session_id,
+            stream=stream,
+            kind=StreamKind.REQUEST,
+            sink_epoch=1,
+            next_seq=1,
+            delivered_seq=0,
+            floor_seq=0,
+            closed=False,
+            replaced=None,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Established:

@@ -144,6 +144,7 @@ class Incarnation(Service):
             faults=faults,
         )
         self.edge = Edge(
+            node=self.node_id,
             inbox=self.inbox,
             log=self.log,
             lease=self.lease,

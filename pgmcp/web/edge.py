@@ -22,9 +22,9 @@ from pgmcp.types import (
     Attachment,
     Message,
     NewSession,
+    NodeId,
     RequestKey,
     SessionFacts,
-    SessionKey,
     StreamId,
     StreamKind,
 )
@@ -46,6 +46,7 @@ async def _nothing() -> Sequence[bytes]:
 class Edge:
     """One incarnation, as endpoints see it."""
 
+    node: NodeId
     inbox: Inbox
     log: Log
     lease: Lease
@@ -204,28 +205,32 @@ class Edge:
         self,
         exchange: HttpExchange,
         open_stream: OpenStream,
-        session: SessionKey,
-        session_id: str,
-        version: str | None,
+        attached: Attachment,
+        transport: str = "streamable",
         *,
-        affinity: dict[str, str],
-        sink_epoch: int = 1,
         after: int = 0,
         floor: int = 0,
-        kind: StreamKind = StreamKind.REQUEST,
-        notes_all: bool = True,
+        opened: bool = False,
         lost: Callable[[], Awaitable[Sequence[bytes]]] = _nothing,
     ) -> StreamResponse:
-        """The response that carries a stream to the caller; ``affinity`` as the method of that name gave it."""
-        self.open_streams.belongs(open_stream, session)
-        resumes = revision_of(version).resumes
+        """The response that carries a stream to the caller.
+
+        Args:
+            transport: the session's; what a revision brings is of Streamable HTTP only.
+            after, floor, lost: as in ``StreamResponse``.
+            opened: whether the session has just been opened.
+        """
+        facts, streamable = attached.facts, transport == "streamable"
+        self.open_streams.belongs(open_stream, facts.session)
+        resumes = streamable and revision_of(facts.protocol_version).resumes
         resumable = resumes and self.settings.response != "json"
-        open_stream.patient = kind is StreamKind.REQUEST and not resumable
+        open_stream.patient = attached.kind is StreamKind.REQUEST and not resumable
+        affinity = self.affinity(exchange, facts.living_owner, opened=opened)
         return StreamResponse(
             open_stream,
-            sink_epoch,
+            attached.sink_epoch,
             after,
-            kind,
+            attached.kind,
             floor=floor,
             log=self.log,
             lease=self.lease,
@@ -233,8 +238,8 @@ class Edge:
             clock=self.clock,
             connection=exchange.connection,
             priming=resumes,
-            notes_all=notes_all,
+            notes_all=streamable,
             expiry=TokenExpiry(self.clock, exchange.expires_at),
             lost=lost,
-            headers={SESSION_ID_HEADER: session_id} | affinity,
+            headers={SESSION_ID_HEADER: attached.session_id} | affinity,
         )

@@ -19,7 +19,7 @@ from starlette.responses import PlainTextResponse
 
 from pgmcp.errors import SessionUnknown, StreamTaken
 from pgmcp.protocol import LAST_EVENT_ID_HEADER
-from pgmcp.types import Attachment, Cursor, StreamKind
+from pgmcp.types import Attachment, Cursor
 from pgmcp.web.bodies import Body
 from pgmcp.web.edge import Edge
 from pgmcp.web.endpoint import Endpoint, Rules, cursor
@@ -82,18 +82,7 @@ class SseStream(Endpoint):
         retry = f"retry: {edge.settings.retry_ms}\r\n"
         where = f"{quote(root + self._messages)}?session_id={attached.session_id}"
         with edge.open_streams.subscribe(attached.stream) as open_stream:
-            response = edge.stream_response(
-                exchange,
-                open_stream,
-                attached.facts.session,
-                attached.session_id,
-                None,
-                affinity=edge.affinity(exchange, attached.facts.living_owner, opened=opened),
-                sink_epoch=attached.sink_epoch,
-                after=after,
-                kind=StreamKind.STANDALONE,
-                notes_all=False,
-            )
+            response = edge.stream_response(exchange, open_stream, attached, "sse", after=after, opened=opened)
             try:
                 await response.stream(look=True, preface=f"{retry}event: endpoint\r\ndata: {where}\r\n\r\n".encode())
             finally:

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 
 from pgmcp.errors import PgmcpError, SessionBusy
 from pgmcp.protocol import BATCHING, INTERNAL_ERROR, SESSION_ID_HEADER, error_of, revision_of
-from pgmcp.types import Accepted, Attachment, StreamId
+from pgmcp.types import Accepted, Attachment, SessionFacts, StreamId
 from pgmcp.web.admission import Kind
 from pgmcp.web.bodies import Body
 from pgmcp.web.edge import Edge
@@ -113,15 +113,9 @@ class PostHandler:
         with self._edge.open_streams.subscribe(stream) as open_stream:
             accepted = await self._accept(session_id, stream)
             if not accepted.joined:
-                facts = accepted.facts
+                attached = Attachment.to_new(accepted.facts, session_id, stream)
                 response = self._edge.stream_response(
-                    self._exchange,
-                    open_stream,
-                    facts.session,
-                    session_id,
-                    facts.protocol_version,
-                    affinity=self._edge.affinity(self._exchange, facts.living_owner),
-                    lost=lambda: self._lost(stream, term),
+                    self._exchange, open_stream, attached, lost=lambda: self._lost(stream, term)
                 )
                 await self._carry(response, batch=batch)
                 return
@@ -133,16 +127,7 @@ class PostHandler:
         if not isinstance(attached, Attachment):
             raise Refusal(409, "The request that has this id was just answered elsewhere; use another id")
         with self._edge.open_streams.subscribe(attached.stream) as open_stream:
-            facts = attached.facts
-            response = self._edge.stream_response(
-                self._exchange,
-                open_stream,
-                facts.session,
-                session_id,
-                facts.protocol_version,
-                affinity=self._edge.affinity(self._exchange, facts.living_owner),
-                sink_epoch=attached.sink_epoch,
-            )
+            response = self._edge.stream_response(self._exchange, open_stream, attached)
             open_stream.moved.set()  # what the stream holds already, nobody announces again
             await self._carry(response, batch=batch)
 
@@ -175,15 +160,14 @@ class PostHandler:
             raise Refusal(400, "This session is initialized already; send initialize without a session id for another")
         asked = (message.params or {}).get("protocolVersion")
         new, stream = edge.new_session(exchange, "streamable"), edge.new_stream()
-        ownership = await edge.host.open(new)
+        owned = await edge.host.open(new)
         established = False
         try:
             with edge.open_streams.subscribe(stream) as open_stream:
-                version = asked if isinstance(asked, str) else None
-                affinity = edge.affinity(exchange, edge.settings.node_name, opened=True)
-                response = edge.stream_response(
-                    exchange, open_stream, ownership.session, new.session_id, version, affinity=affinity
-                )
+                version, name = asked if isinstance(asked, str) else None, edge.settings.node_name
+                facts = SessionFacts(owned.session, edge.node, owned.epoch, version, owner_name=name)
+                attached = Attachment.to_new(facts, new.session_id, stream)
+                response = edge.stream_response(exchange, open_stream, attached, opened=True)
                 open_stream.patient = True  # its client knows no session yet
                 await self._accept(new.session_id, stream)
                 try:

@@ -56,19 +56,7 @@ async def _get(edge: Edge, exchange: HttpExchange) -> None:
     if after is None:  # it wants what waits, and what had to give way does not
         after, floor = attached.delivered_seq, attached.floor_seq
     with edge.open_streams.subscribe(attached.stream) as open_stream:
-        facts = attached.facts
-        response = edge.stream_response(
-            exchange,
-            open_stream,
-            facts.session,
-            session_id,
-            facts.protocol_version,
-            affinity=edge.affinity(exchange, facts.living_owner),
-            sink_epoch=attached.sink_epoch,
-            after=after,
-            floor=floor,
-            kind=attached.kind,
-        )
+        response = edge.stream_response(exchange, open_stream, attached, after=after, floor=floor)
         try:
             if max(after, floor) < attached.floor_seq or (attached.closed and after >= attached.next_seq - 1):
                 await exchange.respond(
