@@ -170,6 +170,14 @@ class Edge:
             self.wakeups.inbox(accepted.facts.owner, accepted.facts.session)
         return accepted
 
+    async def end(self, exchange: HttpExchange, session_id: str) -> None:
+        """End a session of the caller, and tell every node.
+
+        Raises:
+            PgmcpError: as in ``Inbox.end``.
+        """
+        self.wakeups.ended(await self.inbox.end(session_id, exchange.principal))
+
     async def attach(
         self, exchange: HttpExchange, session_id: str | None, stream: StreamId | None
     ) -> Attachment | SessionFacts:

@@ -182,4 +182,4 @@ class PostHandler:
         finally:
             if not established:
                 with suppress(PgmcpError):
-                    edge.wakeups.ended(await edge.inbox.end(new.session_id, new.principal))
+                    await edge.end(exchange, new.session_id)

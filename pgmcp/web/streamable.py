@@ -38,7 +38,7 @@ class Streamable(Endpoint):
             case "GET":
                 await _get(edge, exchange)
             case _:
-                edge.wakeups.ended(await edge.inbox.end(exchange.session_id, exchange.principal))
+                await edge.end(exchange, exchange.session_id)
                 await exchange.respond(200)
 
 
