@@ -23,7 +23,7 @@ import uvloop
 from calls import Client, serving
 from measure import cpu, end, machine, percentile, postgres, spawn, spread, table
 
-from pgmcp.store.line import channel
+from pgmcp.store.notifier import channel
 
 SESSIONS = 8
 PAUSE = 12.0  # seconds after a flood until a node listens again

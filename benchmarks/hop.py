@@ -56,7 +56,7 @@ from pgmcp.store import database, statements
 from pgmcp.store.encryption.key_rings import CONTEXTS, KeyRing
 from pgmcp.store.encryption.key_wrapping import KeyWrapping
 from pgmcp.store.encryption.payloads import Payloads
-from pgmcp.store.line import TableNotifier
+from pgmcp.store.notifier import TableNotifier
 from pgmcp.store.publications import TablePublications
 from pgmcp.store.schema.revisions import head
 from pgmcp.types import ANONYMOUS, NewSession, NodeId, StreamId

@@ -11,11 +11,11 @@ from typing import Any
 
 import click
 
+from pgmcp.cli.demo_scenes import Scenes
+from pgmcp.cli.demo_story import Story
 from pgmcp.cli.local import LocalCluster
 from pgmcp.cli.local_setup import example, local_cluster, of_its_own
 from pgmcp.cli.options import settings_options
-from pgmcp.cli.scenes import Scenes
-from pgmcp.cli.story import Story
 
 
 @click.command()

@@ -35,9 +35,10 @@ from pgmcp.store.database import Database
 from pgmcp.store.encryption.key_rings import KeyRing
 from pgmcp.store.encryption.payloads import Payloads
 from pgmcp.store.inbox import TableInbox
-from pgmcp.store.line import Line, TableNotifier
+from pgmcp.store.line import Line
 from pgmcp.store.log import TableLog
 from pgmcp.store.nodes import join, no_older, outgrown, own_state
+from pgmcp.store.notifier import TableNotifier
 from pgmcp.store.retention import EVERY_SECONDS, Retention
 from pgmcp.store.takeover import TableTakeovers
 from pgmcp.types import VERSION, Change, NodeRecord, NodeState, Publication, Wake, node_id

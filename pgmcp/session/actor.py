@@ -48,7 +48,7 @@ from pgmcp.session.journal_writer import JournalWriter
 from pgmcp.session.message_limit import MessageLimit
 from pgmcp.session.node_requests import NodeRequests
 from pgmcp.session.outbox import Outbox
-from pgmcp.session.recent import Recent
+from pgmcp.session.recent_ids import RecentIds
 from pgmcp.session.request_context import RequestContext
 from pgmcp.session.running_requests import ActorEnd, RunningRequest, Stream
 from pgmcp.session.server_requests import ServerRequests, dump
@@ -112,9 +112,9 @@ class Actor:
         self._server_requests = ServerRequests(ids)
         self.change_notices = ChangeNotices(self.emit)
         self._floors: dict[str, float | None] = {}
-        self._early_cancels = Recent(clock)  # those that overtook their requests
-        self._finished = Recent(clock)  # a late cancel must not hit the next request that has the id
-        self._answered = Recent(clock)
+        self._early_cancels = RecentIds(clock)  # those that overtook their requests
+        self._finished = RecentIds(clock)  # a late cancel must not hit the next request that has the id
+        self._answered = RecentIds(clock)
         self._queue: asyncio.Queue[Incoming | None] = asyncio.Queue()
         self._node_requests = NodeRequests(ids, self._queue.put_nowait)
         self._closable = self._muted = False

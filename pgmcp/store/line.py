@@ -22,10 +22,9 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from datetime import datetime
 from functools import partial
-from hashlib import sha256
 from typing import Any, Protocol, TypeVar
 
 import asyncpg
@@ -34,9 +33,10 @@ from pgmcp.clock import Clock, Ids
 from pgmcp.errors import DatabaseUnavailable
 from pgmcp.service import Service
 from pgmcp.settings import Settings
-from pgmcp.store.allowance import Allowance
+from pgmcp.store.channel_allowance import Allowance
 from pgmcp.store.connection.error_text import error_text
 from pgmcp.store.database import TROUBLE, Database
+from pgmcp.store.notifier import channel
 from pgmcp.store.statements import statement
 from pgmcp.types import NodeId, NodeState
 
@@ -69,12 +69,6 @@ BUFFER_BYTES = 64 * 1024
 REOPEN_SECONDS = (0.05, 0.1, 0.2, 0.5)
 KEEPALIVES = {"tcp_keepalives_idle": "5", "tcp_keepalives_interval": "2", "tcp_keepalives_count": "3"}
 USER_TIMEOUT_MS = 12_000
-
-
-def channel(schema: str, node: NodeId | None) -> str:
-    """The channel of a node (None: of all nodes) of one schema: at most 63 bytes, unlike any other schema's."""
-    scope = sha256(schema.encode()).hexdigest()[:16]
-    return f"pgmcp_{scope}_{'all' if node is None else node.hex}"
 
 
 class OnReset(Protocol):
@@ -383,15 +377,3 @@ def _set_up(connection: asyncpg.Connection) -> None:
     for option, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3), ("TCP_USER_TIMEOUT", 12_000)):
         if hasattr(socket, option):
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
-
-
-class TableNotifier:
-    """The ``Notifier`` port: NOTIFY on the channels of one schema, over the pool."""
-
-    def __init__(self, database: Database) -> None:
-        self._database, self._schema = database, database.settings.schema_name
-
-    async def notify(self, payloads: Sequence[tuple[NodeId | None, str]]) -> None:
-        """See ``Notifier.notify``."""
-        channels = [channel(self._schema, node) for node, _ in payloads]
-        await self._database.ask("notify", channels, [payload for _, payload in payloads])

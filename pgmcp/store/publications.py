@@ -26,7 +26,7 @@ from pgmcp.store.connection.encoding import encoding_of
 from pgmcp.store.connection.one_shot import connect, explained
 from pgmcp.store.database import Database
 from pgmcp.store.group_commit import GroupCommit
-from pgmcp.store.line import channel
+from pgmcp.store.notifier import channel
 from pgmcp.store.statements import LockWait, statement
 from pgmcp.types import PUBLISHED, Change, Horizon, Publication, PublicationBatch
 

@@ -15,8 +15,8 @@ import pytest
 from mcp import MCPError
 from rich.console import Console
 
-from pgmcp.cli.scenes import charged_once, only_forward, outcome_is_unknown
-from pgmcp.cli.story import Finding, Lost, Story
+from pgmcp.cli.demo_scenes import charged_once, only_forward, outcome_is_unknown
+from pgmcp.cli.demo_story import Finding, Lost, Story
 from tests.harness.processes import ManagedProcess
 from tests.harness.waiting import wait_until
 

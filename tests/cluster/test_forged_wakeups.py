@@ -14,7 +14,7 @@ import asyncpg
 import pytest
 
 from pgmcp.store import line as line_module
-from pgmcp.store.line import channel
+from pgmcp.store.notifier import channel
 from pgmcp.types import NodeId
 from tests.harness.clients import RawExchange, RawSession
 from tests.harness.cluster import RunningNode, cluster, eventually, everything, owner_of, tables_of

@@ -18,7 +18,7 @@ from mcp.server.auth.settings import AuthSettings
 from mcp.server.mcpserver import Context, MCPServer
 from pydantic import Field
 
-from pgmcp.store.line import channel
+from pgmcp.store.notifier import channel
 from tests.harness.clients import RawExchange, RawSession
 from tests.harness.cluster import Tables, cluster, eventually, tables_of
 

@@ -11,7 +11,7 @@ import httpx
 from mcp.server.subscriptions import ToolsListChanged
 
 from pgmcp import Cluster
-from pgmcp.store.line import channel
+from pgmcp.store.notifier import channel
 from pgmcp.store.schema.tables import VIEWS
 from tests.harness.clients import RawExchange, RawSession
 from tests.harness.cluster import RunningNode, cluster, eventually, everything, tables_of

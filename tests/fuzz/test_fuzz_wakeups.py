@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pgmcp.store.line import channel
+from pgmcp.store.notifier import channel
 from tests.fuzz.conftest import Target
 from tests.fuzz.test_fuzz_messages import odd
 

@@ -12,7 +12,7 @@ from uuid import UUID
 import pytest
 
 from pgmcp.clock import Clock, Ids
-from pgmcp.store.line import channel
+from pgmcp.store.notifier import channel
 from pgmcp.store.schema import migrations
 from pgmcp.types import StreamId
 from tests.harness.clients import RawSession

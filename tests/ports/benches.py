@@ -13,8 +13,9 @@ import asyncpg
 from pgmcp.clock import Clock
 from pgmcp.ports import Inbox, LeaseTable, Log, Notifier, Publications, Takeovers
 from pgmcp.settings import Settings
-from pgmcp.store.line import Line, TableNotifier
+from pgmcp.store.line import Line
 from pgmcp.store.nodes import join
+from pgmcp.store.notifier import TableNotifier
 from pgmcp.store.publications import TablePublications
 from pgmcp.types import NodeId, NodeRecord, NodeState, Outcome, RequestKey, SessionKey
 from tests.harness.memory import MemoryCluster, MemoryStore, memory_store

@@ -18,7 +18,8 @@ from pgmcp.errors import DatabaseUnavailable
 from pgmcp.settings import Settings
 from pgmcp.store import nodes
 from pgmcp.store.database import Database
-from pgmcp.store.line import PROBE, Line, TableNotifier, channel
+from pgmcp.store.line import PROBE, Line
+from pgmcp.store.notifier import TableNotifier, channel
 from pgmcp.types import NodeId, NodeRecord, NodeState
 from tests.harness.proxy import proxied
 from tests.harness.stores import IDS, store

@@ -13,7 +13,7 @@ from pgmcp.clock import Clock
 from pgmcp.errors import DatabaseUnavailable
 from pgmcp.settings import Settings
 from pgmcp.store import publications
-from pgmcp.store.line import channel
+from pgmcp.store.notifier import channel
 from pgmcp.store.publications import TablePublications, publish_from_outside
 from pgmcp.store.retention import Retention
 from pgmcp.store.schema import migrations

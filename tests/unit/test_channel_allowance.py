@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pgmcp.store.allowance import FLOOD, QUIET_SECONDS, WINDOW_SECONDS, Allowance
+from pgmcp.store.channel_allowance import FLOOD, QUIET_SECONDS, WINDOW_SECONDS, Allowance
 from tests.harness.clock import FakeClock
 
 

@@ -11,7 +11,7 @@ REMEMBERED = 256
 """Ids that are kept at most."""
 
 
-class Recent:
+class RecentIds:
     """A memory for ids."""
 
     def __init__(self, clock: Clock) -> None:

@@ -19,8 +19,8 @@ from typing import Any
 from mcp import Client, MCPError
 from mcp_types import Implementation
 
+from pgmcp.cli.demo_story import Finding, Lost, Story
 from pgmcp.cli.local import LocalCluster, Node
-from pgmcp.cli.story import Finding, Lost, Story
 from pgmcp.clock import Ids
 from pgmcp.errors import PgmcpError
 from pgmcp.store.commands import views
