@@ -17,7 +17,8 @@ from starlette.routing import Mount
 from pgmcp import Cluster, ClusterPlugin
 from pgmcp.ops import logs
 from tests.harness.clients import RawSession
-from tests.harness.cluster import cluster, eventually, everything, serving
+from tests.harness.cluster import cluster, everything, serving
+from tests.harness.waiting import eventually
 
 PING = {"jsonrpc": "2.0", "id": 1, "method": "ping"}
 

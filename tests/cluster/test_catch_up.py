@@ -20,7 +20,8 @@ from pgmcp.types import StreamId
 from pgmcp.web.open_streams import OpenStreams
 from tests.harness.clients import RawExchange, RawSession
 from tests.harness.clock import FakeClock, settle
-from tests.harness.cluster import RunningNode, cluster, eventually, everything, tables_of
+from tests.harness.cluster import RunningNode, cluster, everything, tables_of
+from tests.harness.waiting import eventually
 
 MANY = 25
 LINES = "from pg_stat_activity where datname = current_database() and application_name like '% line'"

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from tests.harness.clients import RawSession
-from tests.harness.cluster import RunningNode, Tables, cluster, eventually, everything, tables_of
+from tests.harness.cluster import RunningNode, Tables, cluster, everything, tables_of
+from tests.harness.waiting import eventually
 
 WATCHED = "test://watched-resource"
 OF_SESSIONS = ("sessions", "journal", "requests", "streams", "events")

@@ -13,8 +13,9 @@ from mcp.server.mcpserver import Context, MCPServer
 from pgmcp.clock import Clock
 from pgmcp.web.token_expiry import GRACE_SECONDS
 from tests.harness.clients import RawExchange, RawSession
-from tests.harness.cluster import cluster, eventually, tables_of
+from tests.harness.cluster import cluster, tables_of
 from tests.harness.modern import Modern
+from tests.harness.waiting import eventually
 
 EXPIRES = int(time.time()) + 3600
 LEFT = 0.5

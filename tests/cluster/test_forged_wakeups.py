@@ -17,7 +17,8 @@ from pgmcp.store import line as line_module
 from pgmcp.store.line import channel
 from pgmcp.types import NodeId
 from tests.harness.clients import RawExchange, RawSession
-from tests.harness.cluster import RunningNode, cluster, eventually, everything, owner_of, tables_of
+from tests.harness.cluster import RunningNode, cluster, everything, owner_of, tables_of
+from tests.harness.waiting import eventually
 
 
 @contextlib.asynccontextmanager

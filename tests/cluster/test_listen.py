@@ -18,8 +18,9 @@ from mcp.server.subscriptions import (
 from pgmcp import Cluster
 from tests.cluster.test_publications import FENCE, LISTS, UPDATED, three
 from tests.harness.clients import RawExchange, RawSession
-from tests.harness.cluster import cluster, eventually, everything
+from tests.harness.cluster import cluster, everything
 from tests.harness.modern import Modern
+from tests.harness.waiting import eventually
 
 LISTEN, ACKNOWLEDGED = "subscriptions/listen", "notifications/subscriptions/acknowledged"
 SUBSCRIPTION = "io.modelcontextprotocol/subscriptionId"

@@ -22,9 +22,10 @@ from pgmcp.web.http_exchange import HttpExchange
 from pgmcp.web.modern import is_modern
 from tests.cluster.test_identity import bearer, server
 from tests.harness.clients import RawSession
-from tests.harness.cluster import cluster, eventually, everything, tables_of
+from tests.harness.cluster import cluster, everything, tables_of
 from tests.harness.modern import ACCEPT, VERSION, Modern, asked, wire
 from tests.harness.proxy import proxied
+from tests.harness.waiting import eventually
 
 SUPPORTED, UNSUPPORTED = ["2026-07-28"], -32022
 TOOLS_CHANGED = "notifications/tools/list_changed"

@@ -32,7 +32,8 @@ from pgmcp.cluster.lease import LeaseState
 from pgmcp.errors import DatabaseUnavailable, PublicationRefused, SchemaError
 from pgmcp.store.schema import migrations
 from tests.harness.clients import RawExchange, RawSession
-from tests.harness.cluster import RunningNode, Tables, cluster, eventually, running_node, tables_of
+from tests.harness.cluster import RunningNode, Tables, cluster, running_node, tables_of
+from tests.harness.waiting import eventually
 
 pytestmark = pytest.mark.filterwarnings("ignore::mcp.shared.exceptions.MCPDeprecationWarning")
 

@@ -16,7 +16,8 @@ from pgmcp import SessionState, keep_memory, session_state
 from pgmcp.cluster.lease import LeaseState
 from pgmcp.session.restore import Restore
 from tests.harness.clients import RawSession
-from tests.harness.cluster import RunningNode, Tables, cluster, eventually, everything, tables_of
+from tests.harness.cluster import RunningNode, Tables, cluster, everything, tables_of
+from tests.harness.waiting import eventually
 
 pytestmark = pytest.mark.filterwarnings("ignore::mcp.shared.exceptions.MCPDeprecationWarning")
 

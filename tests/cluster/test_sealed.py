@@ -12,7 +12,8 @@ from mcp_types import ToolAnnotations
 
 from pgmcp import keep_memory, session_state
 from tests.harness.clients import RawSession
-from tests.harness.cluster import Tables, cluster, eventually, tables_of
+from tests.harness.cluster import Tables, cluster, tables_of
+from tests.harness.waiting import eventually
 
 MARKER = "mArKeR-0b5e"
 SEALED: dict[str, Any] = {"secrets_key": "k" * 32, "encrypt_payloads": True}

@@ -18,9 +18,10 @@ from mcp_types import ElicitRequest, ElicitRequestFormParams, ElicitResult, Inpu
 from pgmcp.store.encryption.key_rings import KeyRing
 from tests.cluster.test_identity import bearer, server
 from tests.harness.clients import Message
-from tests.harness.cluster import RunningNode, cluster, eventually, tables_of
+from tests.harness.cluster import RunningNode, cluster, tables_of
 from tests.harness.modern import Modern
 from tests.harness.proxy import proxied
+from tests.harness.waiting import eventually
 
 ROUNDS = 4
 OWN = "a key that somebody has chosen, of 32 characters"

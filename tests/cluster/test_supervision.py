@@ -16,7 +16,8 @@ from pgmcp.node import supervisor
 from pgmcp.node.incarnation import Incarnation
 from pgmcp.session.running_requests import ActorEnd
 from tests.harness.clients import RawSession
-from tests.harness.cluster import RunningNode, cluster, eventually, everything, tables_of
+from tests.harness.cluster import RunningNode, cluster, everything, tables_of
+from tests.harness.waiting import eventually
 
 SOON: dict[str, Any] = {"poll": 0.2, "idle_poll": 0.3, "renew": 0.2}
 

@@ -14,7 +14,8 @@ from pgmcp import Cluster
 from pgmcp.store.line import channel
 from pgmcp.store.schema.tables import VIEWS
 from tests.harness.clients import RawExchange, RawSession
-from tests.harness.cluster import RunningNode, cluster, eventually, everything, tables_of
+from tests.harness.cluster import RunningNode, cluster, everything, tables_of
+from tests.harness.waiting import eventually
 
 COUNT: dict[str, Any] = {"jsonrpc": "2.0", "id": 2, "method": "tools/call", "params": {"name": "test_simple_text"}}
 

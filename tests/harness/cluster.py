@@ -26,7 +26,6 @@ from pgmcp.web.bodies import Bodies
 from pgmcp.web.modern import Modern
 from tests.harness.pooler import way_to
 from tests.harness.schemas import remember
-from tests.harness.waiting import eventually as eventually  # noqa: PLC0414 - most tests look for it here
 
 START = 20.0
 remember()

@@ -13,7 +13,8 @@ import pytest
 from mcp.server.mcpserver import MCPServer
 
 from tests.harness.clients import RawExchange, RawSession
-from tests.harness.cluster import cluster, eventually, tables_of
+from tests.harness.cluster import cluster, tables_of
+from tests.harness.waiting import eventually
 from tests.limits.conftest import Talker
 
 INVALID_REQUEST, INTERNAL_ERROR, PARSE_ERROR = -32600, -32603, -32700

@@ -12,8 +12,9 @@ from pgmcp.types import ANONYMOUS
 from pgmcp.web.admission import ALONE_SECONDS, Caller
 from pgmcp.web.fair_shares import FairShares
 from tests.harness.clock import FakeClock
-from tests.harness.cluster import cluster, eventually, everything
+from tests.harness.cluster import cluster, everything
 from tests.harness.modern import ACCEPT, Modern, asked
+from tests.harness.waiting import eventually
 
 LISTEN = "subscriptions/listen"
 TOOLS = {"notifications": {"toolsListChanged": True}}

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import pytest
 
 from tests.harness.clients import RawSession
-from tests.harness.cluster import RunningNode, cluster, eventually, everything, tables_of
+from tests.harness.cluster import RunningNode, cluster, everything, tables_of
+from tests.harness.waiting import eventually
 
 COUNT = 200
 OF_SESSIONS = ("sessions", "journal", "requests", "streams", "events")

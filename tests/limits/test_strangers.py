@@ -18,7 +18,8 @@ from pgmcp.web.admission import Caller
 from pgmcp.web.bodies import SHARES, SMALL_BYTES, Bodies, Body
 from tests.harness.clients import RawSession
 from tests.harness.clock import FakeClock
-from tests.harness.cluster import RunningNode, cluster, eventually
+from tests.harness.cluster import RunningNode, cluster
+from tests.harness.waiting import eventually
 from tests.limits.conftest import Talker
 from tests.limits.test_admission import refused
 from tests.limits.test_slow_senders import sending

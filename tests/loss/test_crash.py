@@ -23,8 +23,9 @@ from pgmcp.store.database import Database
 from pgmcp.store.line import Line
 from pgmcp.types import JUMP, NodeId
 from tests.harness.clients import RawSession
-from tests.harness.cluster import eventually, tables_of
+from tests.harness.cluster import tables_of
 from tests.harness.servers import Server
+from tests.harness.waiting import eventually
 from tests.loss.conftest import Cluster
 from tests.loss.inside import Truth, two_nodes, waiting
 from tests.loss.load import load, note, rounded, unmoved

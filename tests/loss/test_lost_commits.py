@@ -11,8 +11,9 @@ from pgmcp.node.timeline import TimelineChange
 from pgmcp.store.timeline import Timeline
 from pgmcp.types import JUMP
 from tests.harness.clients import RawExchange, RawSession
-from tests.harness.cluster import eventually, tables_of
+from tests.harness.cluster import tables_of
 from tests.harness.servers import Server
+from tests.harness.waiting import eventually
 from tests.loss.inside import Truth, two_nodes, waiting
 
 UPDATED = "notifications/resources/updated"

@@ -16,8 +16,9 @@ import pytest
 from pgmcp.clock import Clock
 from pgmcp.types import NodeId
 from tests.harness.clients import RawExchange, RawSession
-from tests.harness.cluster import RunningNode, Tables, cluster, eventually, running_node
+from tests.harness.cluster import RunningNode, Tables, cluster, running_node
 from tests.harness.proxy import Proxy, proxied
+from tests.harness.waiting import eventually
 from tests.outages.ledger import Ledger, load, run, sessions
 
 UPDATED = "notifications/resources/updated"

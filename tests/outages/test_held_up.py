@@ -11,8 +11,9 @@ import httpx
 from pgmcp.clock import Clock
 from pgmcp.web.connection import Connection
 from tests.harness.clients import RawSession
-from tests.harness.cluster import Tables, eventually, running_node, serving
+from tests.harness.cluster import Tables, running_node, serving
 from tests.harness.proxy import proxied
+from tests.harness.waiting import eventually
 from tests.outages.ledger import CALL, Ledger
 
 RUN = {"jsonrpc": "2.0", "id": 7, "method": "tools/call", "params": {"name": "run", "arguments": {"text": "once"}}}

@@ -16,8 +16,9 @@ from pgmcp.store.line import channel
 from pgmcp.store.schema import migrations
 from pgmcp.types import StreamId
 from tests.harness.clients import RawSession
-from tests.harness.cluster import RunningNode, Tables, cluster, eventually, running_node
+from tests.harness.cluster import RunningNode, Tables, cluster, running_node
 from tests.harness.proxy import proxied
+from tests.harness.waiting import eventually
 from tests.outages.ledger import Ledger, load, run, sessions, unread_flood
 
 

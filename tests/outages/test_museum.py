@@ -22,9 +22,10 @@ from pgmcp.settings import Settings
 from pgmcp.store import line as line_module
 from pgmcp.types import Cursor, Page
 from tests.harness.clients import RawSession
-from tests.harness.cluster import Tables, cluster, eventually
+from tests.harness.cluster import Tables, cluster
 from tests.harness.proxy import proxied
 from tests.harness.stores import Watcher, opened, request, store
+from tests.harness.waiting import eventually
 from tests.outages.ledger import Ledger, run, sessions, unread_flood
 
 ELSEWHERE = {

@@ -15,8 +15,9 @@ from pgmcp.session import event_appender
 from pgmcp.session.running_requests import ActorEnd
 from pgmcp.store.encryption.key_rings import KeyRing
 from tests.harness.clients import RawSession
-from tests.harness.cluster import RunningNode, cluster, eventually
+from tests.harness.cluster import RunningNode, cluster
 from tests.harness.proxy import Proxy, proxied
+from tests.harness.waiting import eventually
 
 PROGRESS = "notifications/progress"
 CALL = "the call"

@@ -14,7 +14,8 @@ from uuid import UUID
 import pytest
 
 from tests.harness.clients import RawExchange, RawSession
-from tests.harness.cluster import RunningNode, Tables, cluster, eventually
+from tests.harness.cluster import RunningNode, Tables, cluster
+from tests.harness.waiting import eventually
 from tests.outages.ledger import Ledger, run, sessions
 
 SIZES = [100, 7_999, 8_000, 1_000_000]

@@ -15,9 +15,10 @@ from pgmcp.node import Node
 from pgmcp.session.target import load
 from pgmcp.settings import Settings
 from tests.harness.clients import RawSession, connect
-from tests.harness.cluster import eventually, serving, tables_of
+from tests.harness.cluster import serving, tables_of
 from tests.harness.compose import compose, in_checkout
 from tests.harness.shipped import CONFIGURATIONS, WITH_AFFINITY, Shipped, pgbouncer
+from tests.harness.waiting import eventually
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

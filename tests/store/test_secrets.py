@@ -18,9 +18,9 @@ from pgmcp.store.encryption.key_wrapping import KeyWrapping, wrapping_of
 from pgmcp.store.retention import Retention
 from pgmcp.store.statements import statement
 from tests.harness.clock import FakeClock
-from tests.harness.cluster import eventually
 from tests.harness.proxy import proxied
 from tests.harness.stores import IDS, Store, store
+from tests.harness.waiting import eventually
 
 PLAIN, PLACE = b'{"token": "secret"}', b"session/1"
 FIRST, SECOND = "first-secrets-key-of-32-characters", "second-secrets-key-of-32-characters"

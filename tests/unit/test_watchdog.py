@@ -11,7 +11,7 @@ import pytest
 from pgmcp.clock import Clock
 from pgmcp.node import watchdog
 from pgmcp.node.watchdog import watched
-from tests.harness.cluster import eventually
+from tests.harness.waiting import eventually
 
 
 @pytest.fixture(autouse=True)
