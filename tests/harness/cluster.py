@@ -170,22 +170,22 @@ class Tables:
     """The database as the truth: what lies in it, without asking any node."""
 
     def __init__(self, connection: asyncpg.Connection) -> None:
-        self._connection, self._turn = connection, asyncio.Lock()
+        self.connection, self._turn = connection, asyncio.Lock()
 
     async def value(self, query: str, *args: object) -> Any:
         """Return the one value of a query."""
         async with self._turn:
-            return await self._connection.fetchval(query, *args)
+            return await self.connection.fetchval(query, *args)
 
     async def rows(self, query: str, *args: object) -> list[asyncpg.Record]:
         """Return all rows of a query."""
         async with self._turn:
-            return list(await self._connection.fetch(query, *args))
+            return list(await self.connection.fetch(query, *args))
 
     async def execute(self, query: str, *args: object) -> str:
         """Run a statement."""
         async with self._turn:
-            return str(await self._connection.execute(query, *args))
+            return str(await self.connection.execute(query, *args))
 
     async def counts(self) -> dict[str, int]:
         """How many rows each table of pgmcp has."""

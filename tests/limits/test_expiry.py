@@ -301,7 +301,7 @@ async def test_a_stream_that_is_being_carried_is_not_pruned(database: str, talke
         body = {"jsonrpc": "2.0", "id": "big", "method": "tools/call", "params": flood}
         headers = {"mcp-session-id": str(session.session_id), "accept": "application/json, text/event-stream",
                    "content-type": "application/json"}  # fmt: skip
-        async with session._http.stream("POST", f"{nodes[edge].url}/mcp", json=body, headers=headers) as response:
+        async with session.http.stream("POST", f"{nodes[edge].url}/mcp", json=body, headers=headers) as response:
             pieces = response.aiter_raw()
             await anext(pieces)
             closed = "select count(*) from pgmcp.streams where closed and sink is not null"

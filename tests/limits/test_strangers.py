@@ -242,7 +242,7 @@ async def test_a_strangers_large_body_is_not_looked_into(
     monkeypatch.setattr(check, seen)
     body = json.dumps({"jsonrpc": "2.0", "method": "notifications/x", "params": {"x": "y" * 50_000}}).encode()
     async with cluster(database, private, 1) as [node], RawSession() as bare, RawSession() as ada, RawSession() as bob:
-        ada._http.headers["authorization"], bob._http.headers["authorization"] = "Bearer ada", "Bearer bob"
+        ada.http.headers["authorization"], bob.http.headers["authorization"] = "Bearer ada", "Bearer bob"
         await ada.open(node.url)
         bob.session_id = bare.session_id = ada.session_id
         assert (await bare.post(node.url, body)).status == 401

@@ -172,7 +172,7 @@ async def test_museum_03_a_lower_number_never_commits_late_in_a_stream(
                         asyncio.create_task(session.call_tool(node.url, "update", uris=[uri]))
                         for node, uri in zip(nodes, uris[turn:], strict=False)
                     ]
-                    await eventually(lambda: Watcher(tables._connection).waiting("/* append */"), "an append waits")
+                    await eventually(lambda: Watcher(tables.connection).waiting("/* append */"), "an append waits")
             await asyncio.gather(*told)
             found = [(await standalone.message(UPDATED))["params"]["uri"] for _ in told]
             numbers = [int(str(event.id).partition(".")[2]) for event in standalone.seen if event.message]

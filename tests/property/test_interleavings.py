@@ -166,7 +166,7 @@ def test_a_hand_over_that_fails_in_an_outage_costs_seconds(scene: Scene) -> None
     scene.do(lambda: scene.world.go_away_for(40))
     key = scene.session.key
     assert key is not None
-    scene.do(lambda: scene.world._spawn(owner.host.hand_over(key, to, busy=True)))
+    scene.do(lambda: scene.world.spawn(owner.host.hand_over(key, to, busy=True)))
     scene.passes(46)
     assert call.runs == 2
     scene.ends_well()

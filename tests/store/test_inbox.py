@@ -66,7 +66,8 @@ async def test_a_message_that_commits_late_is_claimed_all_the_same(pair: Pair) -
 
 async def held_accept(pair: Pair, messages: list[Message], rival: Message) -> object:
     """Accept messages at the second node while another edge is committing ``rival``."""
-    eyes = Watcher(await asyncpg.connect(pair.one.database.settings.database_url, timeout=10))
+    looking = await asyncpg.connect(pair.one.database.settings.database_url, timeout=10)
+    eyes = Watcher(looking)
     try:
         async with pair.hand.transaction():
             await pair.hand.execute(
@@ -87,7 +88,7 @@ async def held_accept(pair: Pair, messages: list[Message], rival: Message) -> ob
             await eyes.until_waiting("accept", call)
         return await call
     finally:
-        await eyes._connection.close()
+        await looking.close()
 
 
 async def test_an_accept_that_loses_against_another_edge_leaves_no_stream(pair: Pair) -> None:
