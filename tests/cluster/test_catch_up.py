@@ -92,8 +92,8 @@ async def test_a_lost_line_costs_by_what_has_moved(database: str, monkeypatch: p
 
 
 async def read_again(node: RunningNode) -> None:
-    node.incarnation._catch_up.begin()
-    await eventually(lambda: not node.incarnation._catch_up.wanted, "it reads again")
+    node.incarnation.catch_up.begin()
+    await eventually(lambda: not node.incarnation.catch_up.wanted, "it reads again")
 
 
 async def test_a_deaf_node_costs_by_what_has_moved(database: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,7 +49,7 @@ async def heard(node: RunningNode, hand: asyncpg.Connection) -> None:
     junk = node.incarnation.junk
     await say(hand, "?", node.incarnation.node_id)
     await eventually(lambda: node.incarnation.junk > junk, "it was heard")
-    await eventually(lambda: not node.incarnation._reported_changes._looks.wanted, "it is looked at")
+    await eventually(lambda: not node.incarnation.reported_changes.wanted, "it is looked at")
     await asyncio.sleep(0.1)
 
 

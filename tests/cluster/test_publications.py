@@ -302,9 +302,12 @@ async def test_an_idle_session_that_moves_hears_nothing_when_nothing_was_publish
 
 
 async def test_a_hand_over_in_the_middle_of_publications_loses_none(database: str) -> None:
-    async with three(database) as (nodes, _), reader(nodes[0], nodes[1], ["a://1"]) as session:
+    async with (
+        three(database, drain_limit=10) as (nodes, _),
+        reader(nodes[0], nodes[1], ["a://1"]) as session,
+    ):
         script = Cluster(database)
-        moving = asyncio.create_task(nodes[0].incarnation._drain.run(10, nothing))
+        moving = asyncio.create_task(nodes[0].incarnation.drain(nothing))
         await script.publish(ResourceUpdated(uri="a://1"))
         await moving
         await session.until("a://1")

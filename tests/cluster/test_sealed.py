@@ -71,7 +71,7 @@ async def test_nothing_that_was_said_lies_in_clear(database: str) -> None:
             await tables.value("select count(*) from pgmcp.events where substring(message from 1 for 1) = '\\x00'") > 3
         )
 
-        nodes[0].node._draining = True
+        nodes[0].node.draining = True
         await nodes[0].incarnation.host.export()
         assert await in_clear(tables) == set()
         await nodes[0].leave()

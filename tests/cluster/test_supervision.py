@@ -69,8 +69,8 @@ DUTIES: dict[str, tuple[Callable[[Incarnation], Any], str, Callable[[Incarnation
     "the takeover": (lambda one: one.takeover._table, "take_orphans", nothing),
     "the survey": (lambda one: one.inbox, "owned", nothing),
     "the look at streams": (lambda one: one.log, "carried", nothing),
-    "the retention": (lambda one: one._retention, "expire", nothing),
-    "the catch-up": (lambda one: one.host, "drop_strangers", lambda one: one._catch_up.begin()),
+    "the retention": (lambda one: one.retention, "expire", nothing),
+    "the catch-up": (lambda one: one.host, "drop_strangers", lambda one: one.catch_up.begin()),
     "the look at the schema": (lambda _: incarnation_module, "outgrown", nothing),
 }
 
@@ -164,7 +164,7 @@ async def test_a_duty_of_the_node_goes_on(
         before, faults = node.incarnation, node.node.faults
         name, owner = NODE[duty]
         asked: list[bool] = []
-        where: Any = owner or node.node._box
+        where: Any = owner or node.node.box
         real: Callable[..., Awaitable[Any]] = getattr(where, name)
 
         async def sometimes(*args: Any) -> Any:

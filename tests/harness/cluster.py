@@ -49,32 +49,30 @@ class RunningNode:
         """The node's present incarnation."""
         return self.node.incarnation()
 
-    # What tests see of a node's inside: nobody else has to, so it is private there, and its names are here only.
-
     @property
     def present(self) -> Incarnation | None:
         """The incarnation, if the node is part of the cluster."""
-        return self.node._supervisor.present
+        return self.node.supervisor.present
 
     @property
     def database(self) -> Database:
         """The node's connections."""
-        return self.node._database
+        return self.node.database
 
     @property
     def bodies(self) -> Bodies:
         """The bodies that it holds in memory."""
-        return self.node._bodies
+        return self.node.bodies
 
     @property
     def modern(self) -> Modern:
         """What it answers without a session."""
-        return self.node._modern
+        return self.node.modern
 
     @property
     def bus(self) -> PostgresSubscriptionBus:
         """Where its server publishes."""
-        bus = self.node._target.bus
+        bus = self.node.target.bus
         assert isinstance(bus, PostgresSubscriptionBus)
         return bus
 
@@ -86,16 +84,16 @@ class RunningNode:
     @property
     def retention(self) -> Retention:
         """What ends sessions and prunes streams."""
-        return self.incarnation._retention
+        return self.incarnation.retention
 
     async def sweep(self) -> None:
         """Do one round of its retention now."""
-        await self.incarnation._sweep()
+        await self.incarnation.sweep()
 
     async def leave(self) -> None:
         """Leave the cluster for good; what is served without a session goes on."""
-        self.node._draining = True
-        await self.node._supervisor.stop()
+        self.node.draining = True
+        await self.node.supervisor.stop()
 
 
 @contextlib.asynccontextmanager

@@ -84,13 +84,13 @@ async def test_whose_large_bodies_are_refused_waits_before_the_next_is_read(
         loop, read = asyncio.get_running_loop(), len(BOMB) * SHARES // 4
         began = loop.time()
         first = [asyncio.create_task(session.post(node.url, BOMB)) for _ in range(SHARES // 4)]
-        await eventually(lambda: node.node._bodies.total >= read, "all that may be read was read")
+        await eventually(lambda: node.bodies.total >= read, "all that may be read was read")
         more = await session.post(node.url, BOMB)
         assert (more.status, b"bodies" in more.body) == (503, True)
-        assert node.node._bodies.total <= read
+        assert node.bodies.total <= read
         assert {answer.status for answer in await asyncio.gather(*first)} == {400 if session_id == "own" else 404}
         assert loop.time() - began >= 2
-        assert node.node._bodies.total == 0
+        assert node.bodies.total == 0
         small = await session.post(node.url, b"{")  # what costs nothing is refused at once
         assert small.status == 400
         assert loop.time() - began < 30

@@ -38,7 +38,7 @@ class Statements:
 
     @contextmanager
     def of(self, node: RunningNode) -> Iterator[None]:
-        database = node.incarnation.inbox._database
+        database = node.database
         fetch = database.fetch
 
         async def counted(name: str, *args: Any, **more: Any) -> Any:

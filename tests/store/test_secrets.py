@@ -80,7 +80,7 @@ async def test_who_comes_while_another_node_makes_a_key_takes_that_one(
             await eventually(lambda: hand.fetchval(waiting), "it waits for the other")
         await coming
         assert len(await ids(hand)) == len(before) + 1
-        assert set(ring._keys) == set(await ids(hand))
+        assert ring.key_ids == set(await ids(hand))
 
 
 async def test_the_next_key_is_made_once_and_opens_everywhere_before_it_seals_anywhere(
