@@ -194,7 +194,7 @@ async def test_without_a_session_it_is_cancelled_and_listening_ends(database: st
         await talking.rest()
         assert talking.error is None
         assert not any("result" in message for message in talking.messages)
-        assert not node.modern._open
+        assert node.modern.open == 0
     async with cluster(database, holder, 1, clock=StandingDate) as [node], Modern(FRESH) as client:
         fresh = asyncio.create_task(client.result(node.url, "hold"))
         await eventually(lambda: holder.running == 1, "it runs")

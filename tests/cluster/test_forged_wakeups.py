@@ -73,7 +73,7 @@ async def test_a_call_goes_on_whatever_is_made_up(database: str, word: str, ever
         await session.open(nodes[0].url)
         call = await begun(session, nodes[1])
         key = await tables.value("select id from pgmcp.sessions")
-        actor = owner_of(nodes, key).residents[key].actor
+        actor = owner_of(nodes, key).actors[key]
         for _ in range(3):
             for node in nodes:
                 await say(hand, word.format(key=key), None if everybody else node.incarnation.node_id)
@@ -81,7 +81,7 @@ async def test_a_call_goes_on_whatever_is_made_up(database: str, word: str, ever
             await heard(node, hand)
         answer = await call.response(1)
         assert "15 steps" in answer["result"]["content"][0]["text"]
-        assert owner_of(nodes, key).residents[key].actor is actor
+        assert owner_of(nodes, key).actors[key] is actor
         await session.call(nodes[1].url, "ping")
 
 

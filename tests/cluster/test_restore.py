@@ -334,9 +334,8 @@ async def test_a_request_whose_claim_came_to_nobody_runs_all_the_same(
     async with two(database, gate.server, poll=60) as (nodes, tables), RawSession() as session:
         await session.open(nodes[0].url)
         host = nodes[0].incarnation.host
-        (resident,) = host._residents.values()
         await eventually(lambda: written(tables), "the handshake is over")
-        await eventually(lambda: not resident.taking, "and nothing is claimed")
+        await eventually(lambda: host.movable(busy=True), "and nothing is claimed")
         with monkeypatch.context() as deaf:
             deaf.setattr(host, "wake", lambda _: None)
             call = await session.request(nodes[1].url, "tools/call", {"name": "unsafe", "arguments": {"text": "x"}})
@@ -373,12 +372,12 @@ async def test_a_takeover_whose_reply_was_lost_is_found_also_without_work(databa
         standalone = await session.get(nodes[1].url)
         await nodes[0].leave()
         host = nodes[1].incarnation.host
-        await eventually(lambda: host._residents and not host._restoring, "it is taken and restored")
-        (key,) = host._residents
+        await eventually(lambda: host.movable(busy=True), "it is taken and restored")
+        (key,) = host.actors
         host.drop(key)
         for _ in range(2):
             await host.survey()
-        await eventually(lambda: owned(nodes[1]) and not host._restoring, "it is found")
+        await eventually(lambda: host.movable(busy=True), "it is found")
         await session.call_tool(nodes[1].url, "touch_watched_resource", text="x")
         await standalone.message(UPDATED)
 

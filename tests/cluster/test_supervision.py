@@ -15,6 +15,8 @@ from pgmcp.node import node as node_module
 from pgmcp.node import supervisor
 from pgmcp.node.incarnation import Incarnation
 from pgmcp.session.running_requests import ActorEnd
+from pgmcp.store.line import TableNotifier
+from pgmcp.store.takeover import TableTakeovers
 from tests.harness.clients import RawSession
 from tests.harness.cluster import RunningNode, cluster, everything, tables_of
 from tests.harness.waiting import eventually
@@ -63,10 +65,10 @@ DUTIES: dict[str, tuple[Callable[[Incarnation], Any], str, Callable[[Incarnation
     "the line": (lambda one: one.line, "_alive", lost_line),
     "the lease": (lambda one: one.line, "renew", nothing),
     "the change of timeline": (lambda one: one.host, "go_on", turns),
-    "the wake-ups": (lambda one: one.wakeups._notifier, "notify", wakes),
+    "the wake-ups": (lambda _: TableNotifier, "notify", wakes),
     "the host": (lambda one: one.inbox, "unclaimed", lambda one: one.host.look()),
     "the look for messages": (lambda one: one.inbox, "unclaimed", nothing),
-    "the takeover": (lambda one: one.takeover._table, "take_orphans", nothing),
+    "the takeover": (lambda _: TableTakeovers, "take_orphans", nothing),
     "the survey": (lambda one: one.inbox, "owned", nothing),
     "the look at streams": (lambda one: one.log, "carried", nothing),
     "the retention": (lambda one: one.retention, "expire", nothing),
@@ -226,8 +228,8 @@ async def test_work_for_one_session_that_fails_costs_no_other(
         await other.open(node.url)
         before = node.incarnation
         breaks(monkeypatch, before.inbox, "end_owned")
-        key = min(before.host._residents)
-        before.host._over(before.host._residents[key].actor, ActorEnd.ENDED)
+        actors = before.host.actors
+        before.host.over(actors[min(actors)], ActorEnd.ENDED)
         await eventually(lambda: node.node.faults.counts == {"work for one session": 1}, "it is counted")
         assert "Bug" in caplog.text
         assert (await other.call_tool(node.url, "count"))["structuredContent"] == {"result": 1}

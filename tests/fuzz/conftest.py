@@ -98,7 +98,7 @@ class Target:
         return {
             "open_streams": len(part.open_streams),
             "residents": part.host.sessions,
-            "tasks of the host": len(part.host._tasks),
+            "tasks of the host": part.host.under_way,
             "sinks": await self.tables.value("select count(*) from pgmcp.streams where sink is not null"),
             "sessions": rows["sessions"],
             "unfinished": await self.tables.value("select count(*) from pgmcp.requests where finished_at is null"),

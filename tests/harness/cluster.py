@@ -15,7 +15,7 @@ import uvicorn
 from pgmcp.clock import Clock, Ids
 from pgmcp.node import KEEP_ALIVE_SECONDS, Incarnation, Node
 from pgmcp.node.http_protocol import limited
-from pgmcp.session.intake import Resident
+from pgmcp.session.actor import Actor
 from pgmcp.session.sdk.bus import PostgresSubscriptionBus
 from pgmcp.session.target import load
 from pgmcp.settings import Settings
@@ -77,9 +77,9 @@ class RunningNode:
         return bus
 
     @property
-    def residents(self) -> dict[SessionKey, Resident]:
+    def actors(self) -> dict[SessionKey, Actor]:
         """The actors that live here, by session."""
-        return self.incarnation.host._residents
+        return self.incarnation.host.actors
 
     @property
     def retention(self) -> Retention:
@@ -161,7 +161,7 @@ async def serving(
 
 def owner_of(nodes: Sequence[RunningNode], session: SessionKey) -> RunningNode:
     """The node that runs a session's actor."""
-    return next(node for node in nodes if session in node.residents)
+    return next(node for node in nodes if session in node.actors)
 
 
 class Tables:

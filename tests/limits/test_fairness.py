@@ -31,7 +31,7 @@ def gate(node: RunningNode, session: RawSession | str) -> Iterator[Callable[[], 
             await opened.wait()
         return await accept(messages)
 
-    admission._young = LONG
+    admission.young = LONG
     inbox.accept = accept_later  # type: ignore[method-assign]  # until the context ends
     try:
         yield lambda: len(inside)

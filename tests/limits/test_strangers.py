@@ -135,7 +135,7 @@ def test_bodies_in_memory_are_bounded_for_all_and_for_each_caller() -> None:
             with pytest.raises(NodeFull):
                 body.grow(SMALL_BYTES)  # not small any more
     assert bodies.total == 0
-    assert not bodies._of
+    assert bodies.callers == 0
 
 
 async def test_a_caller_whose_bodies_are_too_many_is_told_so_before_the_next_is_read(
@@ -182,7 +182,7 @@ async def test_what_was_stored_is_not_held_while_it_is_answered(database: str, t
 def held_up(node: RunningNode, subject: str) -> Iterator[list[str]]:
     """Accepting what one principal sends waits until the context ends."""
     inbox, opened, inside = node.incarnation.inbox, asyncio.Event(), []
-    accept, node.incarnation.edge.admission._young = inbox.accept, 0.001
+    accept, node.incarnation.edge.admission.young = inbox.accept, 0.001
 
     async def accept_later(messages: Sequence[Message]) -> Accepted:
         if messages[0].principal.subject == subject:

@@ -68,8 +68,8 @@ async def test_a_stream_is_use_until_it_is_let_go(database: str, talker: Talker,
                 nodes[edge].incarnation.edge.leave(at_once=True)
                 await stream.rest()
             case "server":
-                [resident] = nodes[0].residents.values()
-                await nodes[0].incarnation.log.drop_sink(resident.actor.ownership, None)
+                [actor] = nodes[0].actors.values()
+                await nodes[0].incarnation.log.drop_sink(actor.ownership, None)
             case "next":
                 other = await session.get(nodes[1 - edge].url)
                 await age(tables, 2 * HOUR)

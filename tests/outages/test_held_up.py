@@ -30,10 +30,10 @@ async def test_a_post_that_its_node_held_runs_no_second_time(database: str, ledg
         RawSession() as session,
     ):
         await session.open(near.url)
-        accepts = far.incarnation.inbox._accepts
+        inbox = far.incarnation.inbox
         proxy.black_hole = True
         given_up = asyncio.create_task(session.post(far.url, RUN))
-        await eventually(lambda: accepts._runner is not None, "the far node holds the POST")
+        await eventually(lambda: inbox.accepting, "the far node holds the POST")
         given_up.cancel()
         exchange = await session.post(near.url, RUN)
         await exchange.response(7, CALL)
@@ -41,7 +41,7 @@ async def test_a_post_that_its_node_held_runs_no_second_time(database: str, ledg
         await eventually(lambda: tables.value(FREED), "the answer was noted as written")
         proxy.black_hole = False
         proxy.cut_all()
-        await eventually(lambda: accepts._runner is None, "the far node has sent what it held", 20)
+        await eventually(lambda: not inbox.accepting, "the far node has sent what it held", 20)
         await session.call_tool(far.url, "run", text="after")
         assert ledger.ran == ["once", "after"]
 
@@ -54,10 +54,10 @@ async def test_what_a_node_holds_when_it_stops_is_asked_for_again(database: str,
             proxied(database) as (proxy, way),
             running_node(way, ledger.server(), "far", Clock(), statement_timeout=0.5) as far,
         ):
-            accepts = far.incarnation.inbox._accepts
+            inbox = far.incarnation.inbox
             proxy.black_hole = True
             held = asyncio.create_task(session.post(far.url, RUN))
-            await eventually(lambda: accepts._runner is not None, "the far node holds the POST")
+            await eventually(lambda: inbox.accepting, "the far node holds the POST")
         exchange = await held
         assert (exchange.status, exchange.headers["retry-after"]) == (503, "1")
         assert exchange.json()["error"]["message"] == "This node has stopped; send the same message again."

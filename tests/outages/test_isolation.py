@@ -12,7 +12,7 @@ from uuid import UUID
 import pytest
 
 from pgmcp.clock import Clock, Ids
-from pgmcp.store.line import channel
+from pgmcp.store.line import TableNotifier, channel
 from pgmcp.store.schema import migrations
 from pgmcp.types import StreamId
 from tests.harness.clients import RawSession
@@ -57,7 +57,7 @@ async def test_two_clusters_in_one_postgres_do_not_hear_each_other(
         sessions(there, 2) as theirs,
     ):
         assert [node.incarnation.host.sessions for node in (*here, *there)] == [1] * 4
-        keys = [set(nodes[0].residents) for nodes in (here, there)]
+        keys = [set(nodes[0].actors) for nodes in (here, there)]
         assert keys[0] == keys[1]
         heard = heard_by(here), heard_by(there)
         for turn in range(3):
@@ -207,25 +207,25 @@ where not granted and locktype = 'object' and classid = 'pg_database'::regclass
 """
 
 
-async def test_a_storm_of_wake_ups_is_one_notify_at_a_time(database: str, ledger: Ledger, tables: Tables) -> None:
+async def test_a_storm_of_wake_ups_is_one_notify_at_a_time(
+    database: str, ledger: Ledger, tables: Tables, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """recall.ai: NOTIFY in every write transaction serialised the instance."""
     async with cluster(database, ledger.server, 3, poll=60) as nodes, sessions(nodes, 3) as opened:
-        flying: dict[str, int] = {}
+        flying: dict[TableNotifier, int] = {}
         most, sent, waits, looks = 0, 0, 0, 0
-        for node in nodes:
-            notifier, name = node.incarnation.wakeups._notifier, node.url
-            notify = notifier.notify
+        notify = TableNotifier.notify
 
-            async def counted(payloads: Any, name: str = name, notify: Any = notify) -> None:
-                nonlocal most, sent
-                flying[name] = flying.get(name, 0) + 1
-                most, sent = max(most, flying[name]), sent + 1
-                try:
-                    await notify(payloads)
-                finally:
-                    flying[name] -= 1
+        async def counted(notifier: TableNotifier, payloads: Any) -> None:
+            nonlocal most, sent
+            flying[notifier] = flying.get(notifier, 0) + 1
+            most, sent = max(most, flying[notifier]), sent + 1
+            try:
+                await notify(notifier, payloads)
+            finally:
+                flying[notifier] -= 1
 
-            notifier.notify = counted  # type: ignore[method-assign]
+        monkeypatch.setattr(TableNotifier, "notify", counted)
         ids, over = Ids(), asyncio.Event()
 
         async def storm(number: int) -> None:

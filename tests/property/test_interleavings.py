@@ -131,10 +131,10 @@ def test_an_owner_knows_for_a_while_what_it_has_answered(scene: Scene) -> None:
     call = scene.call(safe=False, seconds=1)
     scene.passes(2)
     (row,) = [row for row in scene.world.cluster.requests.values() if row.message.rpc_id == call.rpc_id]
-    (resident,) = scene.owner.host._residents.values()
+    (actor,) = scene.owner.host.actors.values()
     assert row.finished
-    assert row.key not in resident.actor.working
-    assert resident.actor.has(row.key)
+    assert row.key not in actor.working
+    assert actor.has(row.key)
 
 
 def test_a_sweep_whose_reply_is_lost_is_found(scene: Scene) -> None:
