@@ -32,7 +32,7 @@ from pgmcp.cluster.lease import LeaseState
 from pgmcp.errors import DatabaseUnavailable, PublicationRefused, SchemaError
 from pgmcp.store.schema import migrations
 from tests.harness.clients import RawExchange, RawSession
-from tests.harness.cluster import RunningNode, Tables, cluster, running_node, tables_of
+from tests.harness.cluster import RunningNode, Tables, cluster, lost_lines, running_node, tables_of
 from tests.harness.waiting import eventually
 
 pytestmark = pytest.mark.filterwarnings("ignore::mcp.shared.exceptions.MCPDeprecationWarning")
@@ -259,16 +259,11 @@ async def test_what_woke_nobody_is_found_by_the_poll(database: str) -> None:
 
 
 async def test_a_lost_line_is_made_up_for(database: str) -> None:
-    lines = "from pg_stat_activity where datname = current_database() and application_name like '% line'"
     async with three(database, poll=60) as (nodes, tables), reader(nodes[0], nodes[1], ["a://1"]) as session:
         ears = [Ear(node) for node in nodes]
         script = Cluster(database)
-        lost = {node.url: node.incarnation.line._connection for node in nodes}
-        await tables.rows(f"select pg_terminate_backend(pid) {lines}")
-        await script.publish(ResourceUpdated(uri="a://1"))
-        for node in nodes:
-            reopened = lambda node=node: node.incarnation.line._connection not in (None, lost[node.url])  # noqa: E731
-            await eventually(reopened, "the line is open again")
+        async with lost_lines(nodes, tables):
+            await script.publish(ResourceUpdated(uri="a://1"))
         assert "a://1" in await session.until("a://1")
         await quiet(ears, script)
         for ear in ears:

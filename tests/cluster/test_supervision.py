@@ -45,34 +45,43 @@ def breaks(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, times: int = 
 Breaks = Callable[[Any, str], None]
 
 
-def wakes(self: Incarnation) -> None:
-    self.wakeups.orphans()
+async def wakes(node: RunningNode) -> None:
+    node.incarnation.wakeups.orphans()
 
 
-def turns(self: Incarnation) -> None:
-    self._database.timeline.on_change()
+async def turns(node: RunningNode) -> None:
+    node.database.timeline.on_change()
 
 
-def lost_line(self: Incarnation) -> None:
-    self.line._lost.set()
+async def loses_its_line(node: RunningNode) -> None:
+    async with tables_of(node.database.settings.database_url) as tables:
+        await tables.end_lines()
 
 
-def nothing(_: Incarnation) -> None:
+async def looks(node: RunningNode) -> None:
+    node.incarnation.host.look()
+
+
+async def reads_again(node: RunningNode) -> None:
+    node.incarnation.catch_up.begin()
+
+
+async def nothing(_: RunningNode) -> None:
     pass
 
 
-DUTIES: dict[str, tuple[Callable[[Incarnation], Any], str, Callable[[Incarnation], None]]] = {
-    "the line": (lambda one: one.line, "_alive", lost_line),
+DUTIES: dict[str, tuple[Callable[[Incarnation], Any], str, Callable[[RunningNode], Awaitable[None]]]] = {
+    "the line": (lambda one: one.lease, "hurry", loses_its_line),
     "the lease": (lambda one: one.line, "renew", nothing),
     "the change of timeline": (lambda one: one.host, "go_on", turns),
     "the wake-ups": (lambda _: TableNotifier, "notify", wakes),
-    "the host": (lambda one: one.inbox, "unclaimed", lambda one: one.host.look()),
+    "the host": (lambda one: one.inbox, "unclaimed", looks),
     "the look for messages": (lambda one: one.inbox, "unclaimed", nothing),
     "the takeover": (lambda _: TableTakeovers, "take_orphans", nothing),
     "the survey": (lambda one: one.inbox, "owned", nothing),
     "the look at streams": (lambda one: one.log, "carried", nothing),
     "the retention": (lambda one: one.retention, "expire", nothing),
-    "the catch-up": (lambda one: one.host, "drop_strangers", lambda one: one.catch_up.begin()),
+    "the catch-up": (lambda one: one.host, "drop_strangers", reads_again),
     "the look at the schema": (lambda _: incarnation_module, "outgrown", nothing),
 }
 
@@ -101,7 +110,7 @@ async def test_a_duty_that_fails_begins_anew(
         before, faults = node.incarnation, node.node.faults
         owner, name, provoke = DUTIES[duty]
         breaks(monkeypatch, owner(before), name)
-        provoke(before)
+        await provoke(node)
         await eventually(lambda: faults.counts, "it is counted")
         where = next(iter(faults.counts)) if duty in LOOKERS else duty
         assert where == duty or where in LOOKERS

@@ -26,6 +26,7 @@ from pgmcp.web.bodies import Bodies
 from pgmcp.web.modern import Modern
 from tests.harness.pooler import way_to
 from tests.harness.schemas import remember
+from tests.harness.waiting import eventually
 
 START = 20.0
 remember()
@@ -185,6 +186,17 @@ class Tables:
         async with self._turn:
             return str(await self.connection.execute(query, *args))
 
+    async def lines(self) -> dict[str, int]:
+        """The backends of the nodes' lines, by the names that they go by."""
+        query = "select application_name as name, pid from pg_stat_activity where datname = current_database() "
+        return {row["name"]: row["pid"] for row in await self.rows(query + "and application_name like '% line'")}
+
+    async def end_lines(self) -> dict[str, int]:
+        """End the backends of the nodes' lines; which they were."""
+        lines = await self.lines()
+        await self.rows("select pg_terminate_backend(pid) from unnest($1::int[]) pid", list(lines.values()))
+        return lines
+
     async def counts(self) -> dict[str, int]:
         """How many rows each table of pgmcp has."""
         names = await self.rows("select tablename from pg_tables where schemaname = 'pgmcp' order by tablename")
@@ -205,6 +217,20 @@ class Tables:
                 row["value"] if isinstance(row["value"], bytes) else row["value"].encode() for row in values
             ]
         return found
+
+
+@contextlib.asynccontextmanager
+async def lost_lines(nodes: Sequence[RunningNode], tables: Tables) -> AsyncIterator[None]:
+    """End the lines of all nodes; they are open again when the context ends."""
+    before = await tables.end_lines()
+    yield
+    for node in nodes:
+        name = f"pgmcp {node.node.settings.node_name} line"
+
+        async def reopened(node: RunningNode = node, name: str = name) -> bool:
+            return (await tables.lines()).get(name) not in {None, before[name]} and node.incarnation.line.up
+
+        await eventually(reopened, "the line is open again")
 
 
 @contextlib.asynccontextmanager

@@ -12,7 +12,8 @@ from uuid import UUID
 import pytest
 
 from pgmcp.clock import Clock, Ids
-from pgmcp.store.line import TableNotifier, channel
+from pgmcp.node import incarnation
+from pgmcp.store.line import Line, TableNotifier, channel
 from pgmcp.store.schema import migrations
 from pgmcp.types import StreamId
 from tests.harness.clients import RawSession
@@ -22,20 +23,37 @@ from tests.harness.waiting import eventually
 from tests.outages.ledger import Ledger, load, run, sessions, unread_flood
 
 
+class KeepingLine(Line):
+    """A line that keeps what it hears."""
+
+    def __init__(
+        self, *args: Any, on_payload: Callable[[str], None], on_broadcast: Callable[[str], None], **more: Any
+    ) -> None:
+        self.heard: list[str] = []
+
+        def noted(known: Callable[[str], None]) -> Callable[[str], None]:
+            def note(payload: str) -> None:
+                self.heard.append(payload)
+                known(payload)
+
+            return note
+
+        super().__init__(*args, on_payload=noted(on_payload), on_broadcast=noted(on_broadcast), **more)
+
+
+@pytest.fixture(autouse=True)
+def keeping_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The nodes' lines keep what they hear."""
+    monkeypatch.setattr(incarnation, "Line", KeepingLine)
+
+
 def heard_by(nodes: Sequence[RunningNode]) -> list[str]:
     """Every payload that reaches these nodes from now on."""
     heard: list[str] = []
     for node in nodes:
         line = node.incarnation.line
-
-        def noted(known: Callable[[str], None]) -> Callable[[str], None]:
-            def note(payload: str) -> None:
-                heard.append(payload)
-                known(payload)
-
-            return note
-
-        line._on_payload, line._on_broadcast = noted(line._on_payload), noted(line._on_broadcast)
+        assert isinstance(line, KeepingLine)
+        line.heard = heard
     return heard
 
 
