@@ -14,7 +14,7 @@ from mcp_types import ToolAnnotations
 
 from pgmcp import SessionState, keep_memory, session_state
 from pgmcp.cluster.lease import LeaseState
-from pgmcp.session.restore import Restore
+from pgmcp.session.actor import Actor
 from tests.harness.clients import RawSession
 from tests.harness.cluster import RunningNode, Tables, cluster, everything, tables_of
 from tests.harness.waiting import eventually
@@ -388,15 +388,15 @@ async def test_what_a_restore_that_failed_had_taken_on_is_inherited_again(
     """The unsafe call was adopted, to be ended; the restore failed before it was. It must not count as not started."""
     gate = Gate()
     failing = [True]
-    settle = Restore._settle
+    reject = Actor.reject
 
-    async def settled(restore: Restore, *args: Any) -> None:
+    async def rejected(actor: Actor, *args: Any) -> None:
         if failing.pop() if failing else False:
             message = "not this time"
             raise RuntimeError(message)
-        await settle(restore, *args)
+        await reject(actor, *args)
 
-    monkeypatch.setattr(Restore, "_settle", settled)
+    monkeypatch.setattr(Actor, "reject", rejected)
     async with two(database, gate.server, poll=0.1) as (nodes, _), RawSession() as session:
         await session.open(nodes[0].url)
         call = await session.request(nodes[1].url, "tools/call", {"name": "unsafe", "arguments": {"text": "x"}})
