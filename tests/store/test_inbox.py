@@ -10,6 +10,7 @@ import asyncpg
 import pytest
 
 from pgmcp.errors import DatabaseUnavailable, DuplicateRequest, Fenced, PgmcpError
+from pgmcp.store.group_commit import GroupCommit
 from pgmcp.types import ANONYMOUS, Claimed, Message, Ownership, Principal, SessionKey, StreamId
 from tests.harness.stores import (
     IDS,
@@ -234,7 +235,7 @@ async def test_a_claim_that_gave_up_is_forgotten_with_its_session(pair: Pair, mo
         raise DatabaseUnavailable("not in time")
 
     with monkeypatch.context() as patched:
-        patched.setattr(pair.one.inbox._claims, "put", gives_up)
+        patched.setattr(GroupCommit, "put", gives_up)
         assert isinstance(await outcome(pair.one.inbox.claim(pair.session.ownership)), DatabaseUnavailable)
     assert pair.session.ownership in await pair.one.inbox.unclaimed()
     await pair.two.inbox.end(pair.session.session_id, ANONYMOUS)

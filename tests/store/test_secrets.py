@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 
 import asyncpg
 import pytest
@@ -314,13 +315,14 @@ async def test_keys_in_clear_are_taken_up_all_or_none(
     await hand.execute("insert into pgmcp.secrets (purpose, key) values ('context', $1), ('context', $2)", *KEYS)
     async with store(database) as node:
         first, second = (ring_of(node, KeyWrapping([FIRST])) for _ in range(2))
-        wrap = first._wrap
+        persist, others = node.database.persist, [second]
 
-        async def late(*args: dict[int, object]) -> None:
-            await second.load()
-            await wrap(*args)  # type: ignore[arg-type]
+        async def late(name: str, *args: object, **more: Any) -> list[asyncpg.Record]:
+            if name == "wrap_keys" and others:
+                await others.pop().load()
+            return await persist(name, *args, **more)
 
-        monkeypatch.setattr(first, "_wrap", late)
+        monkeypatch.setattr(node.database, "persist", late)
         await first.load()
         assert set(await stored(hand)) == {(60, True)}
         assert first.open_known(second.seal(PLAIN, PLACE), PLACE) == PLAIN
