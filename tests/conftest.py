@@ -87,7 +87,7 @@ def postgres() -> SimpleNamespace:
 template = postgresql_noproc(depends_on="postgres", dbname="pgmcp", load=[migrate])
 
 
-async def _temporary(origin: str) -> AsyncIterator[str]:
+async def temporary_database(origin: str) -> AsyncIterator[str]:
     """A copy of the database ``origin`` for as long as a test runs; file_copy takes a third of the default's time."""
     server = os.environ[ADDRESS]
     name = f"test_{secrets.token_hex(8)}"
@@ -103,14 +103,14 @@ async def _temporary(origin: str) -> AsyncIterator[str]:
 @pytest.fixture
 async def database(template: NoopExecutor) -> AsyncIterator[str]:
     """The address of a migrated database of the test's own."""
-    async for address in _temporary(template.template_dbname):
+    async for address in temporary_database(template.template_dbname):
         yield address
 
 
 @pytest.fixture
 async def empty_database() -> AsyncIterator[str]:
     """The address of a database of the test's own in which nothing is."""
-    async for address in _temporary("template1"):
+    async for address in temporary_database("template1"):
         yield address
 
 

@@ -176,7 +176,7 @@ class LocalCluster:
 
     async def _serve(self, work: Callable[[], Awaitable[int]]) -> int:
         """Run the entry port and the work until one of them ends, a signal comes, or no node is left."""
-        server = _Server(_entry_config(self.entry))
+        server = EntryServer(entry_config(self.entry))
         serving = asyncio.ensure_future(server.serve(sockets=[self.entry_socket]))
         left = asyncio.ensure_future(self.leaving.wait())
         deaths = asyncio.ensure_future(self._await_deaths())
@@ -233,16 +233,17 @@ async def _all_true(waits: Sequence[asyncio.Future[bool]]) -> bool:
     return True
 
 
-class _Server(uvicorn.Server):
+class EntryServer(uvicorn.Server):
     """uvicorn without signal handlers of its own: the cluster says when the entry port closes."""
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
+        """Keep the handlers of whoever runs the cluster."""
         yield
 
 
-def _entry_config(entry: RoundRobinProxy) -> uvicorn.Config:
-    # What goes wrong at the entry port is the nodes' or the clients' matter and is told to the client.
+def entry_config(entry: RoundRobinProxy) -> uvicorn.Config:
+    """How the entry port is served: what goes wrong there is the nodes' or the clients' matter, and told to clients."""
     return uvicorn.Config(
         entry,
         http="httptools",

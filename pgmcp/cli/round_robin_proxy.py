@@ -143,7 +143,7 @@ class RoundRobinProxy:
         self.taken[name] += 1
         try:
             # An error from here on leaves the response unfinished, and the server then closes the connection.
-            headers = _end_to_end(response.headers.raw)
+            headers = end_to_end(response.headers.raw)
             await send({"type": "http.response.start", "status": response.status_code, "headers": headers})
             async with self._breakable(name):
                 async for chunk in response.aiter_raw():
@@ -238,7 +238,7 @@ class _Body(httpx.AsyncByteStream):
 def _request(scope: Scope, body: _Body, port: int) -> httpx.Request:
     query = scope["query_string"]
     target = scope.get("raw_path") or scope["path"].encode()
-    headers = _end_to_end(scope["headers"])
+    headers = end_to_end(scope["headers"])
     if not any(name == b"host" for name, _ in headers):  # HTTP/1.0
         headers.append((b"host", b"127.0.0.1"))
     if any(name == b"transfer-encoding" for name, _ in scope["headers"]):
@@ -248,7 +248,7 @@ def _request(scope: Scope, body: _Body, port: int) -> httpx.Request:
     return httpx.Request(scope["method"], url, headers=headers, stream=body, extensions=extensions)
 
 
-def _end_to_end(headers: Headers) -> Headers:
+def end_to_end(headers: Headers) -> Headers:
     """The headers that are meant for the other end; blanks around a value are not part of it."""
     named = b",".join(value for name, value in headers if name.lower() == b"connection").lower().split(b",")
     dropped = HOP_BY_HOP.union(word for word in map(bytes.strip, named) if not _for_the_node(word))

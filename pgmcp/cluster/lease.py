@@ -90,6 +90,11 @@ class Lease(Service):
             return 0.0
         return max(0.0, self._clock.boottime() - self._trusted_until)
 
+    @property
+    def renewed_at(self) -> float:
+        """When the last good renewal began, by this node's clock; 0 before any."""
+        return self._last[0]
+
     def database_time(self, moment: float) -> float | None:
         """The database's time at a moment of this node's clock, never earlier than it was; None before any renewal.
 

@@ -72,6 +72,11 @@ class Wakeups(Service):
         self._dirty: dict[NodeId | None, _Dirty] = {}
         self._marked = asyncio.Event()
 
+    @property
+    def waiting(self) -> int:
+        """Words that were not sent yet."""
+        return sum(len(dirty.words) for dirty in self._dirty.values())
+
     def inbox(self, node: NodeId, session: SessionKey) -> None:
         """Tell an owner that a session's inbox has messages."""
         if node == self._node:

@@ -107,7 +107,7 @@ class Incarnation(Service):
         self._timeline_change = TimelineChange(database.timeline, self.lease, box, clock)
         acting = self._timeline_change.acting
         self.open_streams = OpenStreams()
-        self._retention = Retention(database, ids)
+        self.retention = Retention(database, ids)
         self.wakeups = Wakeups(self.node_id, TableNotifier(database), clock, self._wake_self)
         self.inbox = TableInbox(database, self.node_id, clock, ids, acting, payloads)
         self.log = TableLog(database, self.node_id, clock, acting, payloads)
@@ -168,8 +168,8 @@ class Incarnation(Service):
             waiting=lambda: self.open_streams.patient + busy(),
             wake_new_owner=self.wakeups.handed,
         )
-        self._reported_changes = ReportedChanges(self.node_id, self.host, self.open_streams, self.inbox, clock)
-        self._catch_up = CatchUp(self.host, self.open_streams, self.publication_reader, self.takeover, clock, ids)
+        self.reported_changes = ReportedChanges(self.node_id, self.host, self.open_streams, self.inbox, clock)
+        self.catch_up = CatchUp(self.host, self.open_streams, self.publication_reader, self.takeover, clock, ids)
         abandoned = AbandonedStreams(self.log, self.open_streams, clock, settings.statement_timeout)
         self._membership: dict[str, Service] = {
             "the line": self.line,
@@ -181,15 +181,15 @@ class Incarnation(Service):
             "the host": self.host,
             "the takeover": self.takeover,
             "the publication reader": self.publication_reader,
-            "the reported changes": self._reported_changes,
-            "the catch-up": self._catch_up,
+            "the reported changes": self.reported_changes,
+            "the catch-up": self.catch_up,
             "the look for messages": self._periodic(settings.poll, self.host.poll),
             "the look while deaf": self._periodic(settings.poll, self._look_while_deaf),
             "the hurry while deaf": self._periodic(HURRY_SECONDS, self._hurry_while_deaf),
             "the look for publications": self._periodic(settings.poll, self.publication_reader.poll),
             "the survey": self._periodic(settings.idle_poll, self.host.survey),
             "the look at streams": self._periodic(settings.idle_poll, abandoned.let_go),
-            "the retention": self._periodic(EVERY_SECONDS, self._sweep),
+            "the retention": self._periodic(EVERY_SECONDS, self.sweep),
             "the look at the schema": self._periodic(settings.idle_poll, self._look_at_schema),
         }
 
@@ -289,7 +289,7 @@ class Incarnation(Service):
             self.inbox.look_anew()
             # its horizon names transactions by ids that may have been given out anew
             self.publication_reader.look(gap=True)
-        self._catch_up.begin()
+        self.catch_up.begin()
 
     async def _tell(self, publications: Sequence[Publication]) -> None:
         await change_notices.tell(self.host.change_notices, publications)
@@ -307,7 +307,7 @@ class Incarnation(Service):
             self.host.wake(session)
         self.open_streams.wake(wake.streams)
         if wake.ended:
-            self._reported_changes.end(wake.ended)
+            self.reported_changes.end(wake.ended)
 
     def _on_payload(self, payload: str) -> None:
         """Look at what somebody says to this node."""
@@ -316,7 +316,7 @@ class Incarnation(Service):
             self.host.wake(session)
         self.open_streams.wake(wake.streams)
         if wake.handed:
-            self._reported_changes.hear(handed=wake.handed)
+            self.reported_changes.hear(handed=wake.handed)
 
     def _on_broadcast(self, payload: str) -> None:
         """Look at what somebody says to all nodes."""
@@ -326,29 +326,30 @@ class Incarnation(Service):
         if wake.orphans:
             self.takeover.orphaned()
         if wake.ended:
-            self._reported_changes.hear(ended=wake.ended)
+            self.reported_changes.hear(ended=wake.ended)
 
     def _read(self, payload: str) -> Wake:
         wake = parse(payload)
         self.junk += wake.junk
         if wake.everything:
-            self._catch_up.begin()
+            self.catch_up.begin()
         return wake
 
     async def _look_while_deaf(self) -> None:
         if self.line.deaf:
-            self._catch_up.begin()
+            self.catch_up.begin()
 
     async def _hurry_while_deaf(self) -> None:
         if self.line.deaf:
-            await self._catch_up.hurry()
+            await self.catch_up.hurry()
 
     async def _look_at_schema(self) -> None:
         if not self.outgrown and await outgrown(self._database):
             self.outgrown = True
             logger.error("the database has come to need a newer build than this one: replace this node")
 
-    async def _sweep(self) -> None:
-        for session in await self._retention.expire():
+    async def sweep(self) -> None:
+        """Do one round of the retention: what is over goes."""
+        for session in await self.retention.expire():
             self.wakeups.ended(session)
-        await self._retention.prune()
+        await self.retention.prune()

@@ -69,21 +69,23 @@ class Node:
             message = "No database given: use --database-url or PGMCP_DATABASE_URL (postgresql://user:password@host/db)"
             raise SettingsError(message)
         self.settings, self._clock, self._ids = settings, clock or Clock(), ids or Ids()
-        self._database = Database(settings, self._clock, self._ids)
+        self.database = Database(settings, self._clock, self._ids)
         wrapping = wrapping_of(settings)
-        self._box = KeyRing(self._database, CONTEXTS, wrapping)
-        self._states = StateRing(self._database, wrapping, self._ids)
-        self._payloads = Payloads.of(self._database, wrapping)
-        self._publications = TablePublications(self._database, self._clock, self._ids)
-        self._target = target_of(served, settings.mcp_path)
+        self.box = KeyRing(self.database, CONTEXTS, wrapping)
+        self.states = StateRing(self.database, wrapping, self._ids)
+        self._payloads = Payloads.of(self.database, wrapping)
+        self._publications = TablePublications(self.database, self._clock, self._ids)
+        self.target = target_of(served, settings.mcp_path)
         self._admission = Admission(self._clock)
-        self._bodies = Bodies(settings.max_body, self._clock)
-        self._rules = Rules(host_rules(settings), self._bodies, Rates(settings, self._clock), settings)
-        self._modern = Modern(self._stateless, self._admission, self._rules, self._clock)
-        self._revision, self._started, self._draining = "", False, False
+        self.bodies = Bodies(settings.max_body, self._clock)
+        self._rules = Rules(host_rules(settings), self.bodies, Rates(settings, self._clock), settings)
+        self.modern = Modern(self._stateless, self._admission, self._rules, self._clock)
+        self._revision, self._started = "", False
+        self.draining = False
+        """Whether it leaves for good: no incarnation follows the present one."""
         self.faults = Faults()
         self.watchdog: Watchdog | None = None
-        self._supervisor = Supervisor(self._new_incarnation, self._clock, self.faults, lambda: self._draining)
+        self.supervisor = Supervisor(self._new_incarnation, self._clock, self.faults, lambda: self.draining)
         self.failure: PgmcpError | None = None
         self.shut: Callable[[], Awaitable[None]] = _nothing
         """Closes the port on which the node is served, when it has drained; set by whoever runs the HTTP server."""
@@ -96,11 +98,11 @@ class Node:
             return self.incarnation().edge
 
         endpoints: dict[str, ASGIApp] = {
-            self.settings.mcp_path: Eras(self._modern, Streamable(edge, self._rules)),
+            self.settings.mcp_path: Eras(self.modern, Streamable(edge, self._rules)),
             self.settings.sse_path: SseStream(edge, self._rules, messages=messages),
             messages.rstrip("/"): SseMessages(edge, self._rules),
         }
-        return {path: ReservedHeaders(self._target.protect(endpoint)) for path, endpoint in endpoints.items()}
+        return {path: ReservedHeaders(self.target.protect(endpoint)) for path, endpoint in endpoints.items()}
 
     def health(self) -> list[HTTPRouteHandler]:
         """The health routes."""
@@ -114,11 +116,11 @@ class Node:
             openapi_config=None,
             logging_config=None,
         )
-        return Application(self.endpoints(), self._target.routes, litestar, self.running, self.wrapped)
+        return Application(self.endpoints(), self.target.routes, litestar, self.running, self.wrapped)
 
     def wrapped(self, app: ASGIApp) -> ASGIApp:
         """An application whose clients read in time and part while the node drains, logged if that is wanted."""
-        closing = ConnectionClose(Bounded(app, self.settings.write_timeout), lambda: self._draining)
+        closing = ConnectionClose(Bounded(app, self.settings.write_timeout), lambda: self.draining)
         return AccessLog(closing, self._clock) if self.settings.access_log else closing
 
     def incarnation(self) -> Incarnation:
@@ -128,15 +130,15 @@ class Node:
             NodeNotReady: the node is joining or leaving.
         """
         self._check_started()
-        if self._supervisor.present is None:
+        if self.supervisor.present is None:
             message = "This node is not part of the cluster now; try again or ask another one."
             raise NodeNotReady(message)
-        return self._supervisor.present
+        return self.supervisor.present
 
     async def _stateless(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer an exchange without a session, in whatever state the node is in the cluster."""
         self._check_started()
-        await self._target.adapter.answer(scope, receive, send)
+        await self.target.adapter.answer(scope, receive, send)
 
     def _check_started(self) -> None:
         if not self._started:
@@ -171,18 +173,18 @@ class Node:
     async def _start(self, stack: contextlib.AsyncExitStack) -> None:
         """Start the node's services in order; the stack stops them in reverse."""
         self.watchdog = stack.enter_context(watched(self._clock))
-        stack.callback(self._target.bus.attach(self._publish))
-        stack.push_async_callback(self._database.close)
-        await self._database.open()
-        self._revision = await self._database.revision()
-        for ring in (self._box, self._states, self._payloads):
+        stack.callback(self.target.bus.attach(self._publish))
+        stack.push_async_callback(self.database.close)
+        await self.database.open()
+        self._revision = await self.database.revision()
+        for ring in (self.box, self.states, self._payloads):
             await ring.load()
-        shared = Shared(self._states, self.settings.single_use_states, json_only=self.settings.response == "json")
-        await stack.enter_async_context(self._target.adapter.lifespan(shared))
-        await self._supervisor.start()
-        stack.push_async_callback(self._supervisor.stop)
+        shared = Shared(self.states, self.settings.single_use_states, json_only=self.settings.response == "json")
+        await stack.enter_async_context(self.target.adapter.lifespan(shared))
+        await self.supervisor.start()
+        stack.push_async_callback(self.supervisor.stop)
         services: dict[str, Service] = {
-            "the supervisor": self._supervisor,
+            "the supervisor": self.supervisor,
             "the look for commands": Periodic(self.settings.poll, self._obey, self._clock, self._ids),
             "the look for keys": Periodic(REFRESH_SECONDS, self._refresh, self._clock, self._ids),
         }
@@ -199,30 +201,30 @@ class Node:
     def _new_incarnation(self) -> Incarnation:
         return Incarnation(
             self.settings,
-            self._database,
-            self._box,
+            self.database,
+            self.box,
             self._payloads,
-            self._target.adapter,
+            self.target.adapter,
             self._admission,
             self._publications,
-            self._target.bus,
+            self.target.bus,
             self._clock,
             self._ids,
             revision=self._revision,
-            serves=self.settings.cluster or self._target.name,
+            serves=self.settings.cluster or self.target.name,
             faults=self.faults,
-            busy=lambda: self._modern.busy,
+            busy=lambda: self.modern.busy,
         )
 
     async def _publish(self, publication: Publication) -> None:
         """Store a publication and wake every node; what is stored and wakes nobody is found by their next poll."""
         await self._publications.publish(publication)
-        if self._supervisor.present is not None:
-            self._supervisor.present.wakeups.published()
+        if self.supervisor.present is not None:
+            self.supervisor.present.wakeups.published()
 
     async def _refresh(self) -> None:
         """Read the key rings anew."""
-        for ring in (self._box, self._states, self._payloads):
+        for ring in (self.box, self.states, self._payloads):
             try:
                 await ring.load()
             except PgmcpError as error:
@@ -233,57 +235,57 @@ class Node:
 
         It serves on until balancers have noticed; only then streams end and sessions go.
         """
-        self._draining = True
+        self.draining = True
         logger.info("node %s drains", self.settings.node_name)
-        if self._supervisor.present is not None:
-            await self._supervisor.present.announce()
+        if self.supervisor.present is not None:
+            await self.supervisor.present.announce()
         await self._clock.sleep(self.settings.drain_notice)
-        self._target.adapter.end_streams()
-        if self._supervisor.present is not None:
-            await self._supervisor.present.drain(self.shut)
+        self.target.adapter.end_streams()
+        if self.supervisor.present is not None:
+            await self.supervisor.present.drain(self.shut)
         else:
             await self._finish()
-        self._target.adapter.end_streams()  # those that began since
+        self.target.adapter.end_streams()  # those that began since
         logger.info("node %s has drained", self.settings.node_name)
 
     async def _finish(self) -> None:
         """Finish what is answered without a session; the node is not part of the cluster, and owns nothing."""
         end = self._clock.boottime() + self.settings.drain_limit
-        while self._modern.busy and self._clock.boottime() < end:
+        while self.modern.busy and self._clock.boottime() < end:
             await self._clock.sleep(PAUSE_SECONDS)
 
     def stop_streams(self) -> None:
         """End every exchange at once with its final chunk, so that the HTTP server can stop."""
-        self._target.adapter.end_streams()
-        self._modern.cut()
-        if self._supervisor.present is not None:
-            self._supervisor.present.edge.leave(at_once=True)
+        self.target.adapter.end_streams()
+        self.modern.cut()
+        if self.supervisor.present is not None:
+            self.supervisor.present.edge.leave(at_once=True)
 
     async def _obey(self) -> None:
         """Obey an operator who wrote into the node's row that it should leave."""
-        present = self._supervisor.present
-        if present is not None and not self._draining and await present.asked_to_drain():
+        present = self.supervisor.present
+        if present is not None and not self.draining and await present.asked_to_drain():
             signal.raise_signal(signal.SIGTERM)
 
     def stalled(self) -> float:
         """See ``Pulse.stalled``."""
-        if self._supervisor.present is None:
+        if self.supervisor.present is None:
             return 0.0
-        return self._clock.boottime() - self._supervisor.present.lease.ticked_at - self.settings.renew
+        return self._clock.boottime() - self.supervisor.present.lease.ticked_at - self.settings.renew
 
     def failing(self) -> bool:
         """See ``Pulse.failing``."""
-        return self._supervisor.failing
+        return self.supervisor.failing
 
     def unready(self) -> str | None:
         """See ``Pulse.unready``."""
-        if self._draining:
+        if self.draining:
             return "draining"
-        if self._supervisor.present is None:
-            return self._supervisor.absent
-        if self._supervisor.present.outgrown:
+        if self.supervisor.present is None:
+            return self.supervisor.absent
+        if self.supervisor.present.outgrown:
             return "schema"
-        lease = self._supervisor.present.lease
+        lease = self.supervisor.present.lease
         if lease.state is LeaseState.SUSPENDED and lease.suspended_for < self.settings.hold:
             return None
         return None if lease.trusted else str(lease.state)

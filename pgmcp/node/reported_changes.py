@@ -43,6 +43,11 @@ class ReportedChanges(Service):
         self._ended, self._handed = set[SessionKey](), set[Ownership]()
         self._looks = OnDemand(self._look, clock)
 
+    @property
+    def wanted(self) -> bool:
+        """Whether a look has still to begin."""
+        return self._looks.wanted
+
     def hear(self, *, ended: Iterable[SessionKey] = (), handed: Iterable[Ownership] = ()) -> None:
         """Look these sessions up soon, where something of them is here."""
         self._ended.update(session for session in ended if self._host.has(session) or self._open_streams.has(session))

@@ -43,7 +43,8 @@ class Watchdog:
     def __init__(self, loop: asyncio.AbstractEventLoop, clock: Clock) -> None:
         self._loop, self._clock = loop, clock
         self._watched = threading.get_ident()
-        self._ticked_at = clock.boottime()
+        self.ticked_at = clock.boottime()
+        """When the loop ticked last, by the clock."""
         self._said_at = -LOG_SECONDS
         self._stopped = threading.Event()
         self._timer: asyncio.TimerHandle | None = None
@@ -68,15 +69,15 @@ class Watchdog:
         now = self._clock.boottime()
         if self._reported:
             self._reported = False
-            logger.warning("the event loop goes on after %.1f s", now - self._ticked_at)
-        self._ticked_at = now
+            logger.warning("the event loop goes on after %.1f s", now - self.ticked_at)
+        self.ticked_at = now
         self._timer = self._loop.call_later(TICK_SECONDS, self._tick)
 
     def _watch(self) -> None:
         looked_at, seen, stood_until = self._clock.boottime(), 0.0, 0.0
         while not self._stopped.wait(TICK_SECONDS):
             before, looked_at = looked_at, self._clock.boottime()
-            ticked_at = self._ticked_at
+            ticked_at = self.ticked_at
             if looked_at - before > BLOCKED_SECONDS:
                 stood_until = looked_at  # the whole process stood, and its loop has not had its turn yet
             if looked_at - max(ticked_at, stood_until) < BLOCKED_SECONDS or ticked_at == seen:

@@ -83,7 +83,7 @@ class Host(Service):
         self.unsettled = False
         """Whether the database follows another timeline, and what lives here was not yet brought in line with it."""
         self._actor_factory = ActorFactory(
-            adapter, inbox, log, clock, ids, wake_sink, self._over, MessageLimit(settings.max_message)
+            adapter, inbox, log, clock, ids, wake_sink, self.over, MessageLimit(settings.max_message)
         )
         self._room = asyncio.Semaphore(RESTORES)
         self._tasks = Tasks("work for one session", faults)
@@ -95,13 +95,23 @@ class Host(Service):
             trusted=trusted,
             tasks=self._tasks,
             on_fenced=self.drop,
-            on_over=self._over,
+            on_over=self.over,
         )
 
     @property
     def sessions(self) -> int:
         """Live server sessions here, and those that are being restored."""
         return len(self._residents.keys() | self._restoring)
+
+    @property
+    def actors(self) -> dict[SessionKey, Actor]:
+        """The live server sessions, as they are now."""
+        return {session: resident.actor for session, resident in self._residents.items()}
+
+    @property
+    def under_way(self) -> int:
+        """Pieces of work for single sessions that are under way: claims, restores, ends."""
+        return len(self._tasks)
 
     @property
     def change_notices(self) -> list[ChangeNotices]:
@@ -340,7 +350,8 @@ class Host(Service):
         await asyncio.gather(*(resident.actor.stop() for resident in residents))
         await self._tasks.close()
 
-    def _over(self, actor: Actor, how: ActorEnd) -> None:
+    def over(self, actor: Actor, how: ActorEnd) -> None:
+        """An actor has come to an end by itself, and is muted."""
         session = actor.ownership.session
         resident = self._residents.get(session)
         if resident is None or resident.actor is not actor:

@@ -89,6 +89,16 @@ class GroupCommit(Generic[Row, Result]):
         self._runner: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
+    @property
+    def waiting(self) -> int:
+        """Rows that wait for the next statement; those of parked keys stand apart."""
+        return len(self._waiting)
+
+    @property
+    def busy(self) -> bool:
+        """Whether rows wait, or are being sent."""
+        return self._runner is not None or bool(self._parked)
+
     async def put(self, row: Row, *, patience: float | None, size: int = 0) -> Result:
         """Send a row with the next statement and wait for its result.
 

@@ -98,6 +98,16 @@ class TableInbox:
             self._send_claims, clock, lambda claim: claim.ownership.session, gate
         )
 
+    @property
+    def unheard(self) -> int:
+        """Claims whose replies never came, for the next claims to ask for."""
+        return sum(len(claims) for claims in self._unheard.values())
+
+    @property
+    def accepting(self) -> bool:
+        """Whether POSTs wait to be stored, or are being stored."""
+        return self._accepts.busy
+
     async def open_session(self, new: NewSession) -> Ownership:
         """See ``Inbox.open_session``."""
         return await self._session_opening.open(new)

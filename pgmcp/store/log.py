@@ -86,6 +86,11 @@ class TableLog:
             self._send_releases, clock, lambda note: note[0].stream
         )
 
+    @property
+    def closing(self) -> int:
+        """Closing events that are kept for their readers here."""
+        return len(self._last)
+
     async def append(self, entry: Entry) -> NodeId | None:
         """See ``Log.append``."""
         # An event has its number, and what came after it would leave a gap: only the database refuses it.

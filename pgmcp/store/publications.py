@@ -55,6 +55,11 @@ class TablePublications:
         self._group: GroupCommit[_Draft, None] = GroupCommit(self._send, clock, lambda draft: draft.id)
         self._waiting: dict[Publication, tuple[_Draft, asyncio.Task[None]]] = {}
 
+    @property
+    def waiting(self) -> int:
+        """Publications that are not on their way yet."""
+        return len(self._waiting)
+
     async def publish(self, publication: Publication) -> None:
         """See ``Publications.publish``."""
         if publication not in self._waiting:

@@ -111,11 +111,16 @@ class Admission:
     """
 
     def __init__(self, clock: Clock, young: float = YOUNG_SECONDS) -> None:
-        self._clock, self._young = clock, young
+        self._clock, self.young = clock, young
         self._free = SLOTS
         self._callers: dict[Caller, _Lines] = {}
         self._turns: dict[Caller, _Lines] = {}  # callers with a line that waits and may have a slot; the first is next
         self._sessions, self._others = RecentOthers(clock), RecentOthers(clock)
+
+    @property
+    def callers(self) -> int:
+        """Those who hold a slot or wait for one."""
+        return len(self._callers.keys() | self._turns.keys())
 
     def __len__(self) -> int:
         return sum(len(line.waiting) for lines in self._callers.values() for line in lines.all.values())
@@ -159,7 +164,7 @@ class Admission:
                 held = False
                 self._give_back(line)
 
-        timer = asyncio.get_running_loop().call_later(self._young, give_back)
+        timer = asyncio.get_running_loop().call_later(self.young, give_back)
         try:
             yield
         finally:

@@ -47,6 +47,11 @@ class Bodies:
         """Bytes that are held."""
         return self._total
 
+    @property
+    def callers(self) -> int:
+        """Those whose bodies are held."""
+        return len(self._of)
+
     @contextmanager
     def body(self, caller: Caller) -> Iterator[Body]:
         """A body of a caller, for as long as the context lasts at most."""

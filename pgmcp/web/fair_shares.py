@@ -31,6 +31,11 @@ class FairShares:
         self._total = 0
         self._others = RecentOthers(clock)
 
+    @property
+    def callers(self) -> int:
+        """Those who hold places."""
+        return len(self._held)
+
     @contextmanager
     def held(self, caller: Caller) -> Iterator[None]:
         """Hold a place for as long as the context lasts.

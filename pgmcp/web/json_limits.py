@@ -52,7 +52,7 @@ class JsonLimits:
         seen = _Seen(self)
         seen.add(body)
         if seen.suspicious:
-            _Count(self).add(body)
+            Count(self).add(body)
 
     async def check_large(self, body: bytes) -> None:
         """Look at any body, without holding up others.
@@ -66,7 +66,7 @@ class JsonLimits:
             seen.add(body[start : start + PIECE_BYTES])
             await asyncio.sleep(0)
         if seen.suspicious:
-            count = _Count(self)
+            count = Count(self)
             for start in range(0, len(body), PIECE_BYTES):
                 count.add(body[start : start + PIECE_BYTES])
                 await asyncio.sleep(0)
@@ -105,12 +105,12 @@ class _Seen:
         return self._openings > depth or self._marks > most or self._digits > most * DIGITS
 
 
-class _Count:
+class Count:
     """Counts what one body has outside of strings, and its levels."""
 
     def __init__(self, limits: JsonLimits) -> None:
         self._limits = limits
-        self._marks = self._digits = self._quotes = self._level = 0
+        self.marks = self._digits = self._quotes = self.level = 0
         self._escape = b""  # a backslash at the end of a piece belongs to what comes next
 
     def add(self, piece: bytes) -> None:
@@ -121,15 +121,15 @@ class _Count:
         """
         left = self._outside(piece).translate(None, _NEITHER)
         marks = left.translate(None, _DIGITS)
-        self._marks += len(marks)
+        self.marks += len(marks)
         self._digits += len(left) - len(marks)
         most, deepest = self._limits.elements, self._limits.depth
-        if self._marks > most or self._digits > most * DIGITS or self._quotes > 2 * most + 2:
+        if self.marks > most or self._digits > most * DIGITS or self._quotes > 2 * most + 2:
             text = f"Parse error: more than {most} brackets, colons and commas outside of strings, or as many strings, "
             text += f"or {most * DIGITS} digits; send large data as one string, or in several messages"
             raise Refusal(400, text, PARSE_ERROR)
-        levels = list(accumulate(memoryview(marks.translate(_STEPS)).cast("b"), initial=self._level))
-        self._level = levels[-1]
+        levels = list(accumulate(memoryview(marks.translate(_STEPS)).cast("b"), initial=self.level))
+        self.level = levels[-1]
         if max(levels) > deepest:
             raise Refusal(400, f"Parse error: more than {deepest} levels of nesting", PARSE_ERROR)
 

@@ -103,6 +103,11 @@ class Modern(Front):
         """Open exchanges that end by themselves."""
         return sum(not opened.listens for opened in self._open)
 
+    @property
+    def open(self) -> int:
+        """Open exchanges of any kind."""
+        return len(self._open)
+
     def cut(self) -> None:
         """End at once what would end by itself: the node leaves without waiting for it."""
         for opened in self._open:

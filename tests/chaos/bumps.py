@@ -100,7 +100,7 @@ class Client:
             try:
                 with self._balancer.node(self._draw) as url:
                     # not by a cancel: one that comes just when the connection is made would leave that open
-                    self._session._http.timeout = httpx.Timeout(10, read=patience if last else None, connect=CONNECT)
+                    self._session.http.timeout = httpx.Timeout(10, read=patience if last else None, connect=CONNECT)
                     sent = self._session.get(url, last) if last else self._session.post(url, body)
                     async with await sent as exchange:
                         if (answer := await self._read(exchange, name, patience)) is not None:

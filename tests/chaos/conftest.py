@@ -10,14 +10,14 @@ from pytest_postgresql.executors import NoopExecutor
 
 from tests.chaos.figures import missed, table
 from tests.chaos.stage import Stage
-from tests.conftest import _temporary
+from tests.conftest import temporary_database
 from tests.harness.cluster import tables_of
 
 
 @pytest_asyncio.fixture(scope="package", loop_scope="package")
 async def chaos_database(template: NoopExecutor) -> AsyncIterator[str]:
     """The address of the folder's database."""
-    async for address in _temporary(template.template_dbname):
+    async for address in temporary_database(template.template_dbname):
         yield address
 
 

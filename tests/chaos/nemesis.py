@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from tests.chaos.stage import Stage
-from tests.harness.cluster import eventually
 from tests.harness.processes import NodeProcess
 from tests.harness.proxy import Proxy
 from tests.harness.servers import START, Server
+from tests.harness.waiting import eventually
 
 
 class Kind(StrEnum):

@@ -15,8 +15,9 @@ from typing import Any
 import httpx
 
 from tests.harness.clients import CONNECT, Message, RawExchange, RawSession, SseEvent
-from tests.harness.cluster import Tables, eventually
+from tests.harness.cluster import Tables
 from tests.harness.processes import NodeProcess, free_ports
+from tests.harness.waiting import eventually
 
 TARGET = "tests/chaos/server.py:mcp"
 WAIT = 30.0

@@ -13,9 +13,9 @@ from pgmcp.settings import Settings
 from tests.chaos.figures import ROUNDS, took
 from tests.chaos.stage import Call, Case, Stage, step, text_of
 from tests.harness.clients import RawSession
-from tests.harness.cluster import eventually
 from tests.harness.processes import NodeProcess
 from tests.harness.proxy import Proxy, proxied
+from tests.harness.waiting import eventually
 
 pytestmark = pytest.mark.asyncio(loop_scope="package")
 

@@ -9,8 +9,8 @@ import pytest
 from tests.chaos.figures import ROUNDS, took
 from tests.chaos.stage import Case, Stage, play, text_of
 from tests.harness.clients import Message
-from tests.harness.cluster import eventually
 from tests.harness.processes import NodeProcess
+from tests.harness.waiting import eventually
 
 pytestmark = pytest.mark.asyncio(loop_scope="package")
 

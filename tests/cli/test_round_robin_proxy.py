@@ -11,8 +11,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from pgmcp.cli.local import _entry_config, _Server
-from pgmcp.cli.round_robin_proxy import RoundRobinProxy, _end_to_end
+from pgmcp.cli.local import EntryServer, entry_config
+from pgmcp.cli.round_robin_proxy import RoundRobinProxy, end_to_end
 from pgmcp.clock import Clock
 from tests.harness.clients import RawSession
 from tests.harness.processes import NodeProcess, nodes
@@ -61,7 +61,7 @@ class Port:
 @asynccontextmanager
 async def opened(members: list[NodeProcess]) -> AsyncIterator[Port]:
     port = Port(members)
-    server = _Server(_entry_config(port.entry))
+    server = EntryServer(entry_config(port.entry))
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as taken:
         taken.bind(("127.0.0.1", 0))
         port.url = f"http://127.0.0.1:{taken.getsockname()[1]}"
@@ -121,7 +121,7 @@ def test_a_connection_header_takes_nothing_from_the_node_that_it_decides_by() ->
     ]
     words = b", ".join(name for name, _ in kept)
     sent = [*kept, (b"connection", b"close, X-Hop"), (b"Connection", words), (b"x-hop", b"1"), (b"te", b"trailers")]
-    assert _end_to_end(sent) == kept
+    assert end_to_end(sent) == kept
 
 
 async def test_foreign_hosts_and_origins_are_refused_whatever_connection_says(two: list[NodeProcess]) -> None:

@@ -10,14 +10,14 @@ from collections.abc import AsyncIterator, Sequence
 import pytest_asyncio
 from pytest_postgresql.executors import NoopExecutor
 
-from tests.conftest import _temporary
+from tests.conftest import temporary_database
 from tests.harness.cluster import RunningNode, Tables, cluster, everything, tables_of
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def shared_database(template: NoopExecutor) -> AsyncIterator[str]:
     """The address of a migrated database of the module's own."""
-    async for address in _temporary(template.template_dbname):
+    async for address in temporary_database(template.template_dbname):
         yield address
 
 

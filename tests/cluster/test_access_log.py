@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import sys
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
@@ -17,7 +18,8 @@ from starlette.routing import Mount
 from pgmcp import Cluster, ClusterPlugin
 from pgmcp.ops import logs
 from tests.harness.clients import RawSession
-from tests.harness.cluster import cluster, eventually, everything, serving
+from tests.harness.cluster import cluster, everything, serving
+from tests.harness.waiting import eventually
 
 PING = {"jsonrpc": "2.0", "id": 1, "method": "ping"}
 
@@ -45,7 +47,7 @@ def kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[Kept]:
 
 
 async def test_a_line_for_each_exchange_at_its_end(database: str, kept: Kept) -> None:
-    kept.setFormatter(logs._Json())
+    kept.setFormatter(logs.handler("json", sys.stderr).formatter)
     async with cluster(database, everything, 2, access_log=True) as nodes:
         async with RawSession() as session, httpx.AsyncClient(trust_env=False, verify=False) as http:
             await session.open(nodes[0].url)

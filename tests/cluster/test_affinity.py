@@ -11,7 +11,8 @@ import pytest
 from pgmcp.errors import SettingsError
 from pgmcp.settings import Settings
 from tests.harness.clients import RawExchange, RawSession
-from tests.harness.cluster import RunningNode, Tables, cluster, eventually, everything, tables_of
+from tests.harness.cluster import RunningNode, Tables, cluster, everything, tables_of
+from tests.harness.waiting import eventually
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -52,7 +53,7 @@ async def test_the_first_owner_is_told_once(pair: Sequence[RunningNode]) -> None
 async def test_a_client_without_cookies_hears_of_it_once_only(pair: Sequence[RunningNode]) -> None:
     async with RawSession() as session:
         await session.open(pair[0].url)
-        session._http.cookies.clear()
+        session.http.cookies.clear()
         assert [told(await ping(session, node)) for node in pair] == [None, None]
         assert told(await session.get(pair[1].url)) is None
 
@@ -63,11 +64,11 @@ async def test_forged_and_stale_cookies_change_nothing_and_are_put_right(
 ) -> None:
     async with RawSession() as session:
         await session.open(pair[0].url)
-        session._http.cookies.clear()
+        session.http.cookies.clear()
         for node in pair:
             told_now = told(await ping(session, node, cookie))
             assert told_now == (None if cookie == "n1" else "n1")
-            session._http.cookies.clear()
+            session.http.cookies.clear()
 
 
 async def test_a_forged_hint_is_an_unknown_session(pair: Sequence[RunningNode]) -> None:
@@ -98,7 +99,7 @@ async def test_the_next_owner_is_told_on_whatever_comes_next(database: str) -> N
 
         async def put_right() -> bool:
             await ping(session, nodes[1])
-            return dict(session._http.cookies)["pgmcp_node"] == "n2"
+            return dict(session.http.cookies)["pgmcp_node"] == "n2"
 
         await eventually(put_right, "the cookie names the new owner")
         assert str(session.session_id).startswith("n1-")

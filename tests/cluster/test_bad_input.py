@@ -14,7 +14,8 @@ import pytest
 from mcp.server.mcpserver import MCPServer
 
 from tests.harness.clients import RawSession
-from tests.harness.cluster import cluster, eventually, everything, tables_of
+from tests.harness.cluster import cluster, everything, tables_of
+from tests.harness.waiting import eventually
 
 PARSE_ERROR, INVALID_REQUEST, INVALID_PARAMS = -32700, -32600, -32602
 ACCEPT = "application/json, text/event-stream"

@@ -20,10 +20,10 @@ from pgmcp.types import StreamId
 from pgmcp.web.open_streams import OpenStreams
 from tests.harness.clients import RawExchange, RawSession
 from tests.harness.clock import FakeClock, settle
-from tests.harness.cluster import RunningNode, cluster, eventually, everything, tables_of
+from tests.harness.cluster import RunningNode, cluster, everything, lost_lines, tables_of
+from tests.harness.waiting import eventually
 
 MANY = 25
-LINES = "from pg_stat_activity where datname = current_database() and application_name like '% line'"
 LISTED, UPDATED = "notifications/tools/list_changed", "notifications/resources/updated"
 
 
@@ -77,11 +77,11 @@ async def test_a_lost_line_costs_by_what_has_moved(database: str, monkeypatch: p
         tables_of(database) as tables,
         listeners(node, MANY) as streams,
     ):
-        line, loop = node.incarnation.line, asyncio.get_running_loop()
+        loop = asyncio.get_running_loop()
         with statements(node, monkeypatch) as counted:
-            before, began = line._connection, loop.time()
-            await tables.rows(f"select pg_terminate_backend(pid) {LINES}")
-            await eventually(lambda: line._connection not in {None, before}, "the line is open again")
+            began = loop.time()
+            async with lost_lines([node], tables):
+                pass
             down = loop.time() - began
             await eventually(lambda: counted["owned"] and counted["unclaimed"] and counted["read_streams"], "it reads")
             await read_again(node)
@@ -91,21 +91,25 @@ async def test_a_lost_line_costs_by_what_has_moved(database: str, monkeypatch: p
 
 
 async def read_again(node: RunningNode) -> None:
-    node.incarnation._catch_up.begin()
-    await eventually(lambda: not node.incarnation._catch_up.wanted, "it reads again")
+    node.incarnation.catch_up.begin()
+    await eventually(lambda: not node.incarnation.catch_up.wanted, "it reads again")
 
 
 async def test_a_deaf_node_costs_by_what_has_moved(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its line stays down; what it cannot hear it finds by looking."""
-    async with cluster(database, everything, 1, poll=0.3) as (node,), listeners(node, MANY) as streams:
+    async with (
+        cluster(database, everything, 1, poll=0.3) as (node,),
+        tables_of(database) as tables,
+        listeners(node, MANY) as streams,
+    ):
         line = node.incarnation.line
 
-        async def refused() -> None:
+        async def refused(*_: object, **__: object) -> None:
             raise OSError
 
         with monkeypatch.context() as patch, statements(node, monkeypatch) as counted:
-            patch.setattr(line, "_connect", refused)
-            line._lost.set()
+            patch.setattr(node.database, "connect", refused)
+            await tables.end_lines()
             await eventually(lambda: not line.up, "the line is down")
             await eventually(lambda: counted["read_streams"] >= 3, "it looks")
             assert not counted["claim"]

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from tests.harness.clients import RawSession
-from tests.harness.cluster import RunningNode, Tables, cluster, eventually, everything, tables_of
+from tests.harness.cluster import RunningNode, Tables, cluster, everything, tables_of
+from tests.harness.waiting import eventually
 
 WATCHED = "test://watched-resource"
 OF_SESSIONS = ("sessions", "journal", "requests", "streams", "events")
@@ -89,7 +90,7 @@ async def _state(nodes: Sequence[RunningNode], tables: Tables) -> dict[str, int]
         "tasks": sum(not task.done() for task in asyncio.all_tasks()),
         "open_streams": sum(len(node.incarnation.open_streams) for node in nodes),
         "actors": sum(node.incarnation.host.sessions for node in nodes),
-        "tasks of hosts": sum(len(node.incarnation.host._tasks) for node in nodes),
+        "tasks of hosts": sum(node.incarnation.host.under_way for node in nodes),
         "sinks": await tables.value("select count(*) from pgmcp.streams where sink is not null"),
         "lines": await tables.value(lines),
         "too many connections": max(0, await tables.value(backends) - 6 * len(nodes)),
@@ -143,7 +144,7 @@ async def test_nothing_is_left_of_two_hundred_sessions(database: str) -> None:
         await eventually(lambda: _nothing(grown()), f"nothing is more than before: {before}")
         assert await tables.counts() == rows
         for node in nodes:
-            assert node.incarnation.wakeups._dirty == {}
+            assert node.incarnation.wakeups.waiting == 0
         gc.collect()
         assert not [task for task in asyncio.all_tasks() if task.get_name().startswith("session ")]
 

@@ -13,8 +13,9 @@ from mcp.server.mcpserver import Context, MCPServer
 from pgmcp.clock import Clock
 from pgmcp.web.token_expiry import GRACE_SECONDS
 from tests.harness.clients import RawExchange, RawSession
-from tests.harness.cluster import cluster, eventually, tables_of
+from tests.harness.cluster import cluster, tables_of
 from tests.harness.modern import Modern
+from tests.harness.waiting import eventually
 
 EXPIRES = int(time.time()) + 3600
 LEFT = 0.5
@@ -193,7 +194,7 @@ async def test_without_a_session_it_is_cancelled_and_listening_ends(database: st
         await talking.rest()
         assert talking.error is None
         assert not any("result" in message for message in talking.messages)
-        assert not node.modern._open
+        assert node.modern.open == 0
     async with cluster(database, holder, 1, clock=StandingDate) as [node], Modern(FRESH) as client:
         fresh = asyncio.create_task(client.result(node.url, "hold"))
         await eventually(lambda: holder.running == 1, "it runs")

@@ -17,7 +17,8 @@ from pgmcp.store import line as line_module
 from pgmcp.store.notifier import channel
 from pgmcp.types import NodeId
 from tests.harness.clients import RawExchange, RawSession
-from tests.harness.cluster import RunningNode, cluster, eventually, everything, owner_of, tables_of
+from tests.harness.cluster import RunningNode, cluster, everything, owner_of, tables_of
+from tests.harness.waiting import eventually
 
 
 @contextlib.asynccontextmanager
@@ -48,7 +49,7 @@ async def heard(node: RunningNode, hand: asyncpg.Connection) -> None:
     junk = node.incarnation.junk
     await say(hand, "?", node.incarnation.node_id)
     await eventually(lambda: node.incarnation.junk > junk, "it was heard")
-    await eventually(lambda: not node.incarnation._reported_changes._looks.wanted, "it is looked at")
+    await eventually(lambda: not node.incarnation.reported_changes.wanted, "it is looked at")
     await asyncio.sleep(0.1)
 
 
@@ -72,7 +73,7 @@ async def test_a_call_goes_on_whatever_is_made_up(database: str, word: str, ever
         await session.open(nodes[0].url)
         call = await begun(session, nodes[1])
         key = await tables.value("select id from pgmcp.sessions")
-        actor = owner_of(nodes, key).residents[key].actor
+        actor = owner_of(nodes, key).actors[key]
         for _ in range(3):
             for node in nodes:
                 await say(hand, word.format(key=key), None if everybody else node.incarnation.node_id)
@@ -80,7 +81,7 @@ async def test_a_call_goes_on_whatever_is_made_up(database: str, word: str, ever
             await heard(node, hand)
         answer = await call.response(1)
         assert "15 steps" in answer["result"]["content"][0]["text"]
-        assert owner_of(nodes, key).residents[key].actor is actor
+        assert owner_of(nodes, key).actors[key] is actor
         await session.call(nodes[1].url, "ping")
 
 

@@ -13,7 +13,8 @@ from mcp.server.mcpserver import MCPServer
 from pgmcp import SessionState, keep_memory, session_state
 from pgmcp.cluster.lease import LeaseState
 from tests.harness.clients import RawSession
-from tests.harness.cluster import RunningNode, Tables, cluster, eventually, tables_of
+from tests.harness.cluster import RunningNode, Tables, cluster, tables_of
+from tests.harness.waiting import eventually
 
 
 class Memory:

@@ -20,7 +20,8 @@ from pydantic import Field
 
 from pgmcp.store.notifier import channel
 from tests.harness.clients import RawExchange, RawSession
-from tests.harness.cluster import Tables, cluster, eventually, tables_of
+from tests.harness.cluster import Tables, cluster, tables_of
+from tests.harness.waiting import eventually
 
 edges = pytest.mark.parametrize("edge", [0, 1])
 SECRET = "correct-horse-battery-staple"

@@ -18,8 +18,9 @@ from mcp.server.subscriptions import (
 from pgmcp import Cluster
 from tests.cluster.test_publications import FENCE, LISTS, UPDATED, three
 from tests.harness.clients import RawExchange, RawSession
-from tests.harness.cluster import cluster, eventually, everything
+from tests.harness.cluster import cluster, everything, lost_lines
 from tests.harness.modern import Modern
+from tests.harness.waiting import eventually
 
 LISTEN, ACKNOWLEDGED = "subscriptions/listen", "notifications/subscriptions/acknowledged"
 SUBSCRIPTION = "io.modelcontextprotocol/subscriptionId"
@@ -97,16 +98,11 @@ async def test_one_call_tells_both_eras(database: str) -> None:
 
 
 async def test_after_a_lost_line_a_stream_is_told_once_what_was_published_meanwhile(database: str) -> None:
-    lines = "from pg_stat_activity where datname = current_database() and application_name like '% line'"
     async with three(database, poll=60) as (nodes, tables), contextlib.AsyncExitStack() as stack:
         full = [await stack.enter_async_context(listening(node.url, "a://1", **EVERYTHING)) for node in nodes]
         narrow = [await stack.enter_async_context(listening(node.url, "a://1")) for node in nodes]
-        lost = {node.url: node.incarnation.line._connection for node in nodes}
-        await tables.rows(f"select pg_terminate_backend(pid) {lines}")
-        await Cluster(database).publish(ResourceUpdated(uri="a://1"))
-        for node in nodes:
-            reopened = lambda node=node: node.incarnation.line._connection not in (None, lost[node.url])  # noqa: E731
-            await eventually(reopened, "the line is open again")
+        async with lost_lines(nodes, tables):
+            await Cluster(database).publish(ResourceUpdated(uri="a://1"))
         await Cluster(database).publish(ResourceUpdated(uri=FENCE))
         for stream in full + narrow:
             assert await stream.until(FENCE) == ["a://1", FENCE]

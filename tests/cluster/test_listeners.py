@@ -6,7 +6,8 @@ import json
 
 from pgmcp.types import REPLACEMENTS
 from tests.harness.clients import RawSession
-from tests.harness.cluster import cluster, eventually, everything, tables_of
+from tests.harness.cluster import cluster, everything, tables_of
+from tests.harness.waiting import eventually
 
 WATCHED, UPDATED = "test://watched-resource", "notifications/resources/updated"
 RELEASED = "select sink is null from pgmcp.streams where kind = 'standalone'"

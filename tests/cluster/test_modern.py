@@ -22,9 +22,10 @@ from pgmcp.web.http_exchange import HttpExchange
 from pgmcp.web.modern import is_modern
 from tests.cluster.test_identity import bearer, server
 from tests.harness.clients import RawSession
-from tests.harness.cluster import cluster, eventually, everything, tables_of
+from tests.harness.cluster import cluster, everything, tables_of
 from tests.harness.modern import ACCEPT, VERSION, Modern, asked, wire
 from tests.harness.proxy import proxied
+from tests.harness.waiting import eventually
 
 SUPPORTED, UNSUPPORTED = ["2026-07-28"], -32022
 TOOLS_CHANGED = "notifications/tools/list_changed"
@@ -329,8 +330,8 @@ async def test_a_node_that_is_not_in_the_cluster_finishes_its_calls_when_it_leav
     async with cluster(database, everything, 1, drain_notice=0) as [node], Modern() as client:
         call = await client.tool(node.url, "slow", seconds=0.5, steps=5)
         await call.message("notifications/progress")
-        here, node.node._supervisor.present = node.node._supervisor.present, None
+        here, node.node.supervisor.present = node.node.supervisor.present, None
         await asyncio.wait_for(node.node.drain(), 10)
         assert node.modern.busy == 0
         assert (await call.response(json.loads(call.request_body)["id"]))["result"]
-        node.node._supervisor.present = here
+        node.node.supervisor.present = here

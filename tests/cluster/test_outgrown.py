@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import httpx
 
-from tests.harness.cluster import RunningNode, cluster, eventually, everything, tables_of
+from tests.harness.cluster import RunningNode, cluster, everything, tables_of
+from tests.harness.waiting import eventually
 
 
 async def readiness(node: RunningNode) -> tuple[int, str]:

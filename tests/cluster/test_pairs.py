@@ -14,7 +14,8 @@ from uuid import UUID
 import pytest
 
 from tests.harness.clients import Message, RawExchange, RawSession
-from tests.harness.cluster import RunningNode, Tables, eventually
+from tests.harness.cluster import RunningNode, Tables
+from tests.harness.waiting import eventually
 
 pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),

@@ -32,7 +32,8 @@ from pgmcp.cluster.lease import LeaseState
 from pgmcp.errors import DatabaseUnavailable, PublicationRefused, SchemaError
 from pgmcp.store.schema import migrations
 from tests.harness.clients import RawExchange, RawSession
-from tests.harness.cluster import RunningNode, Tables, cluster, eventually, running_node, tables_of
+from tests.harness.cluster import RunningNode, Tables, cluster, lost_lines, running_node, tables_of
+from tests.harness.waiting import eventually
 
 pytestmark = pytest.mark.filterwarnings("ignore::mcp.shared.exceptions.MCPDeprecationWarning")
 
@@ -258,16 +259,11 @@ async def test_what_woke_nobody_is_found_by_the_poll(database: str) -> None:
 
 
 async def test_a_lost_line_is_made_up_for(database: str) -> None:
-    lines = "from pg_stat_activity where datname = current_database() and application_name like '% line'"
     async with three(database, poll=60) as (nodes, tables), reader(nodes[0], nodes[1], ["a://1"]) as session:
         ears = [Ear(node) for node in nodes]
         script = Cluster(database)
-        lost = {node.url: node.incarnation.line._connection for node in nodes}
-        await tables.rows(f"select pg_terminate_backend(pid) {lines}")
-        await script.publish(ResourceUpdated(uri="a://1"))
-        for node in nodes:
-            reopened = lambda node=node: node.incarnation.line._connection not in (None, lost[node.url])  # noqa: E731
-            await eventually(reopened, "the line is open again")
+        async with lost_lines(nodes, tables):
+            await script.publish(ResourceUpdated(uri="a://1"))
         assert "a://1" in await session.until("a://1")
         await quiet(ears, script)
         for ear in ears:
@@ -301,9 +297,12 @@ async def test_an_idle_session_that_moves_hears_nothing_when_nothing_was_publish
 
 
 async def test_a_hand_over_in_the_middle_of_publications_loses_none(database: str) -> None:
-    async with three(database) as (nodes, _), reader(nodes[0], nodes[1], ["a://1"]) as session:
+    async with (
+        three(database, drain_limit=10) as (nodes, _),
+        reader(nodes[0], nodes[1], ["a://1"]) as session,
+    ):
         script = Cluster(database)
-        moving = asyncio.create_task(nodes[0].incarnation._drain.run(10, nothing))
+        moving = asyncio.create_task(nodes[0].incarnation.drain(nothing))
         await script.publish(ResourceUpdated(uri="a://1"))
         await moving
         await session.until("a://1")

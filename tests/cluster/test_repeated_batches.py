@@ -10,7 +10,8 @@ import pytest
 from mcp.server.mcpserver import MCPServer
 
 from tests.harness.clients import RawExchange, RawSession
-from tests.harness.cluster import Tables, cluster, eventually, tables_of
+from tests.harness.cluster import Tables, cluster, tables_of
+from tests.harness.waiting import eventually
 
 INVALID_REQUEST = -32600
 UNFINISHED = "select count(*) from pgmcp.requests where finished_at is null"

@@ -76,6 +76,6 @@ async def test_an_id_like_the_nodes_own_is_answered_after_a_restore(database: st
         await client.call(nodes[0].url, "logging/setLevel", {"level": "error"})
         await nodes[0].leave()
         assert (await client.call(nodes[1].url, "ping", timeout=20))["result"] == {}
-        assert nodes[1].residents, "it was restored here"
+        assert nodes[1].actors, "it was restored here"
         async with await client.request(nodes[1].url, "ping", request_id=rpc_id) as exchange:
             assert "result" in await exchange.response(rpc_id)

@@ -11,7 +11,8 @@ from mcp_types import SamplingMessage, TextContent
 from pydantic import BaseModel
 
 from tests.harness.clients import RawExchange, RawSession
-from tests.harness.cluster import cluster, eventually, everything
+from tests.harness.cluster import cluster, everything
+from tests.harness.waiting import eventually
 
 pytestmark = pytest.mark.filterwarnings("ignore::mcp.shared.exceptions.MCPDeprecationWarning")
 

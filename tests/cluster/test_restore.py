@@ -14,9 +14,10 @@ from mcp_types import ToolAnnotations
 
 from pgmcp import SessionState, keep_memory, session_state
 from pgmcp.cluster.lease import LeaseState
-from pgmcp.session.restore import Restore
+from pgmcp.session.actor import Actor
 from tests.harness.clients import RawSession
-from tests.harness.cluster import RunningNode, Tables, cluster, eventually, everything, tables_of
+from tests.harness.cluster import RunningNode, Tables, cluster, everything, tables_of
+from tests.harness.waiting import eventually
 
 pytestmark = pytest.mark.filterwarnings("ignore::mcp.shared.exceptions.MCPDeprecationWarning")
 
@@ -333,9 +334,8 @@ async def test_a_request_whose_claim_came_to_nobody_runs_all_the_same(
     async with two(database, gate.server, poll=60) as (nodes, tables), RawSession() as session:
         await session.open(nodes[0].url)
         host = nodes[0].incarnation.host
-        (resident,) = host._residents.values()
         await eventually(lambda: written(tables), "the handshake is over")
-        await eventually(lambda: not resident.taking, "and nothing is claimed")
+        await eventually(lambda: host.movable(busy=True), "and nothing is claimed")
         with monkeypatch.context() as deaf:
             deaf.setattr(host, "wake", lambda _: None)
             call = await session.request(nodes[1].url, "tools/call", {"name": "unsafe", "arguments": {"text": "x"}})
@@ -372,12 +372,12 @@ async def test_a_takeover_whose_reply_was_lost_is_found_also_without_work(databa
         standalone = await session.get(nodes[1].url)
         await nodes[0].leave()
         host = nodes[1].incarnation.host
-        await eventually(lambda: host._residents and not host._restoring, "it is taken and restored")
-        (key,) = host._residents
+        await eventually(lambda: host.movable(busy=True), "it is taken and restored")
+        (key,) = host.actors
         host.drop(key)
         for _ in range(2):
             await host.survey()
-        await eventually(lambda: owned(nodes[1]) and not host._restoring, "it is found")
+        await eventually(lambda: host.movable(busy=True), "it is found")
         await session.call_tool(nodes[1].url, "touch_watched_resource", text="x")
         await standalone.message(UPDATED)
 
@@ -388,15 +388,15 @@ async def test_what_a_restore_that_failed_had_taken_on_is_inherited_again(
     """The unsafe call was adopted, to be ended; the restore failed before it was. It must not count as not started."""
     gate = Gate()
     failing = [True]
-    settle = Restore._settle
+    reject = Actor.reject
 
-    async def settled(restore: Restore, *args: Any) -> None:
+    async def rejected(actor: Actor, *args: Any) -> None:
         if failing.pop() if failing else False:
             message = "not this time"
             raise RuntimeError(message)
-        await settle(restore, *args)
+        await reject(actor, *args)
 
-    monkeypatch.setattr(Restore, "_settle", settled)
+    monkeypatch.setattr(Actor, "reject", rejected)
     async with two(database, gate.server, poll=0.1) as (nodes, _), RawSession() as session:
         await session.open(nodes[0].url)
         call = await session.request(nodes[1].url, "tools/call", {"name": "unsafe", "arguments": {"text": "x"}})

@@ -12,7 +12,8 @@ from mcp_types import ToolAnnotations
 
 from pgmcp import keep_memory, session_state
 from tests.harness.clients import RawSession
-from tests.harness.cluster import Tables, cluster, eventually, tables_of
+from tests.harness.cluster import Tables, cluster, tables_of
+from tests.harness.waiting import eventually
 
 MARKER = "mArKeR-0b5e"
 SEALED: dict[str, Any] = {"secrets_key": "k" * 32, "encrypt_payloads": True}
@@ -70,7 +71,7 @@ async def test_nothing_that_was_said_lies_in_clear(database: str) -> None:
             await tables.value("select count(*) from pgmcp.events where substring(message from 1 for 1) = '\\x00'") > 3
         )
 
-        nodes[0].node._draining = True
+        nodes[0].node.draining = True
         await nodes[0].incarnation.host.export()
         assert await in_clear(tables) == set()
         await nodes[0].leave()

@@ -27,7 +27,8 @@ from pgmcp.settings import Settings
 from pgmcp.store.commands import identity
 from pgmcp.store.schema import migrations, revisions
 from tests.harness.clients import RawSession
-from tests.harness.cluster import Tables, eventually, running_node, tables_of
+from tests.harness.cluster import Tables, running_node, tables_of
+from tests.harness.waiting import eventually
 
 
 def counting(name: str, tool: str = "count") -> MCPServer:

@@ -18,9 +18,10 @@ from mcp_types import ElicitRequest, ElicitRequestFormParams, ElicitResult, Inpu
 from pgmcp.store.encryption.key_rings import KeyRing
 from tests.cluster.test_identity import bearer, server
 from tests.harness.clients import Message
-from tests.harness.cluster import RunningNode, cluster, eventually, tables_of
+from tests.harness.cluster import RunningNode, cluster, tables_of
 from tests.harness.modern import Modern
 from tests.harness.proxy import proxied
+from tests.harness.waiting import eventually
 
 ROUNDS = 4
 OWN = "a key that somebody has chosen, of 32 characters"
@@ -92,10 +93,10 @@ async def test_across_a_change_of_keys_and_a_restart_of_all_nodes(database: str)
                     assert answer["result"]["resultType"] == "input_required", answer
                 answer = await once(client, next(bases), generation, 0, {})
                 sealed.append((generation, answer["result"]["requestState"]))
-                keys |= set(nodes[0].node._states._keys)
+                keys |= nodes[0].node.states.key_ids
                 await tables.execute("update pgmcp.secrets set created_at = created_at - interval '2 hours'")
                 for node in nodes:  # makes the next key, which is not ripe: the older one still seals
-                    await node.node._states.load()
+                    await node.node.states.load()
                 assert sums_up(await play(client, bases, 7), 7)
         assert len(keys) == 4
 
@@ -103,11 +104,11 @@ async def test_across_a_change_of_keys_and_a_restart_of_all_nodes(database: str)
 async def test_a_node_that_has_not_read_the_newest_key_asks_for_it(database: str) -> None:
     async with cluster(database, rounds, 2) as nodes, tables_of(database) as tables, Modern() as client:
         await tables.execute("update pgmcp.secrets set created_at = created_at - interval '31 days'")
-        await nodes[0].node._states.load()
+        await nodes[0].node.states.load()
         await tables.execute("update pgmcp.secrets set created_at = created_at - interval '1 hour'")
-        await nodes[0].node._states.load()
-        assert len(nodes[0].node._states._keys) == 2
-        assert len(nodes[1].node._states._keys) == 1
+        await nodes[0].node.states.load()
+        assert len(nodes[0].node.states.key_ids) == 2
+        assert len(nodes[1].node.states.key_ids) == 1
         assert sums_up(await play(client, itertools.cycle([node.url for node in nodes]), 3), 3)
 
 
@@ -116,10 +117,10 @@ async def test_nodes_read_the_ring_anew_by_themselves(database: str, monkeypatch
     async with cluster(database, rounds, 2) as nodes, tables_of(database) as tables:
         await tables.execute("update pgmcp.secrets set created_at = created_at - interval '31 days'")
         for node in nodes:
-            for ring in (node.node._states, node.node._box):
+            for ring in (node.node.states, node.node.box):
 
                 def newer(ring: KeyRing = ring) -> bool:
-                    return len(ring._keys) == 2
+                    return len(ring.key_ids) == 2
 
                 await eventually(newer, "the next key is there")
         assert await tables.value("select count(*) from pgmcp.secrets") == 4, "made once for each ring"

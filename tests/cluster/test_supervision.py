@@ -15,8 +15,11 @@ from pgmcp.node import node as node_module
 from pgmcp.node import supervisor
 from pgmcp.node.incarnation import Incarnation
 from pgmcp.session.running_requests import ActorEnd
+from pgmcp.store.notifier import TableNotifier
+from pgmcp.store.takeover import TableTakeovers
 from tests.harness.clients import RawSession
-from tests.harness.cluster import RunningNode, cluster, eventually, everything, tables_of
+from tests.harness.cluster import RunningNode, cluster, everything, tables_of
+from tests.harness.waiting import eventually
 
 SOON: dict[str, Any] = {"poll": 0.2, "idle_poll": 0.3, "renew": 0.2}
 
@@ -42,34 +45,43 @@ def breaks(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, times: int = 
 Breaks = Callable[[Any, str], None]
 
 
-def wakes(self: Incarnation) -> None:
-    self.wakeups.orphans()
+async def wakes(node: RunningNode) -> None:
+    node.incarnation.wakeups.orphans()
 
 
-def turns(self: Incarnation) -> None:
-    self._database.timeline.on_change()
+async def turns(node: RunningNode) -> None:
+    node.database.timeline.on_change()
 
 
-def lost_line(self: Incarnation) -> None:
-    self.line._lost.set()
+async def loses_its_line(node: RunningNode) -> None:
+    async with tables_of(node.database.settings.database_url) as tables:
+        await tables.end_lines()
 
 
-def nothing(_: Incarnation) -> None:
+async def looks(node: RunningNode) -> None:
+    node.incarnation.host.look()
+
+
+async def reads_again(node: RunningNode) -> None:
+    node.incarnation.catch_up.begin()
+
+
+async def nothing(_: RunningNode) -> None:
     pass
 
 
-DUTIES: dict[str, tuple[Callable[[Incarnation], Any], str, Callable[[Incarnation], None]]] = {
-    "the line": (lambda one: one.line, "_alive", lost_line),
+DUTIES: dict[str, tuple[Callable[[Incarnation], Any], str, Callable[[RunningNode], Awaitable[None]]]] = {
+    "the line": (lambda one: one.lease, "hurry", loses_its_line),
     "the lease": (lambda one: one.line, "renew", nothing),
     "the change of timeline": (lambda one: one.host, "go_on", turns),
-    "the wake-ups": (lambda one: one.wakeups._notifier, "notify", wakes),
-    "the host": (lambda one: one.inbox, "unclaimed", lambda one: one.host.look()),
+    "the wake-ups": (lambda _: TableNotifier, "notify", wakes),
+    "the host": (lambda one: one.inbox, "unclaimed", looks),
     "the look for messages": (lambda one: one.inbox, "unclaimed", nothing),
-    "the takeover": (lambda one: one.takeover._table, "take_orphans", nothing),
+    "the takeover": (lambda _: TableTakeovers, "take_orphans", nothing),
     "the survey": (lambda one: one.inbox, "owned", nothing),
     "the look at streams": (lambda one: one.log, "carried", nothing),
-    "the retention": (lambda one: one._retention, "expire", nothing),
-    "the catch-up": (lambda one: one.host, "drop_strangers", lambda one: one._catch_up.begin()),
+    "the retention": (lambda one: one.retention, "expire", nothing),
+    "the catch-up": (lambda one: one.host, "drop_strangers", reads_again),
     "the look at the schema": (lambda _: incarnation_module, "outgrown", nothing),
 }
 
@@ -98,7 +110,7 @@ async def test_a_duty_that_fails_begins_anew(
         before, faults = node.incarnation, node.node.faults
         owner, name, provoke = DUTIES[duty]
         breaks(monkeypatch, owner(before), name)
-        provoke(before)
+        await provoke(node)
         await eventually(lambda: faults.counts, "it is counted")
         where = next(iter(faults.counts)) if duty in LOOKERS else duty
         assert where == duty or where in LOOKERS
@@ -163,7 +175,7 @@ async def test_a_duty_of_the_node_goes_on(
         before, faults = node.incarnation, node.node.faults
         name, owner = NODE[duty]
         asked: list[bool] = []
-        where: Any = owner or node.node._box
+        where: Any = owner or node.node.box
         real: Callable[..., Awaitable[Any]] = getattr(where, name)
 
         async def sometimes(*args: Any) -> Any:
@@ -225,8 +237,8 @@ async def test_work_for_one_session_that_fails_costs_no_other(
         await other.open(node.url)
         before = node.incarnation
         breaks(monkeypatch, before.inbox, "end_owned")
-        key = min(before.host._residents)
-        before.host._over(before.host._residents[key].actor, ActorEnd.ENDED)
+        actors = before.host.actors
+        before.host.over(actors[min(actors)], ActorEnd.ENDED)
         await eventually(lambda: node.node.faults.counts == {"work for one session": 1}, "it is counted")
         assert "Bug" in caplog.text
         assert (await other.call_tool(node.url, "count"))["structuredContent"] == {"result": 1}

@@ -13,7 +13,8 @@ from pgmcp.cluster.lease import LeaseState
 from pgmcp.errors import DatabaseUnavailable
 from pgmcp.types import Cursor
 from tests.harness.clients import RawExchange, RawSession, SseEvent
-from tests.harness.cluster import RunningNode, cluster, eventually, everything, tables_of
+from tests.harness.cluster import RunningNode, cluster, everything, tables_of
+from tests.harness.waiting import eventually
 
 SHORT: dict[str, Any] = {"renew": 0.1, "deadline": 0.1, "trust": 0.5, "ttl": 1.0, "keepalive": 0.2}
 WATCHED, UPDATED = "test://watched-resource", "notifications/resources/updated"

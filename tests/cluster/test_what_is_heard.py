@@ -14,7 +14,8 @@ from pgmcp import Cluster
 from pgmcp.store.notifier import channel
 from pgmcp.store.schema.tables import VIEWS
 from tests.harness.clients import RawExchange, RawSession
-from tests.harness.cluster import RunningNode, cluster, eventually, everything, tables_of
+from tests.harness.cluster import RunningNode, cluster, everything, tables_of
+from tests.harness.waiting import eventually
 
 COUNT: dict[str, Any] = {"jsonrpc": "2.0", "id": 2, "method": "tools/call", "params": {"name": "test_simple_text"}}
 
@@ -80,7 +81,7 @@ async def test_nothing_that_is_said_or_shown_leads_to_a_session(database: str) -
         await Cluster(database).publish(ToolsListChanged())
         await standalone.message("notifications/tools/list_changed")
         await stream.message("notifications/tools/list_changed")
-        moved = next(iter(nodes[0].residents))
+        moved = next(iter(nodes[0].actors))
         await nodes[0].incarnation.host.hand_over(moved, nodes[1].incarnation.node_id, busy=False)
         assert (await ends.delete(two)).status == 200
         await eventually(lambda: {payload[0] for payload in heard} >= set("itep"), f"all of it was said: {heard}")

@@ -18,7 +18,7 @@ from pytest_postgresql.executors import NoopExecutor
 
 from pgmcp.clock import Clock
 from pgmcp.web import bodies
-from tests.conftest import _temporary
+from tests.conftest import temporary_database
 from tests.harness.clients import RawSession
 from tests.harness.cluster import RunningNode, Tables, everything, running_node, tables_of
 
@@ -98,7 +98,7 @@ class Target:
         return {
             "open_streams": len(part.open_streams),
             "residents": part.host.sessions,
-            "tasks of the host": len(part.host._tasks),
+            "tasks of the host": part.host.under_way,
             "sinks": await self.tables.value("select count(*) from pgmcp.streams where sink is not null"),
             "sessions": rows["sessions"],
             "unfinished": await self.tables.value("select count(*) from pgmcp.requests where finished_at is null"),
@@ -147,7 +147,7 @@ def target(template: NoopExecutor) -> Iterator[Target]:
 
     async def main() -> None:
         try:
-            async for database in _temporary(template.template_dbname):
+            async for database in temporary_database(template.template_dbname):
                 async with (
                     running_node(database, everything(), "fuzz", Clock(), max_body=100_000, initialize_rate=0) as node,
                     tables_of(database) as tables,

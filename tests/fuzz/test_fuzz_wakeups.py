@@ -23,11 +23,11 @@ words = st.sampled_from(["*", "o", "p", "probe:", "probe:x", "", "i", "e", "h."]
 def test_wakeups(watched: Target, said: list[tuple[bool, str]]) -> None:
     """The session that the test has goes on, with the same actor."""
     node = watched.node.incarnation
-    actors = {key: resident.actor for key, resident in watched.node.residents.items()}
+    actors = watched.node.actors
     for to_all, payload in said:
         where = channel("pgmcp", None if to_all else node.node_id)
         watched.run(watched.tables.rows("select pg_notify($1, $2)", where, payload[:7000]))
     watched.serves()
     assert watched.node.incarnation is node
     assert not watched.node.node.faults.counts
-    assert all(watched.node.residents[key].actor is actor for key, actor in actors.items())
+    assert all(watched.node.actors[key] is actor for key, actor in actors.items())

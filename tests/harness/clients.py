@@ -296,7 +296,7 @@ class RawSession:
         self._ids = itertools.count(1)
         self._exchanges: list[RawExchange] = []
         self._wire = _Wire()
-        self._http = httpx.AsyncClient(
+        self.http = httpx.AsyncClient(
             headers=dict(headers or {}),
             timeout=httpx.Timeout(10, read=None, connect=CONNECT),
             transport=self._wire.transport(),
@@ -383,7 +383,7 @@ class RawSession:
         """Hang up on every exchange; the session itself is not ended."""
         for exchange in self._exchanges:
             await exchange.close()
-        await self._http.aclose()
+        await self.http.aclose()
         await self._wire.close()
 
     async def __aenter__(self) -> Self:
@@ -400,8 +400,8 @@ class RawSession:
         session = {} if self.session_id is None else {"mcp-session-id": self.session_id}
         if session and self.protocol_version >= "2025-06-18":
             session["mcp-protocol-version"] = self.protocol_version
-        request = self._http.build_request(verb, f"{base}{self.path}", headers={**session, **headers}, content=content)
-        exchange = await RawExchange(await self._http.send(request, stream=True)).begin()
+        request = self.http.build_request(verb, f"{base}{self.path}", headers={**session, **headers}, content=content)
+        exchange = await RawExchange(await self.http.send(request, stream=True)).begin()
         if exchange.is_stream:
             self._exchanges.append(exchange)
         return exchange

@@ -15,7 +15,7 @@ import uvicorn
 from pgmcp.clock import Clock, Ids
 from pgmcp.node import KEEP_ALIVE_SECONDS, Incarnation, Node
 from pgmcp.node.http_protocol import limited
-from pgmcp.session.intake import Resident
+from pgmcp.session.actor import Actor
 from pgmcp.session.sdk.bus import PostgresSubscriptionBus
 from pgmcp.session.target import load
 from pgmcp.settings import Settings
@@ -26,7 +26,7 @@ from pgmcp.web.bodies import Bodies
 from pgmcp.web.modern import Modern
 from tests.harness.pooler import way_to
 from tests.harness.schemas import remember
-from tests.harness.waiting import eventually as eventually  # noqa: PLC0414 - most tests look for it here
+from tests.harness.waiting import eventually
 
 START = 20.0
 remember()
@@ -50,53 +50,51 @@ class RunningNode:
         """The node's present incarnation."""
         return self.node.incarnation()
 
-    # What tests see of a node's inside: nobody else has to, so it is private there, and its names are here only.
-
     @property
     def present(self) -> Incarnation | None:
         """The incarnation, if the node is part of the cluster."""
-        return self.node._supervisor.present
+        return self.node.supervisor.present
 
     @property
     def database(self) -> Database:
         """The node's connections."""
-        return self.node._database
+        return self.node.database
 
     @property
     def bodies(self) -> Bodies:
         """The bodies that it holds in memory."""
-        return self.node._bodies
+        return self.node.bodies
 
     @property
     def modern(self) -> Modern:
         """What it answers without a session."""
-        return self.node._modern
+        return self.node.modern
 
     @property
     def bus(self) -> PostgresSubscriptionBus:
         """Where its server publishes."""
-        bus = self.node._target.bus
+        bus = self.node.target.bus
         assert isinstance(bus, PostgresSubscriptionBus)
         return bus
 
     @property
-    def residents(self) -> dict[SessionKey, Resident]:
+    def actors(self) -> dict[SessionKey, Actor]:
         """The actors that live here, by session."""
-        return self.incarnation.host._residents
+        return self.incarnation.host.actors
 
     @property
     def retention(self) -> Retention:
         """What ends sessions and prunes streams."""
-        return self.incarnation._retention
+        return self.incarnation.retention
 
     async def sweep(self) -> None:
         """Do one round of its retention now."""
-        await self.incarnation._sweep()
+        await self.incarnation.sweep()
 
     async def leave(self) -> None:
         """Leave the cluster for good; what is served without a session goes on."""
-        self.node._draining = True
-        await self.node._supervisor.stop()
+        self.node.draining = True
+        await self.node.supervisor.stop()
 
 
 @contextlib.asynccontextmanager
@@ -164,29 +162,40 @@ async def serving(
 
 def owner_of(nodes: Sequence[RunningNode], session: SessionKey) -> RunningNode:
     """The node that runs a session's actor."""
-    return next(node for node in nodes if session in node.residents)
+    return next(node for node in nodes if session in node.actors)
 
 
 class Tables:
     """The database as the truth: what lies in it, without asking any node."""
 
     def __init__(self, connection: asyncpg.Connection) -> None:
-        self._connection, self._turn = connection, asyncio.Lock()
+        self.connection, self._turn = connection, asyncio.Lock()
 
     async def value(self, query: str, *args: object) -> Any:
         """Return the one value of a query."""
         async with self._turn:
-            return await self._connection.fetchval(query, *args)
+            return await self.connection.fetchval(query, *args)
 
     async def rows(self, query: str, *args: object) -> list[asyncpg.Record]:
         """Return all rows of a query."""
         async with self._turn:
-            return list(await self._connection.fetch(query, *args))
+            return list(await self.connection.fetch(query, *args))
 
     async def execute(self, query: str, *args: object) -> str:
         """Run a statement."""
         async with self._turn:
-            return str(await self._connection.execute(query, *args))
+            return str(await self.connection.execute(query, *args))
+
+    async def lines(self) -> dict[str, int]:
+        """The backends of the nodes' lines, by the names that they go by."""
+        query = "select application_name as name, pid from pg_stat_activity where datname = current_database() "
+        return {row["name"]: row["pid"] for row in await self.rows(query + "and application_name like '% line'")}
+
+    async def end_lines(self) -> dict[str, int]:
+        """End the backends of the nodes' lines; which they were."""
+        lines = await self.lines()
+        await self.rows("select pg_terminate_backend(pid) from unnest($1::int[]) pid", list(lines.values()))
+        return lines
 
     async def counts(self) -> dict[str, int]:
         """How many rows each table of pgmcp has."""
@@ -208,6 +217,20 @@ class Tables:
                 row["value"] if isinstance(row["value"], bytes) else row["value"].encode() for row in values
             ]
         return found
+
+
+@contextlib.asynccontextmanager
+async def lost_lines(nodes: Sequence[RunningNode], tables: Tables) -> AsyncIterator[None]:
+    """End the lines of all nodes; they are open again when the context ends."""
+    before = await tables.end_lines()
+    yield
+    for node in nodes:
+        name = f"pgmcp {node.node.settings.node_name} line"
+
+        async def reopened(node: RunningNode = node, name: str = name) -> bool:
+            return (await tables.lines()).get(name) not in {None, before[name]} and node.incarnation.line.up
+
+        await eventually(reopened, "the line is open again")
 
 
 @contextlib.asynccontextmanager

@@ -19,10 +19,10 @@ from mcp import types
 from mcp.client.session import ClientRequestContext
 
 from tests.harness.clients import RawSession, connect
-from tests.harness.cluster import eventually
 from tests.harness.conformance import node_binary
 from tests.harness.nginx import Nginx
 from tests.harness.processes import REPOSITORY, ManagedProcess, NodeProcess
+from tests.harness.waiting import eventually
 
 TARGET = "tests/harness/deploys.py:mcp"
 """The server that the clients know; ``TRUTH`` names the file in which it notes each call."""

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from pgmcp.embedded import binaries, bound_to_parent
 from pgmcp.embedded.process import account_for
-from tests.harness.cluster import eventually, tables_of
+from tests.harness.cluster import tables_of
 from tests.harness.processes import free_ports
-from tests.harness.waiting import wait_until
+from tests.harness.waiting import eventually, wait_until
 
 # A killed server loses nothing that the operating system has: fsync may be off, synchronous_commit may not.
 SETTINGS = {"fsync": "off", "shared_buffers": "32MB", "wal_keep_size": "256MB", "max_connections": "100"}

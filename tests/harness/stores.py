@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import asyncpg
+import pytest
 
 from pgmcp.clock import Clock, Ids
 from pgmcp.errors import PgmcpError
@@ -16,9 +17,11 @@ from pgmcp.ports import Inbox
 from pgmcp.settings import Settings
 from pgmcp.store.database import Database
 from pgmcp.store.encryption.key_wrapping import wrapping_of
-from pgmcp.store.encryption.payloads import Payloads
+from pgmcp.store.encryption.payloads import CLEAR, Payloads
 from pgmcp.store.inbox import TableInbox
+from pgmcp.store.line import Line
 from pgmcp.store.log import TableLog
+from pgmcp.store.statements import statement
 from pgmcp.store.takeover import TableTakeovers
 from pgmcp.types import (
     ANONYMOUS,
@@ -59,6 +62,7 @@ class Store:
     inbox: TableInbox
     log: TableLog
     takeovers: TableTakeovers
+    payloads: Payloads = CLEAR
 
 
 @asynccontextmanager
@@ -78,7 +82,7 @@ async def store(
             TableLog(database, node, clock, gate, payloads),
         )
         try:
-            yield Store(node, database, inbox, log, TableTakeovers(database, node, gate, payloads))
+            yield Store(node, database, inbox, log, TableTakeovers(database, node, gate, payloads), payloads)
         finally:
             await database.close()
 
@@ -94,6 +98,46 @@ class Session:
     @property
     def key(self) -> SessionKey:
         return self.ownership.session
+
+
+@contextmanager
+def own_sql() -> Iterator[None]:
+    """Let ``Database.fetch`` take SQL of a test's own for a statement's name: it runs as a node's statements do."""
+
+    def text(name: str, *args: Any) -> str:
+        return statement(name, *args) if name.isidentifier() else name
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pgmcp.store.database.statement", text)
+        yield
+
+
+class _Keeping(Database):
+    """Connections of a node; the direct ones are kept."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings, Clock())
+        self.direct: list[asyncpg.Connection] = []
+
+    async def connect(self, url: str, *, timeout: float, **options: Any) -> asyncpg.Connection:
+        self.direct.append(await super().connect(url, timeout=timeout, **options))
+        return self.direct[-1]
+
+
+@asynccontextmanager
+async def line_connection(address: str) -> AsyncIterator[asyncpg.Connection]:
+    """The connection of a line that is open, and says nothing by itself."""
+    database = _Keeping(Settings(database_url=address))
+    line = Line(
+        database.settings, NodeId(IDS.uuid()), Clock(), IDS, on_payload=print, on_broadcast=print,
+        on_reset=lambda *, crashed: None, on_lost=lambda: None, database=database,
+    )  # fmt: skip
+    await line.start()
+    try:
+        [connection] = database.direct
+        yield connection
+    finally:
+        await line.stop()
 
 
 class HasInbox(Protocol):

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 from mcp.server.mcpserver import MCPServer
 
+from pgmcp.types import Claimed, Ownership
 from tests.harness.clients import RawExchange, RawSession
-from tests.harness.cluster import cluster, eventually, tables_of
+from tests.harness.cluster import cluster, tables_of
+from tests.harness.waiting import eventually
 from tests.limits.conftest import Talker
 
 INVALID_REQUEST, INTERNAL_ERROR, PARSE_ERROR = -32600, -32603, -32700
@@ -186,18 +188,23 @@ async def test_messages_that_wait_for_a_stalled_owner(database: str, talker: Tal
         RawSession() as session,
     ):
         await session.open(nodes[0].url)
-        [resident] = nodes[0].residents.values()
+        host, inbox = nodes[0].incarnation.host, nodes[0].incarnation.inbox
         assert (await session.call(nodes[1].url, "ping"))["result"] == {}
-        await eventually(lambda: not resident.taking, "the inbox is empty")
-        resident.taking = True  # the owner is stuck
+        await eventually(lambda: host.movable(busy=True), "the inbox is empty")
+        claim, goes_on = inbox.claim, asyncio.Event()
+
+        async def stuck(ownership: Ownership, *, requests: bool = True) -> list[Claimed]:
+            await goes_on.wait()
+            return await claim(ownership, requests=requests)
+
+        inbox.claim = stuck  # type: ignore[method-assign]
         for number in range(20):
             note = await session.notify(nodes[number % 2].url, "notifications/x")
             assert note.status == 202, note.body
         for node in nodes:
             refused(await session.notify(node.url, "notifications/x"), 429, INVALID_REQUEST)
         assert await tables.value("select count(*) from pgmcp.requests where finished_at is null") == 20
-        resident.taking = False
-        nodes[0].incarnation.host.wake(resident.actor.ownership.session)
+        goes_on.set()
         for node in nodes:
             await eventually(partial(accepted, session, node.url), "there is room again")
 

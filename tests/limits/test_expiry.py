@@ -7,7 +7,8 @@ import pytest
 from pgmcp.store.retention import Retention
 from pgmcp.types import Cursor, Page
 from tests.harness.clients import RawExchange, RawSession
-from tests.harness.cluster import RunningNode, Tables, cluster, eventually, tables_of
+from tests.harness.cluster import RunningNode, Tables, cluster, tables_of
+from tests.harness.waiting import eventually
 from tests.limits.conftest import Talker
 
 both = pytest.mark.parametrize("edge", [0, 1])
@@ -300,7 +301,7 @@ async def test_a_stream_that_is_being_carried_is_not_pruned(database: str, talke
         body = {"jsonrpc": "2.0", "id": "big", "method": "tools/call", "params": flood}
         headers = {"mcp-session-id": str(session.session_id), "accept": "application/json, text/event-stream",
                    "content-type": "application/json"}  # fmt: skip
-        async with session._http.stream("POST", f"{nodes[edge].url}/mcp", json=body, headers=headers) as response:
+        async with session.http.stream("POST", f"{nodes[edge].url}/mcp", json=body, headers=headers) as response:
             pieces = response.aiter_raw()
             await anext(pieces)
             closed = "select count(*) from pgmcp.streams where closed and sink is not null"

@@ -12,8 +12,9 @@ from pgmcp.types import ANONYMOUS
 from pgmcp.web.admission import ALONE_SECONDS, Caller
 from pgmcp.web.fair_shares import FairShares
 from tests.harness.clock import FakeClock
-from tests.harness.cluster import cluster, eventually, everything
+from tests.harness.cluster import cluster, everything
 from tests.harness.modern import ACCEPT, Modern, asked
+from tests.harness.waiting import eventually
 
 LISTEN = "subscriptions/listen"
 TOOLS = {"notifications": {"toolsListChanged": True}}
@@ -43,7 +44,7 @@ def test_alone_three_quarters_and_beside_others_a_quarter() -> None:
         assert filled(shares, stack, caller(2)) == 13  # no more than are free: the next ones find room, too
         assert filled(shares, stack, caller(3)) == 6
         assert filled(shares, stack, caller(4)) == 3
-    assert shares._held == {}
+    assert shares.callers == 0
     with contextlib.ExitStack() as stack:
         assert filled(shares, stack, caller(1)) == 25
         clock.jump(ALONE_SECONDS)
@@ -95,4 +96,4 @@ async def test_who_lies_about_its_method_gains_nothing(database: str) -> None:
             sent = {"accept": ACCEPT, "content-type": "application/json", **headers, "mcp-method": told}
             refused = await client.send("POST", node.url, sent, json.dumps(body).encode())
             assert (refused.status, refused.json()["error"]["code"]) == (400, -32020)
-        assert not node.modern._open
+        assert node.modern.open == 0

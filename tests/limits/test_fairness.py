@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pgmcp.types import Accepted, Message, RequestKey
 from pgmcp.web.admission import SHARE, SLOTS
 from tests.harness.clients import RawSession
-from tests.harness.cluster import RunningNode, cluster, eventually
+from tests.harness.cluster import RunningNode, cluster
+from tests.harness.waiting import eventually
 from tests.limits.conftest import Talker
 
 LONG = 3600.0
@@ -30,7 +31,7 @@ def gate(node: RunningNode, session: RawSession | str) -> Iterator[Callable[[], 
             await opened.wait()
         return await accept(messages)
 
-    admission._young = LONG
+    admission.young = LONG
     inbox.accept = accept_later  # type: ignore[method-assign]  # until the context ends
     try:
         yield lambda: len(inside)

@@ -12,7 +12,8 @@ import pytest
 from pgmcp.node import http_protocol
 from pgmcp.node.http_protocol import HEAD_BYTES, Proxies
 from tests.harness.clients import RawSession
-from tests.harness.cluster import RunningNode, cluster, eventually
+from tests.harness.cluster import RunningNode, cluster
+from tests.harness.waiting import eventually
 from tests.limits.conftest import Talker
 
 PING = b'{"jsonrpc": "2.0", "id": 1, "method": "ping"}'

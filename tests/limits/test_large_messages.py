@@ -13,7 +13,8 @@ from pgmcp.session.adapter import Kind, Outgoing
 from pgmcp.session.message_limit import MessageLimit
 from pgmcp.types import Cursor
 from tests.harness.clients import RawSession
-from tests.harness.cluster import Tables, cluster, eventually, tables_of
+from tests.harness.cluster import Tables, cluster, tables_of
+from tests.harness.waiting import eventually
 from tests.limits.conftest import Talker
 
 MIB = 1 << 20

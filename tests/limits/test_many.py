@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import pytest
 
 from tests.harness.clients import RawSession
-from tests.harness.cluster import RunningNode, cluster, eventually, everything, tables_of
+from tests.harness.cluster import RunningNode, cluster, everything, tables_of
+from tests.harness.waiting import eventually
 
 COUNT = 200
 OF_SESSIONS = ("sessions", "journal", "requests", "streams", "events")
@@ -22,10 +23,10 @@ def held(nodes: Sequence[RunningNode]) -> dict[str, int]:
     return {
         "open_streams": sum(len(part.open_streams) for part in parts),
         "residents": sum(part.host.sessions for part in parts),
-        "tasks of hosts": sum(len(part.host._tasks) for part in parts),
-        "early wake-ups": sum(len(part.wakeups._dirty) for part in parts),
-        "closing events": sum(len(part.log._last) for part in parts),
-        "unheard claims": sum(len(part.inbox._unheard) for part in parts),
+        "tasks of hosts": sum(part.host.under_way for part in parts),
+        "early wake-ups": sum(part.wakeups.waiting for part in parts),
+        "closing events": sum(part.log.closing for part in parts),
+        "unheard claims": sum(part.inbox.unheard for part in parts),
         "session tasks": sum(task.get_name().startswith("session ") for task in asyncio.all_tasks()),
     }
 

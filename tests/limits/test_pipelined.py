@@ -6,7 +6,8 @@ import asyncio
 from urllib.parse import urlsplit
 
 from tests.harness.clients import RawSession
-from tests.harness.cluster import cluster, eventually, tables_of
+from tests.harness.cluster import cluster, tables_of
+from tests.harness.waiting import eventually
 from tests.limits.conftest import Talker
 
 CARRIED = "select count(*) from pgmcp.streams where sink is not null"

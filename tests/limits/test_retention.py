@@ -6,9 +6,11 @@ from collections.abc import Sequence
 
 import pytest
 
+from pgmcp.clock import Ids
 from pgmcp.store.retention import Retention
 from tests.harness.clients import RawSession
-from tests.harness.cluster import RunningNode, Tables, cluster, eventually, tables_of
+from tests.harness.cluster import RunningNode, Tables, cluster, tables_of
+from tests.harness.waiting import eventually
 from tests.limits.conftest import Talker
 
 both = pytest.mark.parametrize("edge", [0, 1])
@@ -34,8 +36,7 @@ async def pass_by(tables: Tables, seconds: float) -> None:
 
 async def swept(nodes: Sequence[RunningNode]) -> None:
     for node in nodes:
-        retention: Retention = node.retention
-        await Retention(retention._database, retention._ids).prune()  # it knows of no earlier sweep
+        await Retention(node.database, Ids()).prune()  # it knows of no earlier sweep
 
 
 async def let_go(tables: Tables) -> None:

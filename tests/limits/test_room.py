@@ -10,7 +10,8 @@ import pytest
 from mcp.server.mcpserver import MCPServer
 
 from tests.harness.clients import RawSession
-from tests.harness.cluster import Tables, cluster, eventually, tables_of
+from tests.harness.cluster import Tables, cluster, tables_of
+from tests.harness.waiting import eventually
 from tests.limits.conftest import Talker
 
 SINKS = "select count(*) from pgmcp.streams where sink is not null"

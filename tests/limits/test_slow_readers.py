@@ -13,7 +13,8 @@ from urllib.parse import urlsplit
 import pytest
 
 from tests.harness.clients import RawSession
-from tests.harness.cluster import RunningNode, Tables, cluster, eventually, tables_of
+from tests.harness.cluster import RunningNode, Tables, cluster, tables_of
+from tests.harness.waiting import eventually
 from tests.limits.conftest import Talker
 
 both = pytest.mark.parametrize("edge", [0, 1])

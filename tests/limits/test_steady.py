@@ -8,7 +8,8 @@ import pytest
 
 from pgmcp.node import incarnation
 from tests.harness.clients import RawSession
-from tests.harness.cluster import Tables, cluster, eventually, tables_of
+from tests.harness.cluster import Tables, cluster, tables_of
+from tests.harness.waiting import eventually
 from tests.limits.conftest import Talker
 
 CALLS = 150

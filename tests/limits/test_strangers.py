@@ -18,7 +18,8 @@ from pgmcp.web.admission import Caller
 from pgmcp.web.bodies import SHARES, SMALL_BYTES, Bodies, Body
 from tests.harness.clients import RawSession
 from tests.harness.clock import FakeClock
-from tests.harness.cluster import RunningNode, cluster, eventually
+from tests.harness.cluster import RunningNode, cluster
+from tests.harness.waiting import eventually
 from tests.limits.conftest import Talker
 from tests.limits.test_admission import refused
 from tests.limits.test_slow_senders import sending
@@ -83,13 +84,13 @@ async def test_whose_large_bodies_are_refused_waits_before_the_next_is_read(
         loop, read = asyncio.get_running_loop(), len(BOMB) * SHARES // 4
         began = loop.time()
         first = [asyncio.create_task(session.post(node.url, BOMB)) for _ in range(SHARES // 4)]
-        await eventually(lambda: node.node._bodies.total >= read, "all that may be read was read")
+        await eventually(lambda: node.bodies.total >= read, "all that may be read was read")
         more = await session.post(node.url, BOMB)
         assert (more.status, b"bodies" in more.body) == (503, True)
-        assert node.node._bodies.total <= read
+        assert node.bodies.total <= read
         assert {answer.status for answer in await asyncio.gather(*first)} == {400 if session_id == "own" else 404}
         assert loop.time() - began >= 2
-        assert node.node._bodies.total == 0
+        assert node.bodies.total == 0
         small = await session.post(node.url, b"{")  # what costs nothing is refused at once
         assert small.status == 400
         assert loop.time() - began < 30
@@ -134,7 +135,7 @@ def test_bodies_in_memory_are_bounded_for_all_and_for_each_caller() -> None:
             with pytest.raises(NodeFull):
                 body.grow(SMALL_BYTES)  # not small any more
     assert bodies.total == 0
-    assert not bodies._of
+    assert bodies.callers == 0
 
 
 async def test_a_caller_whose_bodies_are_too_many_is_told_so_before_the_next_is_read(
@@ -181,7 +182,7 @@ async def test_what_was_stored_is_not_held_while_it_is_answered(database: str, t
 def held_up(node: RunningNode, subject: str) -> Iterator[list[str]]:
     """Accepting what one principal sends waits until the context ends."""
     inbox, opened, inside = node.incarnation.inbox, asyncio.Event(), []
-    accept, node.incarnation.edge.admission._young = inbox.accept, 0.001
+    accept, node.incarnation.edge.admission.young = inbox.accept, 0.001
 
     async def accept_later(messages: Sequence[Message]) -> Accepted:
         if messages[0].principal.subject == subject:
@@ -241,7 +242,7 @@ async def test_a_strangers_large_body_is_not_looked_into(
     monkeypatch.setattr(check, seen)
     body = json.dumps({"jsonrpc": "2.0", "method": "notifications/x", "params": {"x": "y" * 50_000}}).encode()
     async with cluster(database, private, 1) as [node], RawSession() as bare, RawSession() as ada, RawSession() as bob:
-        ada._http.headers["authorization"], bob._http.headers["authorization"] = "Bearer ada", "Bearer bob"
+        ada.http.headers["authorization"], bob.http.headers["authorization"] = "Bearer ada", "Bearer bob"
         await ada.open(node.url)
         bob.session_id = bare.session_id = ada.session_id
         assert (await bare.post(node.url, body)).status == 401

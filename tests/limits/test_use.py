@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from functools import partial
 
 import pytest
 
 from pgmcp.errors import DatabaseUnavailable
+from pgmcp.store.notifier import channel
 from pgmcp.store.retention import Retention
 from pgmcp.types import ANONYMOUS, Cursor
 from tests.harness.clients import RawSession
-from tests.harness.cluster import RunningNode, Tables, cluster, eventually, tables_of
+from tests.harness.cluster import RunningNode, Tables, cluster, lost_lines, tables_of
+from tests.harness.waiting import eventually
 from tests.limits.conftest import Talker
 
 both = pytest.mark.parametrize("edge", [0, 1])
@@ -67,8 +68,8 @@ async def test_a_stream_is_use_until_it_is_let_go(database: str, talker: Talker,
                 nodes[edge].incarnation.edge.leave(at_once=True)
                 await stream.rest()
             case "server":
-                [resident] = nodes[0].residents.values()
-                await nodes[0].incarnation.log.drop_sink(resident.actor.ownership, None)
+                [actor] = nodes[0].actors.values()
+                await nodes[0].incarnation.log.drop_sink(actor.ownership, None)
             case "next":
                 other = await session.get(nodes[1 - edge].url)
                 await age(tables, 2 * HOUR)
@@ -185,11 +186,19 @@ async def test_wake_ups_that_bring_nothing_are_no_use(database: str, talker: Tal
         await eventually(lambda: tables.value(NOTHING), "nothing is carried or runs")
         await age(tables, HOUR + LATER)
         incarnation = nodes[0].incarnation
-        [resident] = incarnation.host._residents.values()
-        looks = (partial(incarnation._on_payload, "*"), partial(incarnation._on_line_open, crashed=False))
-        for look in looks:
-            look()
-            await eventually(lambda: not resident.taking, "it has looked")
+
+        async def has_looked() -> None:
+            await eventually(lambda: not incarnation.catch_up.wanted, "it looks")
+            await eventually(lambda: incarnation.host.movable(busy=True), "it has looked")
+
+        for payload in ("*", "?"):
+            where = channel("pgmcp", incarnation.node_id)
+            await tables.rows("select pg_notify($1, $2)", where, payload)
+        await eventually(lambda: incarnation.junk, "what was said before is heard, too")
+        await has_looked()
+        async with lost_lines(nodes, tables):
+            pass
+        await has_looked()
         await incarnation.host.poll()
         await incarnation.host.survey()
         assert len(await retention(nodes[1]).expire()) == 1

@@ -8,7 +8,8 @@ import pytest
 
 from pgmcp.types import CARRIED, Cursor, Page
 from tests.harness.clients import Message, RawExchange, RawSession
-from tests.harness.cluster import Tables, cluster, eventually, tables_of
+from tests.harness.cluster import Tables, cluster, tables_of
+from tests.harness.waiting import eventually
 from tests.limits.conftest import Talker
 
 both = pytest.mark.parametrize("edge", [0, 1])

@@ -12,7 +12,8 @@ from mcp.server.mcpserver import Context, MCPServer
 
 from pgmcp.clock import Clock
 from tests.harness.clients import RawExchange, RawSession
-from tests.harness.cluster import RunningNode, eventually, running_node
+from tests.harness.cluster import RunningNode, running_node
+from tests.harness.waiting import eventually
 
 
 class Truth:

@@ -16,8 +16,9 @@ from typing import Any
 from mcp import types
 
 from tests.harness.clients import connect
-from tests.harness.cluster import eventually, tables_of
+from tests.harness.cluster import tables_of
 from tests.harness.processes import REPOSITORY
+from tests.harness.waiting import eventually
 
 TARGET = "tests/harness/deploys.py:mcp"
 SETTLE = 30.0

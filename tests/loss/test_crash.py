@@ -23,8 +23,9 @@ from pgmcp.store.database import Database
 from pgmcp.store.line import Line
 from pgmcp.types import JUMP, NodeId
 from tests.harness.clients import RawSession
-from tests.harness.cluster import eventually, tables_of
+from tests.harness.cluster import tables_of
 from tests.harness.servers import Server
+from tests.harness.waiting import eventually
 from tests.loss.conftest import Cluster
 from tests.loss.inside import Truth, two_nodes, waiting
 from tests.loss.load import load, note, rounded, unmoved
@@ -150,8 +151,9 @@ async def test_a_request_that_gets_the_id_of_a_forgotten_transaction_is_answered
         for turn in range(TRIES):
             for _ in range(100):
                 assert await inbox.claim(ownership) == []
+            async with tables_of(primary.url()) as tables:
+                given_out = await tables.value("select pg_snapshot_xmin(pg_current_snapshot())::text::bigint") - 20
             await inbox.unclaimed()
-            given_out = inbox._seen.of(0).low - 20
             host.unsettled = True  # no poll comes between the crash and the request
             primary.crash()
             primary.start(wait=False)

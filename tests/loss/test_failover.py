@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness.cluster import eventually, tables_of
+from tests.harness.cluster import tables_of
 from tests.harness.processes import free_ports
 from tests.harness.servers import Server
+from tests.harness.waiting import eventually
 from tests.loss.conftest import Cluster
 from tests.loss.load import Load, load, note, rounded, unmoved
 

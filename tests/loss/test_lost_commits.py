@@ -7,12 +7,13 @@ from contextlib import AsyncExitStack
 
 import pytest
 
-from pgmcp.node.timeline import TimelineChange
+from pgmcp.session.host import Host
 from pgmcp.store.timeline import Timeline
 from pgmcp.types import JUMP
 from tests.harness.clients import RawExchange, RawSession
-from tests.harness.cluster import eventually, tables_of
+from tests.harness.cluster import tables_of
 from tests.harness.servers import Server
+from tests.harness.waiting import eventually
 from tests.loss.inside import Truth, two_nodes, waiting
 
 UPDATED = "notifications/resources/updated"
@@ -56,10 +57,10 @@ async def test_the_last_commits_are_lost(primary: Server, standby: Server) -> No
         truth.gates["quiet early"].set()  # its answer is on its way when the term begins
         await asyncio.to_thread(standby.promote)
         for node in nodes:
-            timeline, change = node.database.timeline, node.incarnation._timeline_change
+            timeline, host = node.database.timeline, node.incarnation.host
 
-            def went_on(timeline: Timeline = timeline, change: TimelineChange = change) -> bool:
-                return timeline.term == 1 and change._settled.is_set()
+            def went_on(timeline: Timeline = timeline, host: Host = host) -> bool:
+                return timeline.term == 1 and not host.unsettled
 
             await eventually(went_on, "it goes on in the next term")
 

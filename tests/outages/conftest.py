@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 import pytest
 from pytest_postgresql.executors import NoopExecutor
 
-from tests.conftest import _temporary
+from tests.conftest import temporary_database
 from tests.harness.cluster import Tables, tables_of
 from tests.outages.ledger import Ledger
 
@@ -15,7 +15,7 @@ from tests.outages.ledger import Ledger
 @pytest.fixture
 async def second_database(template: NoopExecutor) -> AsyncIterator[str]:
     """The address of one more migrated database."""
-    async for address in _temporary(template.template_dbname):
+    async for address in temporary_database(template.template_dbname):
         yield address
 
 

@@ -11,7 +11,8 @@ from typing import Any
 from mcp.server.mcpserver import Context, MCPServer
 
 from tests.harness.clients import RawSession
-from tests.harness.cluster import RunningNode, eventually
+from tests.harness.cluster import RunningNode
+from tests.harness.waiting import eventually
 
 CALL = 10.0
 

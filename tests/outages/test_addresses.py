@@ -28,7 +28,8 @@ from pgmcp.settings import Settings
 from pgmcp.store.connection.address import current, place
 from pgmcp.store.database import Database
 from tests.harness.clients import RawSession
-from tests.harness.cluster import cluster, eventually, everything
+from tests.harness.cluster import cluster, everything
+from tests.harness.waiting import eventually
 
 BOUND = 20
 SSL_REQUEST = bytes.fromhex("00000008 04d2162f")

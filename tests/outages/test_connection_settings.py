@@ -15,7 +15,7 @@ from pgmcp.types import ANONYMOUS, Cursor
 from tests.harness.clients import RawSession
 from tests.harness.cluster import Tables, cluster, everything
 from tests.harness.pooler import pooler
-from tests.harness.stores import HELD, IDS, Store, answer, opened, request, store
+from tests.harness.stores import HELD, IDS, Store, answer, line_connection, opened, own_sql, request, store
 
 SETTINGS = {
     "repeatable read": {"default_transaction_isolation": "'repeatable read'"},
@@ -120,15 +120,13 @@ async def test_pool_and_line_have_what_is_pinned(role: Role) -> None:
         await session.open(nodes[0].url, nodes[1].url)
         for turn, node in enumerate([*nodes, *nodes], 1):
             assert (await session.call_tool(node.url, "count"))["structuredContent"] == {"result": turn}
-        for node in nodes:
-            line, database = node.incarnation.line, node.database
-            assert line._connection is not None
-            async with line._turn:
-                assert pairs(await line._connection.fetch(LOOK, list(PINNED))) == PINNED
-            assert database._pool is not None
-            async with database._pool.acquire() as connection:
-                assert pairs(await connection.fetch(LOOK, list(PINNED))) == PINNED
-                assert await connection.fetchval("show enable_indexscan") == "on"
+        with own_sql():
+            for node in nodes:
+                assert pairs(await node.database.fetch(LOOK, list(PINNED))) == PINNED
+                [found] = await node.database.fetch("show enable_indexscan")
+                assert found["enable_indexscan"] == "on"
+    async with line_connection(address) as connection:
+        assert pairs(await connection.fetch(LOOK, list(PINNED))) == PINNED
 
 
 async def test_a_pooler_s_strangers_see_nothing_of_it(role: Role) -> None:
@@ -137,13 +135,12 @@ async def test_a_pooler_s_strangers_see_nothing_of_it(role: Role) -> None:
     await set_for_it(default_transaction_isolation="serializable", synchronous_commit="off")
     with pooler(address) as through:
         async with store(through, listen_url=address) as node:
-            seen = await node.database._run(
-                node.database._idle[-1], LOOK, (["transaction_isolation", "synchronous_commit"],), 5.0
-            )
+            with own_sql():
+                seen = await node.database.fetch(LOOK, ["transaction_isolation", "synchronous_commit"])
             assert pairs(seen) == {"transaction_isolation": "read committed", "synchronous_commit": "on"}
             await exchange(node)
-            with pytest.raises(asyncpg.DivisionByZeroError):
-                await node.database._run(node.database._idle[-1], "select 1 / $1::int", (0,), 5.0)
+            with own_sql(), pytest.raises(asyncpg.DivisionByZeroError):
+                await node.database.fetch("select 1 / $1::int", 0)
             await exchange(node)
             stranger = await asyncpg.connect(through, statement_cache_size=0)
             assert await stranger.fetchval("show transaction_isolation") == "serializable"
@@ -156,7 +153,9 @@ async def test_what_a_dba_chose_for_commits_stays(role: Role, level: str) -> Non
     address, set_for_it = role
     await set_for_it(synchronous_commit=level)
     async with store(address) as node:
-        assert await node.database._idle[-1].fetchval("show synchronous_commit") == level
+        with own_sql():
+            [found] = await node.database.fetch("show synchronous_commit")
+        assert found["synchronous_commit"] == level
 
 
 @pytest.mark.usefixtures("either_way")
@@ -180,7 +179,9 @@ async def test_a_change_behind_the_pooler_is_noticed(
             await set_for_it(default_transaction_isolation="serializable")
             await tables.value(f"select count(pg_terminate_backend(pid)) {BACKENDS}")
             await exchange(node)
-            assert node.database._frame._lacking == {"default_transaction_isolation"}
+            with own_sql():
+                seen = await node.database.fetch(LOOK, ["transaction_isolation"])
+            assert pairs(seen) == {"transaction_isolation": "read committed"}
 
 
 async def test_migrations_do_not_mind(empty_database: str) -> None:

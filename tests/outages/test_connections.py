@@ -14,10 +14,12 @@ import asyncpg
 import pytest
 
 from pgmcp.clock import Clock
+from pgmcp.store.notifier import TableNotifier
 from pgmcp.types import NodeId
 from tests.harness.clients import RawExchange, RawSession
-from tests.harness.cluster import RunningNode, Tables, cluster, eventually, running_node
+from tests.harness.cluster import RunningNode, Tables, cluster, running_node
 from tests.harness.proxy import Proxy, proxied
+from tests.harness.waiting import eventually
 from tests.outages.ledger import Ledger, load, run, sessions
 
 UPDATED = "notifications/resources/updated"
@@ -301,16 +303,17 @@ async def test_locked_sessions_wait_alone(database: str, ledger: Ledger, tables:
         assert statistics.median(took) < statistics.median(usual) + LOCK_WAIT, took
 
 
-async def test_without_any_wake_up_polls_are_enough(database: str, ledger: Ledger) -> None:
+async def test_without_any_wake_up_polls_are_enough(
+    database: str, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Committed and never announced: each of a call's two wake-ups that is lost costs one poll at most."""
     async with cluster(database, ledger.server, 2, poll=0.5) as nodes, sessions(nodes, 4) as opened:
         lost: list[tuple[NodeId | None, str]] = []
-        for node in nodes:
 
-            async def drop(payloads: Sequence[tuple[NodeId | None, str]]) -> None:
-                lost.extend(payloads)
+        async def drop(_: TableNotifier, payloads: Sequence[tuple[NodeId | None, str]]) -> None:
+            lost.extend(payloads)
 
-            node.incarnation.wakeups._notifier.notify = drop  # type: ignore[method-assign]
+        monkeypatch.setattr(TableNotifier, "notify", drop)
         for turn in range(3):
             assert await crosswise(nodes, opened, f"{turn}") < 0.5 + 1
         assert len(lost) >= 12

@@ -11,8 +11,9 @@ import httpx
 from pgmcp.clock import Clock
 from pgmcp.web.connection import Connection
 from tests.harness.clients import RawSession
-from tests.harness.cluster import Tables, eventually, running_node, serving
+from tests.harness.cluster import Tables, running_node, serving
 from tests.harness.proxy import proxied
+from tests.harness.waiting import eventually
 from tests.outages.ledger import CALL, Ledger
 
 RUN = {"jsonrpc": "2.0", "id": 7, "method": "tools/call", "params": {"name": "run", "arguments": {"text": "once"}}}
@@ -29,10 +30,10 @@ async def test_a_post_that_its_node_held_runs_no_second_time(database: str, ledg
         RawSession() as session,
     ):
         await session.open(near.url)
-        accepts = far.incarnation.inbox._accepts
+        inbox = far.incarnation.inbox
         proxy.black_hole = True
         given_up = asyncio.create_task(session.post(far.url, RUN))
-        await eventually(lambda: accepts._runner is not None, "the far node holds the POST")
+        await eventually(lambda: inbox.accepting, "the far node holds the POST")
         given_up.cancel()
         exchange = await session.post(near.url, RUN)
         await exchange.response(7, CALL)
@@ -40,7 +41,7 @@ async def test_a_post_that_its_node_held_runs_no_second_time(database: str, ledg
         await eventually(lambda: tables.value(FREED), "the answer was noted as written")
         proxy.black_hole = False
         proxy.cut_all()
-        await eventually(lambda: accepts._runner is None, "the far node has sent what it held", 20)
+        await eventually(lambda: not inbox.accepting, "the far node has sent what it held", 20)
         await session.call_tool(far.url, "run", text="after")
         assert ledger.ran == ["once", "after"]
 
@@ -53,10 +54,10 @@ async def test_what_a_node_holds_when_it_stops_is_asked_for_again(database: str,
             proxied(database) as (proxy, way),
             running_node(way, ledger.server(), "far", Clock(), statement_timeout=0.5) as far,
         ):
-            accepts = far.incarnation.inbox._accepts
+            inbox = far.incarnation.inbox
             proxy.black_hole = True
             held = asyncio.create_task(session.post(far.url, RUN))
-            await eventually(lambda: accepts._runner is not None, "the far node holds the POST")
+            await eventually(lambda: inbox.accepting, "the far node holds the POST")
         exchange = await held
         assert (exchange.status, exchange.headers["retry-after"]) == (503, "1")
         assert exchange.json()["error"]["message"] == "This node has stopped; send the same message again."

@@ -12,13 +12,40 @@ from uuid import UUID
 import pytest
 
 from pgmcp.clock import Clock, Ids
-from pgmcp.store.notifier import channel
+from pgmcp.node import incarnation
+from pgmcp.store.line import Line
+from pgmcp.store.notifier import TableNotifier, channel
 from pgmcp.store.schema import migrations
 from pgmcp.types import StreamId
 from tests.harness.clients import RawSession
-from tests.harness.cluster import RunningNode, Tables, cluster, eventually, running_node
+from tests.harness.cluster import RunningNode, Tables, cluster, running_node
 from tests.harness.proxy import proxied
+from tests.harness.waiting import eventually
 from tests.outages.ledger import Ledger, load, run, sessions, unread_flood
+
+
+class KeepingLine(Line):
+    """A line that keeps what it hears."""
+
+    def __init__(
+        self, *args: Any, on_payload: Callable[[str], None], on_broadcast: Callable[[str], None], **more: Any
+    ) -> None:
+        self.heard: list[str] = []
+
+        def noted(known: Callable[[str], None]) -> Callable[[str], None]:
+            def note(payload: str) -> None:
+                self.heard.append(payload)
+                known(payload)
+
+            return note
+
+        super().__init__(*args, on_payload=noted(on_payload), on_broadcast=noted(on_broadcast), **more)
+
+
+@pytest.fixture(autouse=True)
+def keeping_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The nodes' lines keep what they hear."""
+    monkeypatch.setattr(incarnation, "Line", KeepingLine)
 
 
 def heard_by(nodes: Sequence[RunningNode]) -> list[str]:
@@ -26,15 +53,8 @@ def heard_by(nodes: Sequence[RunningNode]) -> list[str]:
     heard: list[str] = []
     for node in nodes:
         line = node.incarnation.line
-
-        def noted(known: Callable[[str], None]) -> Callable[[str], None]:
-            def note(payload: str) -> None:
-                heard.append(payload)
-                known(payload)
-
-            return note
-
-        line._on_payload, line._on_broadcast = noted(line._on_payload), noted(line._on_broadcast)
+        assert isinstance(line, KeepingLine)
+        line.heard = heard
     return heard
 
 
@@ -56,7 +76,7 @@ async def test_two_clusters_in_one_postgres_do_not_hear_each_other(
         sessions(there, 2) as theirs,
     ):
         assert [node.incarnation.host.sessions for node in (*here, *there)] == [1] * 4
-        keys = [set(nodes[0].residents) for nodes in (here, there)]
+        keys = [set(nodes[0].actors) for nodes in (here, there)]
         assert keys[0] == keys[1]
         heard = heard_by(here), heard_by(there)
         for turn in range(3):
@@ -206,25 +226,25 @@ where not granted and locktype = 'object' and classid = 'pg_database'::regclass
 """
 
 
-async def test_a_storm_of_wake_ups_is_one_notify_at_a_time(database: str, ledger: Ledger, tables: Tables) -> None:
+async def test_a_storm_of_wake_ups_is_one_notify_at_a_time(
+    database: str, ledger: Ledger, tables: Tables, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """recall.ai: NOTIFY in every write transaction serialised the instance."""
     async with cluster(database, ledger.server, 3, poll=60) as nodes, sessions(nodes, 3) as opened:
-        flying: dict[str, int] = {}
+        flying: dict[TableNotifier, int] = {}
         most, sent, waits, looks = 0, 0, 0, 0
-        for node in nodes:
-            notifier, name = node.incarnation.wakeups._notifier, node.url
-            notify = notifier.notify
+        notify = TableNotifier.notify
 
-            async def counted(payloads: Any, name: str = name, notify: Any = notify) -> None:
-                nonlocal most, sent
-                flying[name] = flying.get(name, 0) + 1
-                most, sent = max(most, flying[name]), sent + 1
-                try:
-                    await notify(payloads)
-                finally:
-                    flying[name] -= 1
+        async def counted(notifier: TableNotifier, payloads: Any) -> None:
+            nonlocal most, sent
+            flying[notifier] = flying.get(notifier, 0) + 1
+            most, sent = max(most, flying[notifier]), sent + 1
+            try:
+                await notify(notifier, payloads)
+            finally:
+                flying[notifier] -= 1
 
-            notifier.notify = counted  # type: ignore[method-assign]
+        monkeypatch.setattr(TableNotifier, "notify", counted)
         ids, over = Ids(), asyncio.Event()
 
         async def storm(number: int) -> None:

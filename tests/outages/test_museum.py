@@ -22,9 +22,10 @@ from pgmcp.settings import Settings
 from pgmcp.store import line as line_module
 from pgmcp.types import Cursor, Page
 from tests.harness.clients import RawSession
-from tests.harness.cluster import Tables, cluster, eventually
+from tests.harness.cluster import Tables, cluster
 from tests.harness.proxy import proxied
-from tests.harness.stores import Watcher, opened, request, store
+from tests.harness.stores import Watcher, line_connection, opened, own_sql, request, store
+from tests.harness.waiting import eventually
 from tests.outages.ledger import Ledger, run, sessions, unread_flood
 
 ELSEWHERE = {
@@ -171,7 +172,7 @@ async def test_museum_03_a_lower_number_never_commits_late_in_a_stream(
                         asyncio.create_task(session.call_tool(node.url, "update", uris=[uri]))
                         for node, uri in zip(nodes, uris[turn:], strict=False)
                     ]
-                    await eventually(lambda: Watcher(tables._connection).waiting("/* append */"), "an append waits")
+                    await eventually(lambda: Watcher(tables.connection).waiting("/* append */"), "an append waits")
             await asyncio.gather(*told)
             found = [(await standalone.message(UPDATED))["params"]["uri"] for _ in told]
             numbers = [int(str(event.id).partition(".")[2]) for event in standalone.seen if event.message]
@@ -283,6 +284,10 @@ async def test_museum_21_eight_claimers_of_a_thousand_messages(database: str) ->
         assert len(keys) == len(set(keys)) == 1000
 
 
+KEPT = "select name, setting, reset_val from pg_settings, pg_sleep(0.05) where name = any($1)"
+"""Takes a while, so that each of several has a connection of its own."""
+
+
 async def test_museum_28_no_setting_leaks_in_the_pool(database: str) -> None:
     """Hatchet: a statement's timeout stayed with the connection."""
     async with store(database, pool_size=3) as node:
@@ -290,31 +295,38 @@ async def test_museum_28_no_setting_leaks_in_the_pool(database: str) -> None:
         for _ in range(4):
             await node.inbox.accept([request(session, None)])
             await node.inbox.claim(session.ownership)
-        assert node.database._idle
-        for connection in node.database._idle:
-            for name in ("lock_timeout", "statement_timeout", "synchronous_commit"):
-                [row] = await connection.fetch("select setting, reset_val from pg_settings where name = $1", name)
-                assert row["setting"] == row["reset_val"], name
+        names = ["lock_timeout", "statement_timeout", "synchronous_commit"]
+        with own_sql():
+            asked = await asyncio.gather(*(node.database.fetch(KEPT, names) for _ in range(3)))
+        for rows in asked:
+            assert {row["name"]: row["setting"] for row in rows} == {row["name"]: row["reset_val"] for row in rows}
+            assert len(rows) == len(names)
 
 
-LISTENING = "select count(*) from pg_listening_channels()"
+LISTENING = "select (select count(*) from pg_listening_channels()) as channels, pg_backend_pid() as pid "
 
 
-async def test_museum_30_nobody_listens_on_a_pool_connection(database: str, ledger: Ledger) -> None:
+async def test_museum_30_nobody_listens_on_a_pool_connection(database: str, ledger: Ledger, tables: Tables) -> None:
     """pgqueuer: the pool's driver listened, and never reconnected. Only the line does, outside of the pool."""
     async with cluster(database, ledger.server, 1) as [node], sessions([node], 2) as opened:
         await asyncio.gather(*(run(session, node.url, f"{number}") for number, session in enumerate(opened)))
-        line, idle = node.incarnation.line, node.database._idle
-        assert line._connection is not None
-        async with line._turn:
-            assert await line._connection.fetchval(LISTENING) == 2
-        assert idle
-        for _ in range(len(idle)):
-            connection = idle.pop()
-            try:
-                assert await connection.fetchval(LISTENING) == 0
-            finally:
-                idle.insert(0, connection)
+
+        async def all_of_them() -> bool:
+            query = (
+                "select pid from pg_stat_activity where datname = current_database() and application_name = 'pgmcp n1'"
+            )
+            pool = {row["pid"] for row in await tables.rows(query)}
+            count = node.database.settings.pool_size
+            asked = await asyncio.gather(
+                *(node.database.fetch(LISTENING + "from pg_sleep(0.05)") for _ in range(count))
+            )
+            assert [row["channels"] for [row] in asked] == [0] * count
+            return pool <= {row["pid"] for [row] in asked}
+
+        with own_sql():
+            await eventually(all_of_them, "each connection was asked")
+    async with line_connection(database) as connection:
+        assert (await connection.fetch(LISTENING))[0]["channels"] == 2
     folder = Path(pgmcp.__file__).parent
     found = {
         path.relative_to(folder).as_posix()

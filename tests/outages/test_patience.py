@@ -15,8 +15,9 @@ from pgmcp.session import event_appender
 from pgmcp.session.running_requests import ActorEnd
 from pgmcp.store.encryption.key_rings import KeyRing
 from tests.harness.clients import RawSession
-from tests.harness.cluster import RunningNode, cluster, eventually
+from tests.harness.cluster import RunningNode, cluster
 from tests.harness.proxy import Proxy, proxied
+from tests.harness.waiting import eventually
 
 PROGRESS = "notifications/progress"
 CALL = "the call"
@@ -126,7 +127,7 @@ async def test_a_session_that_lost_step_is_restored_and_not_ended(scene: Scene) 
     """Somebody moved a stream's number: its call ends with an error, the session goes on, and its other calls too."""
     call = await scene.working(0)
     host = scene.node.incarnation.host
-    [first] = [resident.actor for resident in host._residents.values()]
+    [first] = host.actors.values()
     for stream in first.outbox.streams.values():
         stream.next_seq += 1
     scene.reporter.report.set()
@@ -135,21 +136,22 @@ async def test_a_session_that_lost_step_is_restored_and_not_ended(scene: Scene) 
     assert answer["error"]["data"]["reason"] == "owner_lost"
     other = await scene.session.call_tool(scene.node.url, "quick")
     assert other["content"][0]["text"] == "quick"
-    assert host._residents[first.ownership.session].actor is not first
+    assert host.actors[first.ownership.session] is not first
     assert scene.reporter.runs == 1
 
 
 async def test_an_actor_that_was_replaced_ends_nobody(scene: Scene) -> None:
     """Its server session may end at any time after another one has its place."""
     host = scene.node.incarnation.host
-    [former] = [resident.actor for resident in host._residents.values()]
-    host._anew(former)
+    [former] = host.actors.values()
+    former.mute()
+    host.over(former, ActorEnd.OUT_OF_STEP)
 
     def replaced() -> bool:
-        return not host._restoring and any(each.actor is not former for each in host._residents.values())
+        return any(host.actors[session] is not former for session in host.movable(busy=True))
 
     await eventually(replaced, "another one has its place")
-    host._over(former, ActorEnd.ENDED)
+    host.over(former, ActorEnd.ENDED)
     assert (await scene.session.call_tool(scene.node.url, "quick"))["content"][0]["text"] == "quick"
 
 

@@ -6,15 +6,17 @@ import asyncio
 import itertools
 import json
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from typing import Any
 from uuid import UUID
 
 import pytest
 
+from pgmcp.types import Accepted, Message
 from tests.harness.clients import RawExchange, RawSession
-from tests.harness.cluster import RunningNode, Tables, cluster, eventually
+from tests.harness.cluster import RunningNode, Tables, cluster
+from tests.harness.waiting import eventually
 from tests.outages.ledger import Ledger, run, sessions
 
 SIZES = [100, 7_999, 8_000, 1_000_000]
@@ -37,7 +39,7 @@ class Statements:
 
     @contextmanager
     def of(self, node: RunningNode) -> Iterator[None]:
-        database = node.incarnation.inbox._database
+        database = node.database
         fetch = database.fetch
 
         async def counted(name: str, *args: Any, **more: Any) -> Any:
@@ -125,21 +127,27 @@ LONG_NAME = "".join(chr(0x4E00 + number % 20_000) for number in range(100_000))
 @asynccontextmanager
 async def one_statement(node: RunningNode, name: str, count: int) -> AsyncIterator[list[int]]:
     """Hold the first of these statements until ``count`` rows wait for the next one; gives the sizes of all."""
-    inbox, sizes = node.incarnation.inbox, list[int]()
-    fetch = inbox._database.fetch
+    inbox, database, sizes, arrived = node.incarnation.inbox, node.database, list[int](), list[int]()
+    fetch, accept = database.fetch, inbox.accept
+
+    async def accepted(messages: Sequence[Message]) -> Accepted:
+        arrived.append(len(messages))
+        return await accept(messages)
 
     async def held(asked: str, *args: Any, **more: Any) -> Any:
         if asked == name:
             sizes.append(len(args[0]))
             if len(sizes) == 1:
-                await eventually(lambda: len(inbox._accepts._waiting) >= count, f"{count} rows wait")
+                await eventually(lambda: len(arrived) > count, f"{count} rows wait")
         return await fetch(asked, *args, **more)
 
-    inbox._database.fetch = held  # type: ignore[method-assign,assignment]
+    database.fetch = held  # type: ignore[method-assign,assignment]
+    inbox.accept = accepted  # type: ignore[method-assign]
     try:
         yield sizes
     finally:
-        inbox._database.fetch = fetch  # type: ignore[method-assign]
+        database.fetch = fetch  # type: ignore[method-assign]
+        inbox.accept = accept  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("edge", [0, 1], ids=["owner", "other"])

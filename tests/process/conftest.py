@@ -9,7 +9,7 @@ import pytest
 import pytest_asyncio
 from pytest_postgresql.executors import NoopExecutor
 
-from tests.conftest import _temporary
+from tests.conftest import temporary_database
 from tests.harness.wheel import installed
 
 
@@ -22,5 +22,5 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def shared_database(template: NoopExecutor) -> AsyncIterator[str]:
     """The address of a migrated database of the module's own."""
-    async for address in _temporary(template.template_dbname):
+    async for address in temporary_database(template.template_dbname):
         yield address

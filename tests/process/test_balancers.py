@@ -15,9 +15,10 @@ from pgmcp.node import Node
 from pgmcp.session.target import load
 from pgmcp.settings import Settings
 from tests.harness.clients import RawSession, connect
-from tests.harness.cluster import eventually, serving, tables_of
+from tests.harness.cluster import serving, tables_of
 from tests.harness.compose import compose, in_checkout
 from tests.harness.shipped import CONFIGURATIONS, WITH_AFFINITY, Shipped, pgbouncer
+from tests.harness.waiting import eventually
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -129,7 +130,7 @@ async def test_the_hint_leads_to_the_owner(balancer: Shipped) -> None:
     async with RawSession() as session:
         await session.open(balancer.url)
         for turn in range(1, 7):
-            session._http.cookies.clear()
+            session.http.cookies.clear()
             assert await counted(session, balancer.url) == turn
         owner = str(session.session_id).rpartition("-")[0]
         await eventually(lambda: len(balancer.answered_by("POST")) >= 8, "its log is complete")
@@ -141,7 +142,7 @@ async def test_a_cookie_goes_before_the_hint_and_a_forged_one_changes_the_route_
     async with RawSession() as session:
         await session.open(balancer.url)
         for turn, cookie in enumerate(FORGED, 1):
-            session._http.cookies.clear()
+            session.http.cookies.clear()
             before = len(balancer.answered_by("POST"))
             call = {"name": "count", "arguments": {}}
             message = {"jsonrpc": "2.0", "id": 100 + turn, "method": "tools/call", "params": call}
@@ -202,7 +203,7 @@ async def test_stale_hints_and_cookies_lead_on_when_the_owner_has_left(three: li
                 await owner.leave()
                 for _ in range(6):
                     await counted(session, balancer.url)
-                    forgetful._http.cookies.clear()
+                    forgetful.http.cookies.clear()
                     await counted(forgetful, balancer.url)
                 assert str(session.session_id).startswith(f"{owner.name}-")
-                assert session._http.cookies["pgmcp_node"] in others
+                assert session.http.cookies["pgmcp_node"] in others

@@ -24,10 +24,11 @@ from pydantic import FileUrl
 from pgmcp.settings import Settings
 from pgmcp.store import retention
 from tests.harness.clients import RawExchange, RawSession
-from tests.harness.cluster import RunningNode, cluster, eventually, everything
+from tests.harness.cluster import RunningNode, cluster, everything
 from tests.harness.haproxy import Haproxy
 from tests.harness.nginx import Nginx
 from tests.harness.processes import NodeProcess, nodes
+from tests.harness.waiting import eventually
 
 UPDATED, WATCHED = "notifications/resources/updated", "test://watched-resource"
 NOT_FOUND = (404, -32600, "Session not found")

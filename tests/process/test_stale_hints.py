@@ -10,10 +10,11 @@ import signal
 from collections import Counter
 from pathlib import Path
 
-from tests.harness.cluster import eventually, tables_of
+from tests.harness.cluster import tables_of
 from tests.harness.load import TARGET, ended, typescript
 from tests.harness.processes import nodes
 from tests.harness.shipped import WITH_AFFINITY, Shipped
+from tests.harness.waiting import eventually
 
 LONG = 1.0
 LIMIT = 2 * LONG + 5

@@ -16,8 +16,9 @@ from click.testing import CliRunner, Result
 
 from pgmcp.cli import main
 from tests.harness.clients import RawSession
-from tests.harness.cluster import Tables, eventually, tables_of
+from tests.harness.cluster import Tables, tables_of
 from tests.harness.processes import NodeProcess, ServerProcess, free_ports, nodes, running
+from tests.harness.waiting import eventually
 
 TARGET = "tests/harness/deploys.py:mcp"
 

@@ -17,11 +17,12 @@ import pytest
 
 from pgmcp.store.schema.revisions import head
 from tests.harness.builds import newer_build
-from tests.harness.cluster import eventually, tables_of
+from tests.harness.cluster import tables_of
 from tests.harness.load import TARGET, Load, Rotation, Seen, check, figures_of
 from tests.harness.nginx import Nginx
 from tests.harness.processes import REPOSITORY, NodeProcess, free_ports, nodes
 from tests.harness.stores import Watcher
+from tests.harness.waiting import eventually
 
 LONG = 1.0
 LIMIT = 2 * LONG + 5

@@ -323,17 +323,15 @@ class SimNode:
     @property
     def may_act(self) -> bool:
         """What the lease should say, reckoned from its last good renewal."""
-        renewed_at, _ = self.lease._last
         joined = self.lease.state is not LeaseState.JOINING
-        return joined and self.clock.boottime() < renewed_at + self._settings.trust
+        return joined and self.clock.boottime() < self.lease.renewed_at + self._settings.trust
 
     @property
     def is_well(self) -> bool:
         """Whether this node renews, or is kept from it only by what all nodes suffer."""
         if self.gone or self.left or self.clock.frozen or self.store.wire.is_cut:
             return False
-        renewed_at, _ = self.lease._last
-        return self.lease.state is not LeaseState.JOINING and renewed_at >= self.well_since
+        return self.lease.state is not LeaseState.JOINING and self.lease.renewed_at >= self.well_since
 
     def recovered(self) -> None:
         """Nothing hinders this node any more: from its next renewal on it is well."""

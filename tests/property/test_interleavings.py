@@ -131,10 +131,10 @@ def test_an_owner_knows_for_a_while_what_it_has_answered(scene: Scene) -> None:
     call = scene.call(safe=False, seconds=1)
     scene.passes(2)
     (row,) = [row for row in scene.world.cluster.requests.values() if row.message.rpc_id == call.rpc_id]
-    (resident,) = scene.owner.host._residents.values()
+    (actor,) = scene.owner.host.actors.values()
     assert row.finished
-    assert row.key not in resident.actor.working
-    assert resident.actor.has(row.key)
+    assert row.key not in actor.working
+    assert actor.has(row.key)
 
 
 def test_a_sweep_whose_reply_is_lost_is_found(scene: Scene) -> None:
@@ -166,7 +166,7 @@ def test_a_hand_over_that_fails_in_an_outage_costs_seconds(scene: Scene) -> None
     scene.do(lambda: scene.world.go_away_for(40))
     key = scene.session.key
     assert key is not None
-    scene.do(lambda: scene.world._spawn(owner.host.hand_over(key, to, busy=True)))
+    scene.do(lambda: scene.world.spawn(owner.host.hand_over(key, to, busy=True)))
     scene.passes(46)
     assert call.runs == 2
     scene.ends_well()

@@ -196,7 +196,7 @@ class Cluster(RuleBasedStateMachine):
     def node_leaves(self, node: int) -> None:
         which = self._node(node)
         if which.alive and not which.clock.frozen:
-            self._do(lambda: self.world._spawn(which.leave()))
+            self._do(lambda: self.world.spawn(which.leave()))
 
     @precondition(lambda self: len(self.world.nodes) < MOST_NODES)
     @rule()

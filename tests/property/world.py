@@ -111,7 +111,7 @@ class World:
     def _incarnation(self, number: int) -> SimNode:
         node = SimNode(number, self.cluster, self.clock, self.ids, self.settings, self)
         self._by_id[node.node] = node
-        self._spawn(self._run(node))
+        self.spawn(self._run(node))
         return node
 
     async def _run(self, node: SimNode) -> None:
@@ -124,11 +124,12 @@ class World:
 
     def _ask(self, node: SimNode, work: Coroutine[Any, Any, object]) -> None:
         """A client waits for an exchange with a node."""
-        task = self._spawn(work)
+        task = self.spawn(work)
         self._asking[task] = node
         task.add_done_callback(self._asking.pop)
 
-    def _spawn(self, work: Coroutine[Any, Any, object]) -> asyncio.Task[object]:
+    def spawn(self, work: Coroutine[Any, Any, object]) -> asyncio.Task[object]:
+        """Begin what goes on beside the test; what it raises is a crash."""
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
@@ -247,7 +248,7 @@ class World:
     def go_away_for(self, seconds: float) -> None:
         """An outage begins at this very moment."""
         self.database_goes_away(keeps_lines=False)
-        self._spawn(self._come_back(seconds))
+        self.spawn(self._come_back(seconds))
 
     async def _come_back(self, seconds: float) -> None:
         await self.clock.sleep(seconds)

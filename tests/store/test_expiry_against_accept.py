@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import asyncpg
@@ -63,8 +64,8 @@ async def chosen(node: Store, hands: list[asyncpg.Connection]) -> AsyncIterator[
     async def ask(name: str, *args: object) -> list[asyncpg.Record]:
         return list(await sweeper.fetch(statement(name, "pgmcp"), *args))
 
-    sweeps = Retention(node.database, IDS)
-    sweeps._database = type("Slow", (), {"ask": staticmethod(ask)})()
+    slow: Any = SimpleNamespace(ask=ask, settings=node.database.settings, clock=node.database.clock)
+    sweeps = Retention(slow, IDS)
     async with holder.transaction():
         await holder.execute("select pg_advisory_xact_lock(4711)")
         sweep = asyncio.create_task(sweeps.expire())

@@ -138,7 +138,7 @@ async def test_the_queue_is_bounded(
     small: GroupCommit[Any, Any] = GroupCommit(send, FakeClock(), key=str)
     tasks = put_all(small, range(9))
     await settle()
-    assert len(small._waiting) <= 3
+    assert small.waiting <= 3
     send.free.set()
     await settle()
     assert ended(tasks) == [f"did {row}" for row in range(9)]
@@ -154,7 +154,7 @@ async def test_rows_of_cancelled_callers_count_for_the_bound(send: Sender, monke
         await settle()
         task.cancel()
         await settle()
-    assert len(small._waiting) <= 3
+    assert small.waiting <= 3
     send.free.set()
 
 

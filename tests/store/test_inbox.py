@@ -10,6 +10,7 @@ import asyncpg
 import pytest
 
 from pgmcp.errors import DatabaseUnavailable, DuplicateRequest, Fenced, PgmcpError
+from pgmcp.store.group_commit import GroupCommit
 from pgmcp.types import ANONYMOUS, Claimed, Message, Ownership, Principal, SessionKey, StreamId
 from tests.harness.stores import (
     IDS,
@@ -66,7 +67,8 @@ async def test_a_message_that_commits_late_is_claimed_all_the_same(pair: Pair) -
 
 async def held_accept(pair: Pair, messages: list[Message], rival: Message) -> object:
     """Accept messages at the second node while another edge is committing ``rival``."""
-    eyes = Watcher(await asyncpg.connect(pair.one.database.settings.database_url, timeout=10))
+    looking = await asyncpg.connect(pair.one.database.settings.database_url, timeout=10)
+    eyes = Watcher(looking)
     try:
         async with pair.hand.transaction():
             await pair.hand.execute(
@@ -87,7 +89,7 @@ async def held_accept(pair: Pair, messages: list[Message], rival: Message) -> ob
             await eyes.until_waiting("accept", call)
         return await call
     finally:
-        await eyes._connection.close()
+        await looking.close()
 
 
 async def test_an_accept_that_loses_against_another_edge_leaves_no_stream(pair: Pair) -> None:
@@ -233,7 +235,7 @@ async def test_a_claim_that_gave_up_is_forgotten_with_its_session(pair: Pair, mo
         raise DatabaseUnavailable("not in time")
 
     with monkeypatch.context() as patched:
-        patched.setattr(pair.one.inbox._claims, "put", gives_up)
+        patched.setattr(GroupCommit, "put", gives_up)
         assert isinstance(await outcome(pair.one.inbox.claim(pair.session.ownership)), DatabaseUnavailable)
     assert pair.session.ownership in await pair.one.inbox.unclaimed()
     await pair.two.inbox.end(pair.session.session_id, ANONYMOUS)

@@ -18,7 +18,7 @@ from pgmcp.errors import DatabaseUnavailable
 from pgmcp.settings import Settings
 from pgmcp.store import nodes
 from pgmcp.store.database import Database
-from pgmcp.store.line import PROBE, Line
+from pgmcp.store.line import PROBE, Line, OnReset
 from pgmcp.store.notifier import TableNotifier, channel
 from pgmcp.types import NodeId, NodeRecord, NodeState
 from tests.harness.proxy import proxied
@@ -63,7 +63,14 @@ class Ears:
         await eventually(there, f"no reset number {count}")
 
 
-def ears(address: str, node: NodeId | None = None, **settings: Any) -> Ears:
+def ears(
+    address: str,
+    node: NodeId | None = None,
+    *,
+    on_payload: Callable[[str], None] | None = None,
+    on_reset: OnReset | None = None,
+    **settings: Any,
+) -> Ears:
     node = node or NodeId(IDS.uuid())
 
     heard: list[str] = []
@@ -81,9 +88,9 @@ def ears(address: str, node: NodeId | None = None, **settings: Any) -> Ears:
         node,
         Clock(),
         Ids(),
-        on_payload=heard.append,
+        on_payload=on_payload or heard.append,
         on_broadcast=heard.append,
-        on_reset=reset,
+        on_reset=on_reset or reset,
         on_lost=lost,
         database=Database(given, Clock()),
     )
@@ -189,15 +196,14 @@ async def test_a_terminated_line_is_reopened_and_hears_again(listening: Ears, ha
 
 async def test_the_reset_comes_when_listen_is_in_force(database: str, hand: asyncpg.Connection) -> None:
     """What is stored before the reset is read then; what is stored after it is heard."""
-    gone = ears(database)
     in_force: list[int] = []
     heard_from: list[asyncio.Task[None]] = []
 
-    def reset(**_: object) -> None:
+    def reset(*, crashed: bool) -> None:
         in_force.append(gone.resets)
         heard_from.append(asyncio.ensure_future(say(hand, gone.node, f"at {len(in_force)}")))
 
-    gone.line._on_reset = reset
+    gone = ears(database, on_reset=reset)
     await gone.start()
     try:
         await gone.until_heard("at 1")
@@ -214,12 +220,7 @@ async def test_a_black_hole_is_noticed_in_eight_seconds(database: str, hand: asy
         try:
             proxy.black_hole = True
             start = time.monotonic()
-            with_line = found.line._connection
-
-            async def lost() -> bool:
-                return found.line._connection is not with_line
-
-            await eventually(lost, "the line was not given up")
+            await eventually(lambda: found.losses, "the line was not given up")
             assert time.monotonic() - start < 8.5
             proxy.cut_all()
             proxy.black_hole = False
@@ -358,9 +359,10 @@ async def test_a_line_that_opens_as_a_jam_ends_listens(
     monkeypatch.setattr("pgmcp.store.line.QUIET_SECONDS", 0.3)
     found = ears(database, deadline=4, trust=12, ttl=20)
     fetch, slow = asyncpg.Connection.fetch, True
+    resets: int | None = None
 
-    async def ended() -> bool:
-        return not found.line._jammed.is_set()
+    def ended() -> bool:
+        return resets is not None and found.resets > resets  # a jam's end is one
 
     async def slowly(self: asyncpg.Connection, query: str, *args: Any, **options: Any) -> Any:
         if slow and "backend_start" in query:
@@ -370,7 +372,10 @@ async def test_a_line_that_opens_as_a_jam_ends_listens(
     await found.start()
     try:
         monkeypatch.setattr(asyncpg.Connection, "fetch", slowly)
-        found.line._jammed.set()
+        flood = "select pg_notify($1, repeat('x', 7000) || n) from generate_series(1, 100) n"
+        await hand.execute(flood, channel("pgmcp", None))
+        await eventually(lambda: found.line.deaf, "it goes on listening")
+        resets = found.resets
 
         async def hears() -> bool:
             return not found.line.deaf
@@ -395,16 +400,15 @@ async def test_a_probe_is_nobodys_payload(listening: Ears, hand: asyncpg.Connect
 
 
 async def test_a_payload_that_the_node_cannot_read_leaves_the_line_up(database: str, hand: asyncpg.Connection) -> None:
-    found, lost = ears(database), []
+    lost = []
     asyncio.get_running_loop().set_exception_handler(lambda _loop, context: lost.append(context))
-    kept = found.line._on_payload
 
     def picky(payload: str) -> None:
         if payload == "nonsense":
             raise ValueError(payload)
-        kept(payload)
+        found.heard.append(payload)
 
-    found.line._on_payload = picky
+    found = ears(database, on_payload=picky)
     await found.start()
     try:
         await say(hand, found.node, "nonsense")

@@ -317,15 +317,24 @@ async def test_the_lock_bounds_its_wait_and_does_not_block_concurrent_indexes(
     empty_database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(alembic_run, "LOCK_WAIT_SECONDS", 0.2)
-    holder, other = [await asyncpg.connect(empty_database, timeout=10) for _ in range(2)]
+    other = await asyncpg.connect(empty_database, timeout=10)
     await other.execute("create table public.big (id int)")
-    async with holder.transaction(isolation="read_committed"):
-        await alembic_run._lock(holder, empty_database, "pgmcp")
+    inside, over = threading.Event(), threading.Event()
+
+    def work(_: object) -> None:
+        inside.set()
+        over.wait(60)
+
+    migrating = asyncio.create_task(asyncio.to_thread(asyncio.run, alembic_run.guarded(empty_database, "pgmcp", work)))
+    try:
+        assert await asyncio.to_thread(inside.wait, 10)
         await other.execute("create index concurrently on public.big (id)", timeout=10)
         with pytest.raises(SchemaError, match="Somebody else has been migrating schema pgmcp"):
             await asyncio.to_thread(migrations.upgrade, empty_database, "pgmcp")
         await asyncio.to_thread(migrations.upgrade, empty_database, "elsewhere")
-    await holder.close()
+    finally:
+        over.set()
+        await migrating
     await other.close()
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from pgmcp.errors import DuplicateRequest, PgmcpError, SchemaInUse, SettingsError
 from pgmcp.settings import Settings
-from pgmcp.store.encryption.payloads import SEALED, Payloads, place_of_body, wanted
+from pgmcp.store.encryption.payloads import SEALED, place_of_body, wanted
 from pgmcp.store.nodes import join, no_older
 from pgmcp.types import (
     PAGE_BYTES,
@@ -157,10 +157,9 @@ async def test_a_replaced_key_opens_what_it_has_sealed(sealer: Store, database: 
         await hand.execute(
             "update pgmcp.secrets set created_at = created_at - interval '1 hour' where purpose = 'payload'"
         )
-        payloads: Payloads = later.inbox._payloads
-        await payloads.load()
+        await later.payloads.load()
         place = place_of_body(request(session).key)
-        assert payloads.seal(BODY, place)[2:6] > await hand.fetchval(
+        assert later.payloads.seal(BODY, place)[2:6] > await hand.fetchval(
             "select substring(body from 3 for 4) from pgmcp.requests"
         )
         joined = await later.inbox.accept([request(session, "1", BODY)])

@@ -108,7 +108,7 @@ async def test_an_outage_ends_in_an_error_and_leaves_nothing_behind(database: st
         gate, of = Gate(node), table(node)
         outcomes = await asyncio.gather(*(of.publish(updated(n)) for n in range(3)), return_exceptions=True)
         assert [type(each) for each in outcomes] == [DatabaseUnavailable] * 3
-        assert of._waiting == {}
+        assert of.waiting == 0
         gate.free.set()
         await of.publish(TOOLS)
 

@@ -11,6 +11,7 @@ import asyncpg
 import pytest
 
 from pgmcp.errors import DatabaseUnavailable
+from pgmcp.store.group_commit import GroupCommit
 from pgmcp.store.statements import statement
 from pgmcp.types import ANONYMOUS, Attachment, Claimed, Cursor, Established, JournalEntry, NewSession, Stand, StreamId
 from tests.harness.proxy import Cut, Proxy, proxied
@@ -291,14 +292,14 @@ async def test_a_claim_whose_caller_gave_up_is_found_by_the_next_one(
         session = await opened(node)
         message = request(session)
         await edge.inbox.accept([message])
-        put = node.inbox._claims.put
+        put = GroupCommit.put
 
         async def unheard(*args: Any, **kwargs: Any) -> None:
             await put(*args, **kwargs)
             raise DatabaseUnavailable("the reply was lost")
 
         with monkeypatch.context() as patched:
-            patched.setattr(node.inbox._claims, "put", unheard)
+            patched.setattr(GroupCommit, "put", unheard)
             assert isinstance(await outcome(node.inbox.claim(session.ownership)), DatabaseUnavailable)
         assert session.ownership in await node.inbox.unclaimed()
         assert [item.key for item in await node.inbox.claim(session.ownership)] == [message.key]
@@ -318,14 +319,14 @@ async def test_a_claim_that_is_found_later_brings_nothing_that_was_answered_mean
         await eyes.close()
         await node.inbox.put_back(session.ownership, {claimed.key: claim})
         await node.inbox.accept([note])
-        put = node.inbox._claims.put
+        put = GroupCommit.put
 
         async def unheard(*args: Any, **kwargs: Any) -> None:
             await put(*args, **kwargs)
             raise DatabaseUnavailable("the reply was lost")
 
         with monkeypatch.context() as patched:
-            patched.setattr(node.inbox._claims, "put", unheard)
+            patched.setattr(GroupCommit, "put", unheard)
             assert isinstance(await outcome(node.inbox.claim(session.ownership)), DatabaseUnavailable)
         await node.log.append(answer(claimed))
         assert [item.key for item in await node.inbox.claim(session.ownership)] == [note.key]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 
 import asyncpg
 import pytest
@@ -18,9 +19,9 @@ from pgmcp.store.encryption.key_wrapping import KeyWrapping, wrapping_of
 from pgmcp.store.retention import Retention
 from pgmcp.store.statements import statement
 from tests.harness.clock import FakeClock
-from tests.harness.cluster import eventually
 from tests.harness.proxy import proxied
 from tests.harness.stores import IDS, Store, store
+from tests.harness.waiting import eventually
 
 PLAIN, PLACE = b'{"token": "secret"}', b"session/1"
 FIRST, SECOND = "first-secrets-key-of-32-characters", "second-secrets-key-of-32-characters"
@@ -80,7 +81,7 @@ async def test_who_comes_while_another_node_makes_a_key_takes_that_one(
             await eventually(lambda: hand.fetchval(waiting), "it waits for the other")
         await coming
         assert len(await ids(hand)) == len(before) + 1
-        assert set(ring._keys) == set(await ids(hand))
+        assert ring.key_ids == set(await ids(hand))
 
 
 async def test_the_next_key_is_made_once_and_opens_everywhere_before_it_seals_anywhere(
@@ -314,13 +315,14 @@ async def test_keys_in_clear_are_taken_up_all_or_none(
     await hand.execute("insert into pgmcp.secrets (purpose, key) values ('context', $1), ('context', $2)", *KEYS)
     async with store(database) as node:
         first, second = (ring_of(node, KeyWrapping([FIRST])) for _ in range(2))
-        wrap = first._wrap
+        persist, others = node.database.persist, [second]
 
-        async def late(*args: dict[int, object]) -> None:
-            await second.load()
-            await wrap(*args)  # type: ignore[arg-type]
+        async def late(name: str, *args: object, **more: Any) -> list[asyncpg.Record]:
+            if name == "wrap_keys" and others:
+                await others.pop().load()
+            return await persist(name, *args, **more)
 
-        monkeypatch.setattr(first, "_wrap", late)
+        monkeypatch.setattr(node.database, "persist", late)
         await first.load()
         assert set(await stored(hand)) == {(60, True)}
         assert first.open_known(second.seal(PLAIN, PLACE), PLACE) == PLAIN

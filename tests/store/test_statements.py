@@ -14,7 +14,7 @@ import pytest
 
 import pgmcp
 from pgmcp.store.statements import names, statement
-from tests.harness.stores import IDS, store
+from tests.harness.stores import IDS, own_sql, store
 
 PACKAGE = Path(pgmcp.__file__).parent
 OF_A_SESSION = ("sessions", "streams", "events", "requests", "journal")
@@ -224,8 +224,8 @@ def literal(kind: str, value: Any) -> str:
 async def test_no_statement_is_compiled(database: str) -> None:
     """Where a sequential scan is priced out of reach, PostgreSQL before 18 would compile what needs one, each time."""
     async with store(database) as node:
-        assert node.database._pool is not None
-        async with node.database._pool.acquire() as connection:
-            assert await connection.fetchval("show jit") == "off"
-            plan = await connection.fetch(f"explain (analyze) {statement('history', 'pgmcp')}", None, None)
+        with own_sql():
+            [found] = await node.database.fetch("show jit")
+            assert found["jit"] == "off"
+            plan = await node.database.fetch(f"explain (analyze) {statement('history', 'pgmcp')}", None, None)
             assert not [row for row in plan if "JIT" in row[0]]

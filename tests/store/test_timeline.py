@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import replace
+from typing import Any
 from urllib.parse import urlsplit
-from uuid import UUID
 
 import asyncpg
 import pytest
@@ -106,17 +106,17 @@ async def test_a_term_begins_in_pieces_and_whoever_comes_goes_on(
         for _ in range(7):
             await opened(node)
         monkeypatch.setattr(timeline, "PIECE", 2)
-        move, pieces = timeline.Timeline._move, list[int]()
+        fetchval, pieces = asyncpg.Connection.fetchval, list[int]()
 
-        async def broken(
-            self: timeline.Timeline, connection: asyncpg.Connection, following: UUID, *, first: bool
-        ) -> int:
-            pieces.append(await move(self, connection, following, first=first))
-            if len(pieces) == 2:
-                connection.terminate()  # as its deadline does
-            return pieces[-1]
+        async def broken(connection: asyncpg.Connection, query: str, *args: Any, **options: Any) -> Any:
+            found = await fetchval(connection, query, *args, **options)
+            if query.startswith("/* move_to_term */"):
+                pieces.append(found)
+                if len(pieces) == 2:
+                    connection.terminate()  # as its deadline does
+            return found
 
-        monkeypatch.setattr(timeline.Timeline, "_move", broken)
+        monkeypatch.setattr(asyncpg.Connection, "fetchval", broken)
         await promote(hand)
         with pytest.raises(DatabaseUnavailable):
             async with store(database):
@@ -253,20 +253,35 @@ async def test_a_history_that_forked_is_another_one_though_it_counts_alike(
 async def test_a_node_that_knows_more_eras_counts_on(database: str, hand: asyncpg.Connection) -> None:
     async with store(database) as node:
         await opened(node)
-        known = node.database.timeline._known
-        assert known is not None
-        node.database.timeline._known = replace(known, id=IDS.uuid(), term=4)
+    was = await row(hand)
+    await hand.execute("update pgmcp.history set id = $1, term = 4", IDS.uuid())
+    async with store(database) as node:
+        await arrived(node, 4)
+        await hand.execute("update pgmcp.history set id = $1, term = $2", was["id"], was["term"])
         await hand.execute(f"select pg_terminate_backend(pid) {BACKENDS}")
         await arrived(node, 5)
         assert await hand.fetchval("select epoch from pgmcp.sessions") == 1 + 5 * JUMP
 
 
+class Promoted:
+    """A connection to the server as it was promoted, in a timeline of PostgreSQL's own that is newer."""
+
+    def __init__(self, connection: asyncpg.Connection) -> None:
+        self.connection = connection
+
+    async def fetchrow(self, query: str, *args: object) -> dict[str, Any]:
+        found = await self.connection.fetchrow(query, *args)
+        assert found is not None
+        newer = {name: found[name].replace("/00000001", "/00000002") for name in ("mark", "present")}
+        return {**found, **newer}
+
+
 async def test_a_server_that_was_left_behind_is_refused(database: str) -> None:
     async with store(database) as node:
-        timeline = node.database.timeline
-        known = timeline._known
-        assert known is not None
-        timeline._known = replace(known, present=known.present.replace("/00000001", "/00000002"))
+        async with AsyncExitStack() as stack:
+            promoted: Any = Promoted(await asyncpg.connect(database, timeout=10))
+            stack.push_async_callback(promoted.connection.close)
+            await node.database.timeline.follow(promoted)
         with pytest.raises(ConnectionError, match="timeline that is over"):
             await node.database.connect(database, timeout=5)
 

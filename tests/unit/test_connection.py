@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pgmcp.web.connection import PIECE_BYTES, Connection
-from tests.harness.cluster import eventually
+from tests.harness.waiting import eventually
 
 PATIENCE = 0.2
 

@@ -9,8 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pgmcp.protocol import PARSE_ERROR
-from pgmcp.web import json_limits
-from pgmcp.web.json_limits import JsonLimits
+from pgmcp.web.json_limits import Count, JsonLimits
 from pgmcp.web.json_rpc import Refusal
 
 texts = st.text('\\"{[}]:,0a\u00e9\n', max_size=12)
@@ -49,11 +48,11 @@ def test_counts(value: object, ascii_only: bool, piece: int) -> None:
     body = json.dumps(value, ensure_ascii=ascii_only).encode()
     marks, _, depth = counted(value)
     if marks:
-        count = json_limits._Count(JsonLimits(10**6, 10**6))
+        count = Count(JsonLimits(10**6, 10**6))
         for start in range(0, len(body), piece):
             count.add(body[start : start + piece])
-        assert count._marks == marks
-        assert count._level == 0
+        assert count.marks == marks
+        assert count.level == 0
         assert passes(body, max(marks, 100), depth)
         assert not passes(body, max(marks, 100), depth - 1)
         assert marks < 2 or not passes(body, marks - 1, depth)

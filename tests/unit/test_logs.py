@@ -20,7 +20,7 @@ import pytest
 
 from pgmcp.errors import PgmcpError, told
 from pgmcp.ops import logs, redaction
-from pgmcp.ops.redaction import _template, show_warning
+from pgmcp.ops.redaction import said, show_warning
 from pgmcp.store.connection.error_text import error_text
 
 MARK = "m4rk3r"
@@ -205,7 +205,8 @@ def test_every_handler_of_a_library_goes(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_templates_are_found_in_what_is_installed() -> None:
     source = Path(library.__file__).read_text().splitlines()
     number = next(number for number, line in enumerate(source, 1) if "Invalid Host header" in line)
-    assert _template(library.__file__, number) == "Invalid Host header: {host}"
+    record = logging.LogRecord(library.__name__, logging.WARNING, library.__file__, number, "", None, None)
+    assert said(record) == "Invalid Host header: {host}"
 
 
 def test_reasons_of_the_database_quote_no_rows() -> None:

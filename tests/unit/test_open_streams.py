@@ -39,10 +39,13 @@ def test_an_end_is_heard_by_the_sessions_own_streams_without_a_look_at_others(mo
 
 def test_nothing_is_left_of_streams_that_were_carried() -> None:
     open_streams = OpenStreams()
-    with open_streams.subscribe(stream()) as one, open_streams.subscribe(stream()):
+    streams = [stream(), stream()]
+    with open_streams.subscribe(streams[0]) as one, open_streams.subscribe(streams[1]):
         open_streams.belongs(one, SessionKey(1))
         open_streams.belongs(one, SessionKey(1))
-    assert (len(open_streams), open_streams._by_session, open_streams._by_stream) == (0, {}, {})
+    assert len(open_streams) == 0
+    assert not open_streams.has(SessionKey(1))
+    assert not any(open_streams.hears(each) for each in streams)
     open_streams.end(frozenset({SessionKey(1)}))
 
 

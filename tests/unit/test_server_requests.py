@@ -49,13 +49,15 @@ def test_a_late_answer_to_a_dead_actor_answers_nobody() -> None:
 
 
 @pytest.mark.parametrize("drawn", [0, 1, ACTORS])
-def test_ids_are_safe_in_javascript_and_stay_in_their_actors_range(drawn: int) -> None:
+def test_ids_are_safe_in_javascript_and_stay_in_their_actors_range(drawn: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = ask(ServerRequests(FixedIds(drawn)), 0)["id"]
+    assert first - first % STEP > 0
+    assert first - first % STEP + STEP <= JS_SAFE, "the last one, too"
+    monkeypatch.setattr("pgmcp.session.server_requests.STEP", 4)
     server_requests = ServerRequests(FixedIds(drawn))
-    server_requests._count = STEP - 2
-    wires = [ask(server_requests, own)["id"] for own in range(3)]
-    assert all(0 < wire <= JS_SAFE for wire in wires)
-    assert len(set(wires)) == 3
-    assert len({wire // STEP for wire in wires}) == 1
+    wires = [ask(server_requests, own)["id"] for own in range(6)]
+    assert len(set(wires)) == 4, "they begin anew"
+    assert len({wire // 4 for wire in wires}) == 1
 
 
 def test_a_progress_token_goes_along_both_ways() -> None:

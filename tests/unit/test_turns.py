@@ -69,8 +69,7 @@ async def exchanges() -> AsyncIterator[Exchanges]:
     await exchanges.all_end()
     await asyncio.gather(*exchanges.tasks.values(), return_exceptions=True)
     assert (exchanges.admission.free, len(exchanges.admission)) == (SLOTS, 0)
-    assert not exchanges.admission._callers
-    assert not exchanges.admission._turns
+    assert exchanges.admission.callers == 0
 
 
 def many(session: str, count: int) -> list[str]:

@@ -144,7 +144,7 @@ async def test_an_outage_keeps_a_bounded_number_of_ids(scene: Scene) -> None:
     for key in range(MAX_DIRTY + 100):
         scene.wakeups.inbox(OTHER, SessionKey(key))
     await settle()
-    assert sum(len(dirty.words) for dirty in scene.wakeups._dirty.values()) <= MAX_DIRTY
+    assert scene.wakeups.waiting <= MAX_DIRTY
     scene.notes.away = False
     await scene.clock.advance(1)
     assert scene.notes.sent == [[(OTHER, EVERYTHING)]]

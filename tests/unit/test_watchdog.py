@@ -11,7 +11,7 @@ import pytest
 from pgmcp.clock import Clock
 from pgmcp.node import watchdog
 from pgmcp.node.watchdog import watched
-from tests.harness.cluster import eventually
+from tests.harness.waiting import eventually
 
 
 @pytest.fixture(autouse=True)
@@ -49,8 +49,8 @@ async def test_one_thread_watches_a_loop_and_ends_with_the_last_node() -> None:
 
 async def test_an_idle_loop_is_not_blocked() -> None:
     with watched(Clock()) as found:
-        before = found._ticked_at
-        await eventually(lambda: found._ticked_at > before, "it ticks")
+        before = found.ticked_at
+        await eventually(lambda: found.ticked_at > before, "it ticks")
 
 
 class JumpingClock(Clock):

@@ -85,6 +85,11 @@ class KeyRing:
         return bool(self._keys)
 
     @property
+    def key_ids(self) -> frozenset[int]:
+        """The keys that it has read; what is sealed names one of them."""
+        return frozenset(self._keys)
+
+    @property
     def oldest(self) -> bytes:
         """The first key of a ring that has some."""
         return self._keys[min(self._keys)].raw
