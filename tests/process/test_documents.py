@@ -22,8 +22,12 @@ from urllib.parse import urlsplit
 import asyncpg
 import httpx
 import pytest
+from fastapi import FastAPI
+from mcp.server.auth.provider import AccessToken, TokenVerifier
+from mcp.server.auth.settings import AuthSettings
 from mcp.server.mcpserver import MCPServer
 
+import pgmcp
 from pgmcp.embedded import binaries
 from pgmcp.session.target import load
 from pgmcp.store.schema.revisions import head
@@ -260,6 +264,31 @@ async def test_the_bus_is_used_outside_of_handlers(database: str, tmp_path: Path
         await stream.message("notifications/subscriptions/acknowledged")
         await module.something_happened()
         await stream.message("notifications/tools/list_changed")
+
+
+# -- the example in docs/operations.md --------------------------------------------------------------------------------
+
+
+class Nobody(TokenVerifier):
+    async def verify_token(self, token: str) -> AccessToken | None:
+        """Know nobody."""
+        return None
+
+
+async def test_mounted_as_documented_the_oauth_metadata_is_at_the_root() -> None:
+    [example] = [block for block in blocks(DOCS / "operations.md") if "FastAPI(" in block.text]
+    issuer, resource = "https://issuer.example", "https://mcp.example/mcp"
+    auth = AuthSettings.model_validate(
+        {"issuer_url": issuer, "resource_server_url": resource, "validate_token_resource": False}
+    )
+    names: dict[str, Any] = {"pgmcp": pgmcp, "FastAPI": FastAPI, "url": "postgresql://nobody@127.0.0.1:1/none"}
+    names["server"] = MCPServer("private", token_verifier=Nobody(), auth=auth)
+    exec(example.text, names)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(names["app"]), base_url="http://test") as http:
+        metadata = await http.get("/.well-known/oauth-protected-resource/mcp")
+        assert metadata.json()["resource"] == resource
+        assert (await http.get("/livez")).status_code == 200
+        assert (await http.get("/docs")).status_code == 200, "the application's own"
 
 
 # -- every document --------------------------------------------------------------------------------------------------

@@ -143,7 +143,7 @@ async def test_a_node_without_its_rights_says_which_and_what_to_run(
             try:
                 with pytest.raises(RightsMissing, match=wanted) as refused:
                     await pool.revision()
-                with pytest.raises(DatabaseUnavailable, match="refuses this role .*`pgmcp db grants` prints"):
+                with pytest.raises(DatabaseUnavailable, match=r"refuses this role .*`pgmcp db grants` prints"):
                     await pool.ask("drain_node", IDS.uuid())  # as in a node that runs
             finally:
                 await pool.close()
