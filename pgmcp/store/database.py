@@ -21,7 +21,7 @@ import asyncpg
 from asyncpg.pool import PoolConnectionProxy
 
 from pgmcp.clock import Clock, Ids
-from pgmcp.errors import DatabaseUnavailable, PgmcpError, SettingsError
+from pgmcp.errors import DatabaseUnavailable, PgmcpError, RightsMissing, SettingsError
 from pgmcp.settings import Settings
 from pgmcp.store.connection import primary
 from pgmcp.store.connection.address import AddressUnread, place
@@ -98,6 +98,7 @@ class Database:
 
         Raises:
             DatabaseUnavailable: PostgreSQL cannot be reached or refuses the login.
+            RightsMissing: the role may not connect, or not begin with what nodes do.
             SettingsError: the file with its address cannot be read.
         """
         if self.settings.pooled:
@@ -117,6 +118,8 @@ class Database:
             self._idle.append(await self._connection(self._pool))
         except AddressUnread as error:
             raise SettingsError(f"No database: {error}.") from error
+        except asyncpg.InsufficientPrivilegeError as error:
+            raise RightsMissing(str(unavailable(self.settings.database_url, error))) from error
         except (*TROUBLE, asyncpg.PostgresError, ValueError) as error:
             raise unavailable(self.settings.database_url, error) from error
 
