@@ -81,9 +81,12 @@ create or replace view pgmcp.takeover_history as select t.*, 1 as more from (
 async def test_each_role_can_do_its_work_and_nothing_else(empty_database: str) -> None:
     async with AsyncExitStack() as stack:
         made = await stack.enter_async_context(roles(empty_database, "owner", "runtime", "reader"))
-        # An administrator runs it first, in an empty database; the owner has no right but the schema's.
-        await made.run("revoke connect on database " + urlsplit(empty_database).path[1:] + " from public")
-        await made.run(f"grant connect on database {urlsplit(empty_database).path[1:]} to {made.names['owner']}")
+        # An administrator runs it first, in an empty database where nobody may what everybody may by default.
+        name = urlsplit(empty_database).path[1:]
+        await made.run(
+            f"revoke connect on database {name} from public; revoke execute on function "
+            f"pg_control_system() from public; grant connect on database {name} to {made.names['owner']}"
+        )
         await made.run(printed(made, "--owner", made.names["owner"]))
         await asyncio.to_thread(migrations.upgrade, made.url("owner"), "pgmcp")
         await made.run(printed(made), "owner")
