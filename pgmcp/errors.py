@@ -17,6 +17,10 @@ class SchemaError(PgmcpError):
     """The database's schema is not one that this build understands."""
 
 
+class RightsMissing(SchemaError):
+    """The role that connects may not do what nodes do; `pgmcp db grants` prints what it needs."""
+
+
 class SchemaInUse(SchemaError):
     """Living nodes could not work with what a migration would leave; the steps before it were taken."""
 

@@ -5,7 +5,7 @@ Exit codes:
     1  the work failed
     2  the command line or a setting cannot work, or the target is no MCP server
     3  the database cannot be reached
-    4  the database's schema is not one that this build understands
+    4  the database's schema is not one that this build understands, or the role lacks rights on it
     5  a migration, or a new name for the cluster, waits for living nodes
     6  the cluster serves another server than this node, which did not join
 """

@@ -18,7 +18,7 @@ import click
 from pgmcp.errors import SchemaError, SchemaInUse
 from pgmcp.settings import in_file
 from pgmcp.store.commands import identity
-from pgmcp.store.schema import migrations, revisions
+from pgmcp.store.schema import grants, migrations, revisions
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -173,6 +173,24 @@ def sql(schema: str, revision: str, down: bool, as_json: bool) -> None:
     script = migrations.sql(schema, revision, down=down)
     if as_json:
         _print_json({"schema": schema, "revision": revision, "sql": script})
+    else:
+        click.echo(script, nl=False)
+
+
+@db.command("grants")
+@click.option("--runtime", required=True, metavar="ROLE", help="The role that nodes connect as: rows, no tables.")
+@click.option("--reader", default="", metavar="ROLE", help="A role that only looks at the public views.")
+@click.option("--owner", default="", metavar="ROLE", help="The role that migrates; default: whoever runs the SQL.")
+@_schema
+@_json
+def print_grants(runtime: str, reader: str, owner: str, schema: str, as_json: bool) -> None:
+    """Print the SQL that gives roles their rights on the schema, for psql. Needs no database; make the roles first.
+
+    It may be run before the first migration or after it, and again; what later migrations make is the nodes' by itself.
+    """
+    script = grants.script(schema, runtime, reader, owner)
+    if as_json:
+        _print_json({"schema": schema, "sql": script})
     else:
         click.echo(script, nl=False)
 

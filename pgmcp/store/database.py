@@ -21,7 +21,7 @@ import asyncpg
 from asyncpg.pool import PoolConnectionProxy
 
 from pgmcp.clock import Clock, Ids
-from pgmcp.errors import DatabaseUnavailable, PgmcpError, SettingsError
+from pgmcp.errors import DatabaseUnavailable, PgmcpError, RightsMissing, SettingsError
 from pgmcp.settings import Settings
 from pgmcp.store.connection import primary
 from pgmcp.store.connection.address import AddressUnread, place
@@ -29,6 +29,7 @@ from pgmcp.store.connection.encoding import Encoding, encoding_of, read_unescape
 from pgmcp.store.connection.error_text import error_text
 from pgmcp.store.connection.settings import PLANS, STARTUP, Frame, pin
 from pgmcp.store.schema.revisions import understood
+from pgmcp.store.schema.rights import permitted
 from pgmcp.store.statements import LockWait, statement
 from pgmcp.store.timeline import Timeline
 
@@ -97,6 +98,7 @@ class Database:
 
         Raises:
             DatabaseUnavailable: PostgreSQL cannot be reached or refuses the login.
+            RightsMissing: the role may not connect, or not begin with what nodes do.
             SettingsError: the file with its address cannot be read.
         """
         if self.settings.pooled:
@@ -116,6 +118,8 @@ class Database:
             self._idle.append(await self._connection(self._pool))
         except AddressUnread as error:
             raise SettingsError(f"No database: {error}.") from error
+        except asyncpg.InsufficientPrivilegeError as error:
+            raise RightsMissing(str(unavailable(self.settings.database_url, error))) from error
         except (*TROUBLE, asyncpg.PostgresError, ValueError) as error:
             raise unavailable(self.settings.database_url, error) from error
 
@@ -158,10 +162,11 @@ class Database:
         self._pool = None
 
     async def revision(self) -> str:
-        """The schema's revision, with which this build can work.
+        """The schema's revision, with which this build and this role can work.
 
         Raises:
             DatabaseUnavailable: PostgreSQL does not answer.
+            RightsMissing: the role may not do what nodes do.
             SchemaError: it cannot; the message says what to run.
         """
         if self._pool is None:
@@ -171,10 +176,11 @@ class Database:
             async with self._turn(self._turns, limit), asyncio.timeout(limit):
                 connection = await self._pool.acquire()
                 try:
+                    await permitted(connection, self.settings.schema_name)
                     return await understood(connection, self.settings.schema_name)
                 finally:
                     await self._pool.release(connection)
-        except TROUBLE as error:
+        except (*TROUBLE, asyncpg.PostgresError) as error:
             raise unavailable(self.settings.database_url, error) from error
 
     async def fetch(self, name: str, *args: object, lock_wait: LockWait = LockWait.USUAL) -> list[asyncpg.Record]:
@@ -332,6 +338,8 @@ def extra(size: int) -> float:
 
 def unavailable(url: str, error: BaseException) -> PgmcpError:
     """The error for a database that cannot be used now; it names the place, never the password."""
+    if isinstance(error, asyncpg.InsufficientPrivilegeError):
+        return DatabaseUnavailable(f"{place(url)} refuses this role ({error_text(error)}).")
     return DatabaseUnavailable(
         f"{place(url)} does not answer ({error_text(error)}). Check that it runs and that --database-url is right."
     )

@@ -33,6 +33,8 @@ from weakref import WeakKeyDictionary
 import asyncpg
 
 from pgmcp.clock import Ids
+from pgmcp.store.connection.error_text import error_text
+from pgmcp.store.schema.rights import lacking
 from pgmcp.store.statements import statement
 
 logger = logging.getLogger(__name__)
@@ -126,9 +128,10 @@ class Timeline:
         except _NO_TABLES:
             return None  # whoever needs them says so
         except _NOT_ALLOWED as error:
-            if not self._warned:
+            # Who may not use the tables either is told by whoever needs those.
+            if not self._warned and await lacking(connection, self._schema) is None:
                 self._warned = True
-                logger.warning("a failover that loses commits will not be noticed: %s", error)
+                logger.warning("a failover that loses commits will not be noticed: %s", error_text(error))
             return None
         if row is None:
             return None

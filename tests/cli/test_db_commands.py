@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 
 from pgmcp.cli import main
 from pgmcp.cli.db import db
-from pgmcp.errors import DatabaseUnavailable, SchemaError
+from pgmcp.errors import DatabaseUnavailable, SchemaError, SettingsError
 from pgmcp.store.schema.revisions import head
 from tests.harness.builds import newer, newer_migrations
 
@@ -59,12 +59,18 @@ def test_every_command_prints_json(empty_database: str) -> None:
     assert isinstance(script, dict)
     assert 'create schema "tests"' in script["sql"]
     assert printed("downgrade", "base") == {"schema": "tests", "before": HEAD, "revision": None}
+    granted = printed("grants", "--runtime", "nodes")
+    assert isinstance(granted, dict)
+    assert 'on all tables in schema "tests" to "nodes"' in granted["sql"]
 
 
 def test_refusals_are_errors_of_pgmcp_and_usage_is_2(empty_database: str) -> None:
     assert run("current").exit_code == 2
     assert run("nothing", dsn=empty_database).exit_code == 2
     assert isinstance(run("check", dsn=empty_database).exception, SchemaError)
+    for roles in (("a", "--reader", "a"), ("a", "--owner", "a"), ("$$",), ("a\nb",), ("a" * 64,)):
+        assert isinstance(run("grants", "--runtime", *roles).exception, SettingsError), roles
+    assert run("grants").exit_code == 2
     assert isinstance(run("current", dsn="postgresql://me@127.0.0.1:1/db").exception, DatabaseUnavailable)
 
 

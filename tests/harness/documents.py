@@ -25,7 +25,7 @@ SERVERS = ("make up", "pgmcp up", "pgmcp serve", "uvicorn")
 """Commands that run until they are ended; the next command of the document is typed when they answer."""
 
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-_FILE = re.compile(r"# (\w+\.py)\n")
+_FILE = re.compile(r"# ([\w/]+\.(?:py|ini))\n")
 _COMMENT = re.compile(r"\s+#\s.*$")
 
 
@@ -42,7 +42,7 @@ def blocks(path: Path) -> list[Block]:
 
 
 def file_of(block: Block) -> str | None:
-    """The file that a Python block is, by its first line."""
+    """The file that a block is, by its first line."""
     found = _FILE.match(block.text)
     return found[1] if found else None
 
@@ -87,10 +87,12 @@ class Reader:
         return text
 
     def save(self, block: Block) -> None:
-        """Write a Python block into its file and see that it can be imported."""
+        """Write a block into its file."""
         name = file_of(block)
         assert name is not None, f"name the file in the first line, as # name.py: {block.text}"
-        (self.folder / name).write_text(self.here(block.text))
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(self.here(block.text))
 
     def follow(self, block: Block) -> None:
         """Type in a shell block."""

@@ -32,13 +32,14 @@ class Shipped(ServerProcess):
         name: one of ``CONFIGURATIONS``.
         ports: of the nodes, by their names.
         folder: for the configuration, the log and temporary files.
+        text: what somebody has made of the configuration; empty: it is as shipped.
     """
 
-    def __init__(self, name: str, ports: Mapping[str, int], folder: Path) -> None:
+    def __init__(self, name: str, ports: Mapping[str, int], folder: Path, text: str = "") -> None:
         self.ports = dict(ports)
         folder.mkdir(parents=True)
         [port] = free_ports(1)
-        text = _moved(of(name).read_text(), ports, port, folder)
+        text = _moved(text or of(name).read_text(), ports, port, folder)
         path = folder / Path(name).name
         path.write_text(text)
         if name.startswith("nginx"):

@@ -34,15 +34,37 @@ from tests.harness.processes import REPOSITORY
 from tests.harness.wheel import copied
 
 URL = "postgresql://pgmcp:pgmcp@postgres:5432/pgmcp"
+BASE, SAMPLE = DOCKER / "kubernetes" / "base", DOCKER / "kubernetes" / "sample"
 SPARE = 10
 """Seconds that a process has after its drain before it is killed."""
 
 
 def manifests() -> dict[str, dict[str, Any]]:
     """The Kubernetes objects by their kinds."""
-    files = yaml.safe_load((DOCKER / "kubernetes" / "kustomization.yaml").read_text())["resources"]
-    objects = [one for file in files for one in yaml.safe_load_all((DOCKER / "kubernetes" / file).read_text())]
+    files = kustomization(BASE)["resources"]
+    objects = [one for file in files for one in yaml.safe_load_all((BASE / file).read_text())]
     return {one["kind"]: one for one in objects}
+
+
+def kustomization(folder: Path) -> dict[str, Any]:
+    """What kustomize makes of the objects."""
+    loaded = yaml.safe_load((folder / "kustomization.yaml").read_text())
+    assert isinstance(loaded, dict)
+    return loaded
+
+
+def pod() -> dict[str, Any]:
+    """What runs in Kubernetes."""
+    spec = manifests()["Deployment"]["spec"]["template"]["spec"]
+    assert isinstance(spec, dict)
+    return spec
+
+
+def in_settings(folder: Path) -> dict[str, str]:
+    """The variables that a kustomization gives to the nodes."""
+    [generated] = kustomization(folder)["configMapGenerator"]
+    assert generated["name"] == "pgmcp-settings"
+    return dict(pair.split("=", 1) for pair in generated["literals"])
 
 
 def unit() -> dict[str, list[tuple[str, str]]]:
@@ -75,9 +97,8 @@ def last(name: str) -> str:
 
 
 def containers() -> list[dict[str, Any]]:
-    """Every container of the Kubernetes objects."""
-    found = manifests()
-    return [one for kind in ("Deployment", "Job") for one in found[kind]["spec"]["template"]["spec"]["containers"]]
+    """Every container of the Kubernetes objects: the node, and what migrates before it starts."""
+    return [*pod()["containers"], *pod()["initContainers"]]
 
 
 def command_lines() -> Iterator[list[str]]:
@@ -100,7 +121,9 @@ def environments() -> Iterator[dict[str, str]]:
         if each["image"] == "pgmcp" and each["command"][0] == "serve":
             yield {name: str(value or "") for name, value in each["environment"].items()}
     node, _ = containers()
-    yield {one["name"]: one.get("value", "x") for one in node["env"] if one["name"].startswith("PGMCP_")}
+    own = {one["name"]: one.get("value", "x") for one in node["env"] if one["name"].startswith("PGMCP_")}
+    for settings in (in_settings(BASE), in_settings(BASE) | in_settings(SAMPLE)):
+        yield settings | own
     yield {name: value for name, value in (pair.split("=", 1) for pair in shlex.split(last("ENV"))) if "PGMCP" in name}
 
 
@@ -156,11 +179,10 @@ def test_every_kind_of_platform_waits_for_the_drain() -> None:
     defaults = Settings()
     expected = defaults.drain_notice + defaults.drain_limit + SPARE
     node, _ = containers()
-    pod = manifests()["Deployment"]["spec"]["template"]["spec"]
     for env in environments():
         if "PGMCP_DRAIN_NOTICE" in env:
             assert float(env["PGMCP_DRAIN_NOTICE"]) + float(env["PGMCP_DRAIN_LIMIT"]) + SPARE == expected
-    assert pod["terminationGracePeriodSeconds"] == expected
+    assert pod()["terminationGracePeriodSeconds"] == expected
     assert float(node["lifecycle"]["preStop"]["exec"]["command"][1]) < SPARE
     nodes = [each for name, each in compose()["services"].items() if name.startswith("node-")]
     assert {each["stop_grace_period"] for each in nodes} == {f"{expected:.0f}s"}
@@ -168,7 +190,7 @@ def test_every_kind_of_platform_waits_for_the_drain() -> None:
     assert {last("STOPSIGNAL"), service()["KillSignal"]} == {"SIGTERM"}
 
 
-async def test_probes_get_answers(database: str) -> None:
+async def test_probes_get_answers(database: str, tmp_path: Path) -> None:
     node, _ = containers()
     paths = {probe: node[probe]["httpGet"]["path"] for probe in ("startupProbe", "livenessProbe", "readinessProbe")}
     assert paths == {"startupProbe": "/livez", "livenessProbe": "/livez", "readinessProbe": "/readyz"}
@@ -181,17 +203,30 @@ async def test_probes_get_answers(database: str) -> None:
         for path in set(paths.values()):
             assert (await http.get(f"{running.url}{path}")).status_code == 200
         port = running.url.rpartition(":")[2]
-        assert await _health(port) == 0
-    assert await _health(port) != 0
+        for words, env in HEALTHY.items():
+            assert await _health(tmp_path, words.format(port=port), env.format(port=port)) == 0, words
+        assert await _health(tmp_path, "pgmcp serve x.py:mcp --port 1", port) != 0, "the option counts"
+    assert await _health(tmp_path, "pgmcp serve x.py:mcp", port) != 0
 
 
-async def _health(port: str) -> int:
+HEALTHY = {
+    "pgmcp serve x.py:mcp": "{port}",
+    "tini -- pgmcp serve x.py:mcp --port {port} --host 127.0.0.1": "8000",
+    "python /opt/pgmcp/bin/pgmcp serve --port=1 --host 0.0.0.0 --port={port} x.py:mcp": "8000",
+}
+"""Command lines of process 1 with PGMCP_PORT, of nodes that are well."""
+
+
+async def _health(folder: Path, words: str, port: str) -> int:
     """Run the image's own health check against a node of this machine."""
-    program, *arguments = json.loads(last("HEALTHCHECK").partition(" CMD ")[2])
+    program, script = json.loads(last("HEALTHCHECK").partition(" CMD ")[2])
     assert program == "python"
-    env = {**os.environ, "PGMCP_PORT": port}
+    assert f"docker/livez.py {script}" in [value for word, value in instructions() if word == "COPY"]
+    command_line = folder / "cmdline"
+    command_line.write_text(words.replace(" ", "\0") + "\0")
+    env = {**os.environ, "PGMCP_PORT": port, "PGMCP_HOST": "0.0.0.0"}
     process = await asyncio.create_subprocess_exec(
-        sys.executable, *arguments, env=env, stderr=asyncio.subprocess.DEVNULL
+        sys.executable, "-S", str(DOCKER / "livez.py"), str(command_line), env=env
     )
     return await asyncio.wait_for(process.wait(), 20)
 
@@ -199,7 +234,7 @@ async def _health(port: str) -> int:
 def test_the_document_names_files_that_are_there() -> None:
     text = (REPOSITORY / "docs" / "deployment.md").read_text()
     named = re.findall(r"(?:--file|--kustomize) (\S+)", text)
-    assert {"docker/compose.yaml", "docker/Dockerfile", "docker/kubernetes"} <= set(named)
+    assert {"docker/compose.yaml", "docker/Dockerfile", "docker/kubernetes/sample"} <= set(named)
     assert all((REPOSITORY / name).exists() for name in named)
 
 
@@ -291,44 +326,61 @@ def test_docker_accepts_the_compose_file() -> None:
 
 def test_the_manifests_fit_together() -> None:
     found = manifests()
-    assert set(found) == {"Deployment", "Service", "PodDisruptionBudget", "Job"}
-    deployment, job = found["Deployment"]["spec"], found["Job"]["spec"]
-    labels = deployment["template"]["metadata"]["labels"]
-    assert labels != job["template"]["metadata"]["labels"], "the Service must not lead to the migration"
+    assert set(found) == {"Deployment", "Service", "PodDisruptionBudget"}
+    deployment = found["Deployment"]["spec"]
+    [spread] = pod()["topologySpreadConstraints"]
     for selector in (
         deployment["selector"]["matchLabels"],
         found["Service"]["spec"]["selector"],
         found["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"],
+        spread["labelSelector"]["matchLabels"],
     ):
-        assert selector.items() <= labels.items()
-    node, _ = containers()
+        assert selector == deployment["template"]["metadata"]["labels"], "of these nodes, and of no stranger's pods"
+        assert selector["app.kubernetes.io/name"] == "pgmcp"
+    node, migrate = containers()
     [port] = node["ports"]
     assert port == {"name": "http", "containerPort": Settings().port}
     assert {each["targetPort"] for each in found["Service"]["spec"]["ports"]} == {"http"}
     for container in containers():
         assert container["securityContext"]["readOnlyRootFilesystem"]
+        assert [each["mountPath"] for each in container["volumeMounts"]] == ["/tmp"], "the image's own server is served"
+        assert container["envFrom"] == [{"configMapRef": {"name": "pgmcp-settings"}}], "one schema for both"
+    assert migrate["args"] == ["db", "upgrade", "--contract-later"]
     # A service called pgmcp would bring PGMCP_PORT=tcp://… into every pod.
-    assert not any(found[kind]["spec"]["template"]["spec"]["enableServiceLinks"] for kind in ("Deployment", "Job"))
+    assert not pod()["enableServiceLinks"]
     assert "cpu" not in node["resources"]["limits"]
 
 
+def test_nodes_do_not_have_the_password_of_the_schemas_owner() -> None:
+    def secret(container: Mapping[str, Any]) -> str:
+        [name] = [one["valueFrom"]["secretKeyRef"]["name"] for one in container["env"] if one["name"].endswith("_URL")]
+        return str(name)
+
+    node, migrate = (secret(each) for each in containers())
+    assert {node, migrate} == {"pgmcp-runtime", "pgmcp-owner"}
+    text = (REPOSITORY / "docs" / "deployment.md").read_text()
+    assert set(re.findall(r"create secret generic (\S+)", text)) == {node, migrate}
+
+
 def test_kustomize_builds_them() -> None:
-    folder = DOCKER / "kubernetes"
-    kustomization = yaml.safe_load((folder / "kustomization.yaml").read_text())
-    [generated] = kustomization["configMapGenerator"]
-    for name in (*kustomization["resources"], *generated["files"]):
-        assert (folder / name).is_file()
-    mounted = {one["configMap"]["name"] for one in _volumes() if "configMap" in one}
-    assert mounted == {generated["name"]}
+    for folder in (BASE, SAMPLE):
+        for name in kustomization(folder)["resources"]:
+            assert (folder / name).exists()
+        assert {"PGMCP_ALLOWED_HOSTS", "PGMCP_ALLOWED_ORIGINS", "PGMCP_FORWARDED_ALLOW_IPS"} <= set(in_settings(folder))
     if shutil.which("kubectl"):
-        done = _run("kubectl", "kustomize", str(folder))
+        done = _run("kubectl", "kustomize", str(SAMPLE))
         assert done.returncode == 0, done.stderr
-        built = list(yaml.safe_load_all(done.stdout))
-        assert {one["kind"] for one in built} == {*manifests(), "ConfigMap"}
-
-
-def _volumes() -> list[Mapping[str, Any]]:
-    return list(manifests()["Deployment"]["spec"]["template"]["spec"]["volumes"])
+        built = {one["kind"]: one for one in yaml.safe_load_all(done.stdout)}
+        assert set(built) == {*manifests(), "ConfigMap"}
+        selector = built["Service"]["spec"]["selector"]
+        assert selector["app.kubernetes.io/instance"] == "calculator"
+        assert selector == built["Deployment"]["spec"]["selector"]["matchLabels"]
+        [settings] = [
+            one["configMapRef"]["name"]
+            for one in built["Deployment"]["spec"]["template"]["spec"]["containers"][0]["envFrom"]
+        ]
+        assert settings == built["ConfigMap"]["metadata"]["name"]
+        assert built["ConfigMap"]["data"]["PGMCP_ALLOWED_HOSTS"] == "calculator.example.com"
 
 
 # -- systemd ---------------------------------------------------------------------------------------------------------
@@ -337,7 +389,9 @@ def _volumes() -> list[Mapping[str, Any]]:
 def test_the_unit_is_one(tmp_path: Path) -> None:
     assert set(unit()) == {"Unit", "Service", "Install"}
     assert service()["Restart"] == "always"
-    assert service()["RestartPreventExitStatus"] == "2"
+    assert service()["RestartPreventExitStatus"] == "2", "a setting that cannot work; all else may mend itself"
+    assert not {"SuccessExitStatus", "RestartForceExitStatus"} & set(service())
+    assert dict(unit()["Unit"])["StartLimitIntervalSec"] == "0", "however often: an outage may be long"
     assert service()["KillMode"] == "mixed"
     if shutil.which("systemd-analyze"):
         here = Path(sys.executable).parent

@@ -17,17 +17,27 @@ import socket
 import sys
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import asyncpg
+import httpx
 import pytest
+from fastapi import FastAPI
+from mcp.server.auth.provider import AccessToken, TokenVerifier
+from mcp.server.auth.settings import AuthSettings
 from mcp.server.mcpserver import MCPServer
 
+import pgmcp
+from pgmcp.embedded import binaries
 from pgmcp.session.target import load
+from pgmcp.store.schema.revisions import head
 from tests.harness.clients import RawSession, connect
 from tests.harness.cluster import cluster, tables_of
+from tests.harness.compose import of
 from tests.harness.documents import Reader, blocks, file_of
 from tests.harness.modern import Modern
-from tests.harness.processes import REPOSITORY
+from tests.harness.processes import PLAIN, REPOSITORY, free_ports
+from tests.harness.shipped import Shipped
 
 README, DOCS = REPOSITORY / "README.md", REPOSITORY / "docs"
 CONTRIBUTING = REPOSITORY / "CONTRIBUTING.md"
@@ -91,6 +101,55 @@ async def test_the_readme_works(reader: Reader, empty_database: str) -> None:
                     async with connect(f"http://127.0.0.1:{reader.here('8000')}/mcp") as client:
                         result = await client.call_tool("add", {"a": 1, "b": 2})
                         assert result.structured_content == {"result": 3}
+
+
+async def test_a_fastapi_application_gets_to_two_replicas_behind_nginx(
+    empty_database: str, commands: Path, tmp_path: Path
+) -> None:
+    """Beside its own tables and its own Alembic, as a role that may change no table."""
+    at, ports = urlsplit(empty_database), free_ports(2)
+    owner, nodes = (f"{at.path[1:]}_{purpose}" for purpose in ("owner", "nodes"))
+    shipped = "nginx/round-robin.conf"
+    replaced = {
+        "postgresql://admin:password@db/app": empty_database,
+        "@db/app": f"@{at.hostname}:{at.port}{at.path}",
+        "shop_owner": owner,
+        "shop_nodes": nodes,
+        "8001": f"{ports[0]}",
+        "8002": f"{ports[1]}",
+        "HOSTS=mcp.example.com": "HOSTS=127.0.0.1:*",
+        "pip install": "true",
+        f"docker/{shipped}": f"{of(shipped)}",
+        "nginx -p . -c nginx.conf": "true",
+    }
+    async with tables_of(empty_database) as tables:
+        try:
+            with Reader(tmp_path, commands, replaced) as reader:
+                reader.env["PATH"] += f":{binaries.find()}"  # psql
+                for block in blocks(DOCS / "fastapi.md"):
+                    if file_of(block):
+                        reader.save(block)
+                    elif block.language == "sql":
+                        await tables.execute(reader.here(block.text))
+                    else:
+                        reader.follow(block)
+                        if "pgmcp nodes" in block.text:
+                            assert {"shop-1", "shop-2"} <= set(reader.output.split())
+                text = (tmp_path / "nginx.conf").read_text()
+                with Shipped(shipped, {}, tmp_path / "nginx", text) as nginx:
+                    async with connect(nginx.mcp_url) as client:
+                        for cents in range(4):
+                            await client.call_tool("set_price", {"name": "tea", "cents": cents})
+                    async with httpx.AsyncClient(trust_env=False, verify=PLAIN) as http:
+                        assert (await http.get(f"{nginx.url}/prices")).json() == {"tea": 3}
+                    posted = {each.ports for each in nginx.exchanges if each.method == "POST"}
+                    assert posted == {(port,) for port in ports}
+            assert await tables.value("select version_num from public.alembic_version") == "0001"
+            assert await tables.value("select version_num from shop_mcp.alembic_version") == head()
+            assert not await tables.value("select count(*) from pg_class where relowner = $1::regrole", nodes)
+        finally:
+            for role in (nodes, owner):
+                await tables.execute(f"drop owned by {role} cascade; drop role {role}")
 
 
 async def test_the_quickstart_works(reader: Reader) -> None:
@@ -205,6 +264,31 @@ async def test_the_bus_is_used_outside_of_handlers(database: str, tmp_path: Path
         await stream.message("notifications/subscriptions/acknowledged")
         await module.something_happened()
         await stream.message("notifications/tools/list_changed")
+
+
+# -- the example in docs/operations.md --------------------------------------------------------------------------------
+
+
+class Nobody(TokenVerifier):
+    async def verify_token(self, token: str) -> AccessToken | None:
+        """Know nobody."""
+        return None
+
+
+async def test_mounted_as_documented_the_oauth_metadata_is_at_the_root() -> None:
+    [example] = [block for block in blocks(DOCS / "operations.md") if "FastAPI(" in block.text]
+    issuer, resource = "https://issuer.example", "https://mcp.example/mcp"
+    auth = AuthSettings.model_validate(
+        {"issuer_url": issuer, "resource_server_url": resource, "validate_token_resource": False}
+    )
+    names: dict[str, Any] = {"pgmcp": pgmcp, "FastAPI": FastAPI, "url": "postgresql://nobody@127.0.0.1:1/none"}
+    names["server"] = MCPServer("private", token_verifier=Nobody(), auth=auth)
+    exec(example.text, names)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(names["app"]), base_url="http://test") as http:
+        metadata = await http.get("/.well-known/oauth-protected-resource/mcp")
+        assert metadata.json()["resource"] == resource
+        assert (await http.get("/livez")).status_code == 200
+        assert (await http.get("/docs")).status_code == 200, "the application's own"
 
 
 # -- every document --------------------------------------------------------------------------------------------------

@@ -20,6 +20,8 @@ def error_text(error: BaseException) -> str:
     if not isinstance(error, asyncpg.PostgresError):
         return f"{kind}: {error}"
     state = str(error.sqlstate or "")
+    if isinstance(error, asyncpg.InsufficientPrivilegeError):
+        return f"{error.args[0] if error.args else kind}: `pgmcp db grants` prints what the role needs"
     if state.startswith(_SPEAKING):
         return f"{kind}: {error.args[0] if error.args else state}"
     constraint = getattr(error, "constraint_name", None)

@@ -24,14 +24,23 @@ T = TypeVar("T")
 CONNECT_SECONDS = 5.0  # seconds
 SCHEMA_NAME = re.compile(r"[a-z_][a-z0-9_]{0,40}")
 LOCK_NOT_AVAILABLE = "55P03"
+NOT_PERMITTED = "42501"
 NODES_IN_THE_WAY = "MCP01"  # raised by migrations/env.py
 
 _AWAY = ("08", "57P", "53")  # connection lost, shutting down, out of resources
 _REFUSED = ("28", "3D")  # password or role, no such database
+GRANTS = "`pgmcp db grants` prints what roles need that run nodes or look at the views."
+"""The advice to a role that may not do what a command does."""
+
+OWNER = (
+    "Let the role run it that owns the schema and its tables. Where there is no schema yet make one for this role, or "
+    "grant this one CREATE on the database."
+)
+"""The advice to a role that may not migrate."""
+
 _HINTS = {
     "25006": "It is read-only, perhaps a standby: connect to the primary.",
     "2BP01": "Something of yours depends on it: drop that first.",
-    "42501": "Let a role run it that owns the schema, or grant this one CREATE on the database.",
     "57014": "The statement was cancelled: run the command again.",
     LOCK_NOT_AVAILABLE: "Another transaction holds a lock on the tables: end it (see pg_stat_activity) and run again.",
 }
@@ -75,8 +84,14 @@ async def connect(database_url: str) -> asyncpg.Connection:
         raise DatabaseUnavailable(message) from error
 
 
-def finish(work: Callable[[], Awaitable[T]], database_url: str, limit: float) -> T:
+def finish(work: Callable[[], Awaitable[T]], database_url: str, limit: float, *, not_permitted: str = GRANTS) -> T:
     """Run ``work`` to its end from synchronous code, outside any event loop, for at most ``limit`` seconds.
+
+    Args:
+        work: what to do.
+        database_url: where, for messages.
+        limit: seconds.
+        not_permitted: the advice when the role lacks a right.
 
     Raises:
         DatabaseUnavailable: the limit passed, or the connection was lost.
@@ -94,10 +109,10 @@ def finish(work: Callable[[], Awaitable[T]], database_url: str, limit: float) ->
         message = f"{place(database_url)} was not done within {limit:g} s. Check its load and run the command again."
         raise DatabaseUnavailable(message) from error
     except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
-        raise explained(error, database_url) from error
+        raise explained(error, database_url, not_permitted) from error
 
 
-def explained(error: Exception, database_url: str) -> PgmcpError:
+def explained(error: Exception, database_url: str, not_permitted: str = GRANTS) -> PgmcpError:
     """What the error means to whoever ran the command."""
     state = str(getattr(error, "sqlstate", None) or "")
     reason = str(error).partition("\n")[0] or type(error).__name__
@@ -106,5 +121,6 @@ def explained(error: Exception, database_url: str) -> PgmcpError:
     if state == NODES_IN_THE_WAY:
         hint = "Replace or stop them (SIGTERM, or `pgmcp drain NODE`), then run the command again."
         return SchemaInUse(f"{reason} The steps before it are done. {hint}")
-    hint = _HINTS.get(state, "Run `pgmcp db check` to see how the schema differs from this build's.")
+    hints = _HINTS | {NOT_PERMITTED: not_permitted}
+    hint = hints.get(state, "Run `pgmcp db check` to see how the schema differs from this build's.")
     return SchemaError(f"{place(database_url)} refused: {reason}. {hint}")
