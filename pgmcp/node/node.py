@@ -36,6 +36,7 @@ from pgmcp.store.encryption.key_rings import CONTEXTS, REFRESH_SECONDS, KeyRing,
 from pgmcp.store.encryption.key_wrapping import wrapping_of
 from pgmcp.store.encryption.payloads import Payloads
 from pgmcp.store.publications import TablePublications
+from pgmcp.trouble import Trouble
 from pgmcp.types import Publication
 from pgmcp.web.admission import Admission
 from pgmcp.web.application import Application
@@ -81,6 +82,7 @@ class Node:
         self._rules = Rules(host_rules(settings), self._bodies, Rates(settings, self._clock), settings)
         self._modern = Modern(self._stateless, self._admission, self._rules, self._clock)
         self._revision, self._started, self._draining = "", False, False
+        self._keys_trouble = Trouble("reading the cluster's keys", self._clock)
         self.faults = Faults()
         self.watchdog: Watchdog | None = None
         self._supervisor = Supervisor(self._new_incarnation, self._clock, self.faults, lambda: self._draining)
@@ -158,7 +160,7 @@ class Node:
         self._started = True
         mask_session_ids()  # whoever runs the HTTP server
         if warning := unprotected(self.settings):
-            logger.warning(warning)
+            logger.warning("open to everybody: %s", warning)
         async with contextlib.AsyncExitStack() as stack:
             try:
                 await self._start(stack)
@@ -222,11 +224,16 @@ class Node:
 
     async def _refresh(self) -> None:
         """Read the key rings anew."""
+        failed: PgmcpError | None = None
         for ring in (self._box, self._states, self._payloads):
             try:
                 await ring.load()
             except PgmcpError as error:
-                logger.warning("the cluster's keys are read again later: %s", error)
+                failed = error
+        if failed is None:
+            self._keys_trouble.over()
+        else:
+            self._keys_trouble.met(failed)
 
     async def drain(self) -> None:
         """Leave in an orderly way (G10): unready, then nobody's owner, then nobody's edge.
@@ -281,9 +288,9 @@ class Node:
             return "draining"
         if self._supervisor.present is None:
             return self._supervisor.absent
-        if self._supervisor.present.outgrown:
-            return "schema"
         lease = self._supervisor.present.lease
+        if self._supervisor.present.outgrown or lease.schema_gone:
+            return "schema"
         if lease.state is LeaseState.SUSPENDED and lease.suspended_for < self.settings.hold:
             return None
         return None if lease.trusted else str(lease.state)

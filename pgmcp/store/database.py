@@ -21,7 +21,7 @@ import asyncpg
 from asyncpg.pool import PoolConnectionProxy
 
 from pgmcp.clock import Clock, Ids
-from pgmcp.errors import DatabaseUnavailable, PgmcpError, SettingsError
+from pgmcp.errors import DatabaseUnavailable, PgmcpError, SchemaGone, SettingsError
 from pgmcp.settings import Settings
 from pgmcp.store.connection import primary
 from pgmcp.store.connection.address import AddressUnread, place
@@ -47,6 +47,17 @@ TROUBLE = (
     asyncpg.InvalidSQLStatementNameError,
 )
 """The database could not be asked; the same statement may be sent again."""
+
+MISSING = (
+    asyncpg.UndefinedTableError,
+    asyncpg.UndefinedColumnError,
+    asyncpg.UndefinedFunctionError,
+    asyncpg.InvalidSchemaNameError,
+)
+"""The schema is gone, or is not this build's; the server is there."""
+
+ANSWERED = (*MISSING, asyncpg.InsufficientPrivilegeError)
+"""The server is there, and whoever asks it again, in whatever way, is told the same."""
 
 CONTENTION = (
     asyncpg.LockNotAvailableError,
@@ -174,7 +185,7 @@ class Database:
                     return await understood(connection, self.settings.schema_name)
                 finally:
                     await self._pool.release(connection)
-        except TROUBLE as error:
+        except (*TROUBLE, asyncpg.PostgresError) as error:
             raise unavailable(self.settings.database_url, error) from error
 
     async def fetch(self, name: str, *args: object, lock_wait: LockWait = LockWait.USUAL) -> list[asyncpg.Record]:
@@ -332,6 +343,16 @@ def extra(size: int) -> float:
 
 def unavailable(url: str, error: BaseException) -> PgmcpError:
     """The error for a database that cannot be used now; it names the place, never the password."""
+    if isinstance(error, MISSING):
+        return SchemaGone(
+            f"{place(url)} has no such tables any more ({error_text(error)}). Restore them, or run `pgmcp db upgrade`."
+        )
+    if isinstance(error, asyncpg.InvalidAuthorizationSpecificationError):
+        return DatabaseUnavailable(
+            f"{place(url)} refuses the login ({error_text(error)}). Check user and password in --database-url."
+        )
+    if isinstance(error, asyncpg.InsufficientPrivilegeError):
+        return DatabaseUnavailable(f"{place(url)} refuses this role ({error_text(error)}). Grant it what it had.")
     return DatabaseUnavailable(
         f"{place(url)} does not answer ({error_text(error)}). Check that it runs and that --database-url is right."
     )
