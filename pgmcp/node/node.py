@@ -185,8 +185,10 @@ class Node:
         stack.push_async_callback(self._supervisor.stop)
         services: dict[str, Service] = {
             "the supervisor": self._supervisor,
-            "the look for commands": Periodic(self.settings.poll, self._obey, self._clock, self._ids),
-            "the look for keys": Periodic(REFRESH_SECONDS, self._refresh, self._clock, self._ids),
+            "the look for commands": Periodic(
+                self.settings.poll, self._obey, self._clock, self._ids, allowed=self._calm
+            ),
+            "the look for keys": Periodic(REFRESH_SECONDS, self._refresh, self._clock, self._ids, allowed=self._calm),
         }
         tasks = [asyncio.create_task(self._begun_again(*each), name=each[0]) for each in services.items()]
         stack.push_async_callback(asyncio.wait, tasks)
@@ -197,6 +199,10 @@ class Node:
         while (error := await failure(service)) is not None:
             self.faults.note(duty, error)
             await self._clock.sleep(REJOIN_SECONDS)
+
+    def _calm(self) -> bool:
+        """Whether PostgreSQL is known not to be away."""
+        return self._supervisor.present is None or self._supervisor.present.lease.trusted
 
     def _new_incarnation(self) -> Incarnation:
         return Incarnation(

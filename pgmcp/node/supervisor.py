@@ -27,7 +27,7 @@ LONGEST_PAUSE_SECONDS = 30.0
 STEADY_SECONDS = 60.0
 """Seconds after which an incarnation has lived long enough for those before it not to count any more."""
 
-REASONS = 20
+REASONS = 5
 """Different reasons that are told while the node tries to join again."""
 
 SEVERAL = 3
