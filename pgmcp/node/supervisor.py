@@ -98,14 +98,15 @@ class Supervisor(Service):
 
     def _complain(self, error: PgmcpError) -> None:
         """Say once why the node cannot join; it tries twice a second."""
-        reason = str(error)
+        schema = isinstance(error, SchemaError)
+        reason = type(error).__name__ if schema else str(error)  # while it is migrated it changes all the time
         if reason in self._reasons or len(self._reasons) >= REASONS:
             return
         self._reasons.add(reason)
-        if isinstance(error, SchemaError):
-            logger.error("this node cannot join again, and goes on trying: %s", reason)
+        if schema:
+            logger.error("this node cannot join again, and goes on trying: %s", error)
         else:
-            logger.warning("this node cannot join again yet, and goes on trying: %s", reason)
+            logger.warning("this node cannot join again yet, and goes on trying: %s", error)
 
     async def _pause(self) -> None:
         """Give the other nodes time after a failure: whoever joins takes sessions, and three restores end one."""

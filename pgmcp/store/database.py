@@ -54,7 +54,7 @@ MISSING = (
     asyncpg.UndefinedFunctionError,
     asyncpg.InvalidSchemaNameError,
 )
-"""The schema is gone, or is not this build's; the server is there."""
+"""The schema is gone, or is not this build's, or is being restored; the server is there. Waited for like trouble."""
 
 ANSWERED = (*MISSING, asyncpg.InsufficientPrivilegeError)
 """The server is there, and whoever asks it again, in whatever way, is told the same."""
@@ -326,7 +326,7 @@ class Database:
             try:
                 async with asyncio.timeout(max(0.0, end - self.clock.boottime())):
                     return await call()
-            except (*TROUBLE, *CONTENTION) as error:
+            except (*TROUBLE, *CONTENTION, *MISSING) as error:
                 if self.clock.boottime() >= end:
                     raise unavailable(self.settings.database_url, error) from error
             except asyncpg.PostgresError as error:
