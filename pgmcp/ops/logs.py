@@ -43,7 +43,7 @@ class _Text(logging.Formatter):
 
 
 class _Json(logging.Formatter):
-    def __init__(self, node: str) -> None:
+    def __init__(self, node: str = "") -> None:
         super().__init__()
         self._node = node
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from typing import Any
 
 import httpx
 import pytest
@@ -42,7 +43,7 @@ async def test_a_schema_that_is_older_or_gone_is_an_error_and_not_ready(
     database: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    soon = {"idle_poll": 0.1, "renew": 0.1, "poll": 0.2}
+    soon: dict[str, Any] = {"idle_poll": 0.1, "renew": 0.1, "poll": 0.2}
     async with (
         cluster(database, everything, 1, **soon) as [node],
         tables_of(database) as tables,
