@@ -1,4 +1,4 @@
-"""A FastMCP server whose state is in PostgreSQL: ``pgmcp up examples/notes.py:mcp`` (needs ``pgmcp[fastmcp]``)."""
+"""A FastMCP server whose state is in PostgreSQL: ``pgmcp up examples/notes.py:mcp`` (needs the extra ``fastmcp``)."""
 
 import os
 

@@ -37,6 +37,10 @@ class DatabaseUnavailable(PgmcpError):
     """The database did not answer within the time that the caller may wait."""
 
 
+class SchemaGone(DatabaseUnavailable, SchemaError):
+    """The database answers, but the tables are not there: dropped, or being restored. Waited for as in an outage."""
+
+
 class NodeNotReady(PgmcpError):
     """This node cannot act now: it is joining, suspended, fenced or leaving."""
 

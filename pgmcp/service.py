@@ -19,6 +19,7 @@ from typing import Any
 
 from pgmcp.clock import Clock, Ids
 from pgmcp.errors import PgmcpError
+from pgmcp.trouble import Trouble
 
 logger = logging.getLogger(__name__)
 
@@ -124,6 +125,7 @@ class OnDemand(Service):
 
     def __init__(self, look: Callable[[], Awaitable[None]], clock: Clock, pause: float = PAUSE_SECONDS) -> None:
         self._look, self._clock, self._pause = look, clock, pause
+        self._trouble = Trouble(_named(look), clock)
         self._wanted = asyncio.Event()
 
     @property
@@ -143,14 +145,20 @@ class OnDemand(Service):
             begun = self._clock.boottime()
             try:
                 await self._look()
+                self._trouble.over()
             except PgmcpError as error:
-                logger.info("%s is tried again later: %s", self._look.__name__, error)
+                self._trouble.met(error)
             took = self._clock.boottime() - begun
             await self._clock.sleep(max(self._pause, min(PAUSE_FACTOR * took, LONGEST_PAUSE_SECONDS)))
 
 
 def _always() -> bool:
     return True
+
+
+def _named(work: Callable[..., object]) -> str:
+    """What the log calls a piece of work that a service does again and again."""
+    return f"the work {getattr(work, '__name__', 'of a service').strip('_')!r}"
 
 
 class Periodic(Service):
@@ -172,13 +180,17 @@ class Periodic(Service):
         allowed: Callable[[], bool] = _always,
     ) -> None:
         self._seconds, self._work, self._clock, self._ids, self._allowed = seconds, work, clock, ids, allowed
+        self._trouble = Trouble(_named(work), clock)
 
     async def run(self) -> None:
         """See ``Service.run``."""
         while True:
             await self._clock.sleep(self._ids.jitter(self._seconds))
-            if self._allowed():
-                try:
-                    await self._work()
-                except PgmcpError as error:
-                    logger.info("%s is tried again later: %s", self._work.__name__, error)
+            if not self._allowed():
+                self._trouble.paused()
+                continue
+            try:
+                await self._work()
+                self._trouble.over()
+            except PgmcpError as error:
+                self._trouble.met(error)

@@ -103,6 +103,9 @@ class Settings(BaseSettings):
     forwarded_allow_ips: str = Field("127.0.0.1", description="Proxies whose X-Forwarded headers are believed.")
     response: Literal["sse", "json", "auto"] = Field("sse", description="How a POST is answered.")
     log_format: Literal["text", "json"] = Field("text", description="How log lines look.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Least level of the log lines that are written."
+    )
     access_log: bool = Field(False, description="Write a line for each HTTP exchange, at its end.")
     hold: float = Field(25.0, gt=0, description="Seconds for which a POST is held while the database is away.")
     resume_hold: float = Field(55.0, gt=0, description="Seconds for which a GET is held while the database is away.")

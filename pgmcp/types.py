@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from enum import StrEnum
 from hashlib import sha256
@@ -21,7 +22,7 @@ StreamId = NewType("StreamId", UUID)
 """A stream; whoever knows the one of an HTTP+SSE session can resume it, so it is in no wake-up, view or log (G8)."""
 
 StreamAlias = NewType("StreamAlias", str)
-"""What wake-ups and logs call a stream: it leads from a stream to its alias, and never back."""
+"""What wake-ups call a stream: it leads from a stream to its alias, and never back."""
 
 RequestKey = NewType("RequestKey", UUID)
 
@@ -55,6 +56,15 @@ def node_id(drawn: UUID) -> NodeId:
 def knows_aliases(node: NodeId) -> bool:
     """Whether a node is of a build that knows streams by their aliases; older ones are told their ids."""
     return node.version == _ALIASES
+
+
+def session_alias(session_id: str) -> str:
+    """What logs call a session: it leads from a session id to the alias, and never back.
+
+    Of the shape of ids, with their hint; views show HTTP+SSE's sessions by it (migration 0018 says the same).
+    """
+    hint = session_id[:-32] if re.search("-[0-9a-f]{32}$", session_id) else ""
+    return hint + sha256(session_id.encode()).hexdigest()[:32]
 
 
 def alias_of(stream: StreamId) -> StreamAlias:

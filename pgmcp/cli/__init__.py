@@ -42,9 +42,9 @@ COMMANDS = {
 EXIT_CODES: tuple[tuple[type[PgmcpError], int], ...] = (
     (SettingsError, 2),
     (TargetError, 2),
-    (DatabaseUnavailable, 3),
     (SchemaInUse, 5),
     (SchemaError, 4),
+    (DatabaseUnavailable, 3),
     (OtherServer, 6),
     (PgmcpError, 1),
 )

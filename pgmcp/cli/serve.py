@@ -32,6 +32,6 @@ def serve(ctx: click.Context, target: str, workers: int, given: dict[str, Any], 
     settings = load(given)
     if workers == 1 or shared_port:
         ctx.exit(node.serve(settings, target, shared_port=shared_port))
-    configure(settings.log_format)
+    configure(settings.log_format, level=settings.log_level, node=settings.node_name)
     rest = {name: value for name, value in given.items() if name not in {"node_name", "port"}}
     ctx.exit(supervise(settings, [target, *arguments(rest)], environment(rest), workers))

@@ -26,6 +26,7 @@ from typing import Protocol
 from pgmcp.clock import Clock
 from pgmcp.errors import PgmcpError
 from pgmcp.ports import Takeovers
+from pgmcp.trouble import Trouble
 from pgmcp.types import Candidate, NodeId, Ownership, SessionKey
 
 logger = logging.getLogger(__name__)
@@ -83,6 +84,7 @@ class Drain:
         self._sessions, self._table, self._clock = sessions, table, clock
         self._waiting, self._wake_new_owner = waiting, wake_new_owner
         self._alone = False
+        self._trouble = Trouble("handing sessions over", clock, patience=0)
         self._shut: Callable[[], Awaitable[None]] | None = None
 
     async def run(self, limit: float, shut: Callable[[], Awaitable[None]]) -> None:
@@ -115,8 +117,9 @@ class Drain:
     async def _tried(self, end: float, *, late: bool = False, busy: bool = False) -> None:
         try:
             await self._pass(end, late=late, busy=busy)
+            self._trouble.over()
         except PgmcpError as error:
-            logger.warning("sessions are handed over later: %s", error)
+            self._trouble.met(error)
 
     async def _pass(self, end: float, *, late: bool, busy: bool) -> None:
         movable = self._sessions.movable(busy=busy)

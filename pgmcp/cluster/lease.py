@@ -27,6 +27,7 @@ from collections.abc import Callable
 from enum import StrEnum
 
 from pgmcp.clock import Clock
+from pgmcp.cluster.outage import Outage
 from pgmcp.errors import DatabaseUnavailable, Fenced
 from pgmcp.ports import LeaseTable
 from pgmcp.service import Service
@@ -66,6 +67,12 @@ class Lease(Service):
         self._interrupted = False
         self._last: tuple[float, float] = (0.0, 0.0)
         self.ticked_at = clock.boottime()
+        self._outage = Outage(settings)
+
+    @property
+    def schema_gone(self) -> bool:
+        """Whether PostgreSQL answers, but the node's tables are not there."""
+        return self._outage.schema_gone
 
     @property
     def state(self) -> LeaseState:
@@ -122,12 +129,14 @@ class Lease(Service):
             return
         try:
             database_time = await self._table.renew()
-        except DatabaseUnavailable:
+        except DatabaseUnavailable as error:
             self.interrupt()
+            self._outage.failed(error, self.suspended_for)
             raise
         if database_time is None:
             self.fence()
             return
+        self._outage.renewed(self.suspended_for)
         self._trusted_until = start + self._settings.trust
         self._continue_run(start, database_time)
         self._announce()

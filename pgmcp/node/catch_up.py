@@ -15,17 +15,14 @@ seconds while the line is down.
 
 from __future__ import annotations
 
-import logging
-
 from pgmcp.clock import Clock, Ids
 from pgmcp.cluster.publications import PublicationReader
 from pgmcp.cluster.takeover import Takeover
 from pgmcp.errors import PgmcpError
 from pgmcp.service import OnDemand, Service
 from pgmcp.session.host import Host
+from pgmcp.trouble import Trouble
 from pgmcp.web.open_streams import OpenStreams
-
-logger = logging.getLogger(__name__)
 
 STREAMS_TOGETHER = 100
 """Streams that are read together."""
@@ -60,6 +57,7 @@ class CatchUp(Service):
         )
         self._clock, self._ids = clock, ids
         self._looks = OnDemand(self._read, clock)
+        self._trouble = Trouble("looking for sessions that are over", clock)
         self._not_before = float("-inf")
 
     @property
@@ -98,8 +96,9 @@ class CatchUp(Service):
         self._host.look()
         try:
             await self._host.drop_strangers()
+            self._trouble.over()
         except PgmcpError as error:
-            logger.info("sessions that are over are looked for again later: %s", error)
+            self._trouble.met(error)
         await self._wake_streams()
 
     async def _wake_streams(self) -> None:

@@ -344,9 +344,12 @@ class Incarnation(Service):
             await self.catch_up.hurry()
 
     async def _look_at_schema(self) -> None:
-        if not self.outgrown and await outgrown(self._database):
-            self.outgrown = True
-            logger.error("the database has come to need a newer build than this one: replace this node")
+        before, problem = self.outgrown, await outgrown(self._database)
+        self.outgrown = problem is not None
+        if problem is not None and not before:
+            logger.error("the schema does not fit this node any more: %s", problem)
+        elif before and problem is None:
+            logger.warning("the schema fits this node again")
 
     async def sweep(self) -> None:
         """Do one round of the retention: what is over goes."""

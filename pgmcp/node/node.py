@@ -36,6 +36,7 @@ from pgmcp.store.encryption.key_rings import CONTEXTS, REFRESH_SECONDS, KeyRing,
 from pgmcp.store.encryption.key_wrapping import wrapping_of
 from pgmcp.store.encryption.payloads import Payloads
 from pgmcp.store.publications import TablePublications
+from pgmcp.trouble import Trouble
 from pgmcp.types import Publication
 from pgmcp.web.admission import Admission
 from pgmcp.web.application import Application
@@ -81,6 +82,7 @@ class Node:
         self._rules = Rules(host_rules(settings), self.bodies, Rates(settings, self._clock), settings)
         self.modern = Modern(self._stateless, self._admission, self._rules, self._clock)
         self._revision, self._started = "", False
+        self._keys_trouble = Trouble("reading the cluster's keys", self._clock)
         self.draining = False
         """Whether it leaves for good: no incarnation follows the present one."""
         self.faults = Faults()
@@ -160,7 +162,7 @@ class Node:
         self._started = True
         mask_session_ids()  # whoever runs the HTTP server
         if warning := unprotected(self.settings):
-            logger.warning(warning)
+            logger.warning("open to everybody: %s", warning)
         async with contextlib.AsyncExitStack() as stack:
             try:
                 await self._start(stack)
@@ -185,8 +187,10 @@ class Node:
         stack.push_async_callback(self.supervisor.stop)
         services: dict[str, Service] = {
             "the supervisor": self.supervisor,
-            "the look for commands": Periodic(self.settings.poll, self._obey, self._clock, self._ids),
-            "the look for keys": Periodic(REFRESH_SECONDS, self._refresh, self._clock, self._ids),
+            "the look for commands": Periodic(
+                self.settings.poll, self._obey, self._clock, self._ids, allowed=self._calm
+            ),
+            "the look for keys": Periodic(REFRESH_SECONDS, self._refresh, self._clock, self._ids, allowed=self._calm),
         }
         tasks = [asyncio.create_task(self._begun_again(*each), name=each[0]) for each in services.items()]
         stack.push_async_callback(asyncio.wait, tasks)
@@ -197,6 +201,10 @@ class Node:
         while (error := await failure(service)) is not None:
             self.faults.note(duty, error)
             await self._clock.sleep(REJOIN_SECONDS)
+
+    def _calm(self) -> bool:
+        """Whether PostgreSQL is known not to be away."""
+        return self.supervisor.present is None or self._supervisor.present.lease.trusted
 
     def _new_incarnation(self) -> Incarnation:
         return Incarnation(
@@ -224,11 +232,16 @@ class Node:
 
     async def _refresh(self) -> None:
         """Read the key rings anew."""
+        failed: PgmcpError | None = None
         for ring in (self.box, self.states, self._payloads):
             try:
                 await ring.load()
             except PgmcpError as error:
-                logger.warning("the cluster's keys are read again later: %s", error)
+                failed = error
+        if failed is None:
+            self._keys_trouble.over()
+        else:
+            self._keys_trouble.met(failed)
 
     async def drain(self) -> None:
         """Leave in an orderly way (G10): unready, then nobody's owner, then nobody's edge.
@@ -283,9 +296,9 @@ class Node:
             return "draining"
         if self.supervisor.present is None:
             return self.supervisor.absent
-        if self.supervisor.present.outgrown:
-            return "schema"
         lease = self.supervisor.present.lease
+        if self.supervisor.present.outgrown or lease.schema_gone:
+            return "schema"
         if lease.state is LeaseState.SUSPENDED and lease.suspended_for < self.settings.hold:
             return None
         return None if lease.trusted else str(lease.state)

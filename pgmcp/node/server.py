@@ -18,8 +18,27 @@ from pgmcp.ops.logs import configure
 from pgmcp.session.target import load
 from pgmcp.settings import Settings
 
+logger = logging.getLogger(__name__)
+
 KEEP_ALIVE_SECONDS = 75
 """Seconds for which an idle HTTP connection stays: longer than in balancers, or they POST into one that just closes."""
+
+
+class _Server(uvicorn.Server):
+    """A server that says where it serves."""
+
+    def __init__(self, config: uvicorn.Config, settings: Settings) -> None:
+        super().__init__(config)
+        self._settings = settings
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Open the port, and say so."""
+        await super().startup(sockets)
+        if self.started:
+            settings, port = self._settings, self.servers[0].sockets[0].getsockname()[1]
+            host = f"[{settings.host}]" if ":" in settings.host else settings.host
+            at = f"http://{host}:{port}"
+            logger.info("node %s serves %s%s", settings.node_name, at, settings.mcp_path)
 
 
 def shared_socket(settings: Settings) -> socket.socket:
@@ -55,9 +74,10 @@ def serve(settings: Settings, target: str, *, shared_port: bool = False) -> int:
         PgmcpError: the node cannot start; the message says why and what to do.
     """
     raise_file_limit()
-    configure(settings.log_format)
+    configure(settings.log_format, level=settings.log_level, node=settings.node_name)
     served = load(target)
-    configure(settings.log_format)  # anew: the target may have had ideas of its own
+    # Anew: the target may have had ideas of its own.
+    configure(settings.log_format, level=settings.log_level, node=settings.node_name)
     node = Node(settings, served)
     config = uvicorn.Config(
         node.application(),
@@ -71,7 +91,7 @@ def serve(settings: Settings, target: str, *, shared_port: bool = False) -> int:
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=5,
     )
-    server = uvicorn.Server(config)
+    server = _Server(config, settings)
     node.shut = lambda: listener.close(server.servers)
     logging.getLogger("uvicorn.error").addFilter(lambda _: node.failure is None)  # it is said below, in one line
     gc.collect()

@@ -27,6 +27,9 @@ LONGEST_PAUSE_SECONDS = 30.0
 STEADY_SECONDS = 60.0
 """Seconds after which an incarnation has lived long enough for those before it not to count any more."""
 
+REASONS = 5
+"""Different reasons that are told while the node tries to join again."""
+
 SEVERAL = 3
 """Failures in a row after which beginning anew does not help."""
 
@@ -48,6 +51,8 @@ class Supervisor(Service):
         """Why there is none."""
         self._failures = 0
         self._joined_at = 0.0
+        self._joined_before = False
+        self._reasons: set[str] = set()
 
     async def start(self) -> None:
         """Join for the first time.
@@ -63,7 +68,12 @@ class Supervisor(Service):
             await incarnation.stop()
             raise
         self.present, self._joined_at = incarnation, self._clock.boottime()
-        logger.info("this node joined as %s", incarnation.node_id)
+        if self._joined_before:
+            logger.warning("this node joined again, as %s", incarnation.node_id)
+        else:
+            logger.info("this node joined as %s", incarnation.node_id)
+        self._joined_before = True
+        self._reasons.clear()
 
     async def run(self) -> None:
         """Join again whenever an incarnation is over, until the node leaves."""
@@ -79,12 +89,24 @@ class Supervisor(Service):
                 await self.start()
             except PgmcpError as error:
                 self.absent = "schema" if isinstance(error, SchemaError) else "joining"
-                logger.warning("joining again failed: %s", error)
+                self._complain(error)
                 await self._clock.sleep(REJOIN_SECONDS)
             except Exception as error:  # noqa: BLE001 - it is noted
                 self._faults.note("joining again", error)
                 self._count(failed=True)
                 await self._clock.sleep(REJOIN_SECONDS)
+
+    def _complain(self, error: PgmcpError) -> None:
+        """Say once why the node cannot join; it tries twice a second."""
+        schema = isinstance(error, SchemaError)
+        reason = type(error).__name__ if schema else str(error)  # while it is migrated it changes all the time
+        if reason in self._reasons or len(self._reasons) >= REASONS:
+            return
+        self._reasons.add(reason)
+        if schema:
+            logger.error("this node cannot join again, and goes on trying: %s", error)
+        else:
+            logger.warning("this node cannot join again yet, and goes on trying: %s", error)
 
     async def _pause(self) -> None:
         """Give the other nodes time after a failure: whoever joins takes sessions, and three restores end one."""

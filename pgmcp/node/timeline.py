@@ -17,6 +17,7 @@ from pgmcp.service import Service
 from pgmcp.session.host import Host
 from pgmcp.store.encryption.key_rings import KeyRing
 from pgmcp.store.timeline import Timeline
+from pgmcp.trouble import Trouble
 from pgmcp.types import JUMP
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ class TimelineChange(Service):
         self._host: Host | None = None
         self._publication_reader: PublicationReader | None = None
         self._settled.set()
+        self._trouble = Trouble("bringing sessions in line with the new primary", clock)
 
     async def acting(self) -> None:
         """Return when the node may act, in the present term.
@@ -80,7 +82,7 @@ class TimelineChange(Service):
                 except Fenced:
                     return
                 except PgmcpError as error:
-                    logger.info("sessions wait for the new primary: %s", error)
+                    self._trouble.met(error)
                     await self._clock.sleep(RETRY_SECONDS)
 
     async def _go_on(self, term: int) -> None:
@@ -89,5 +91,6 @@ class TimelineChange(Service):
         if self._host is not None:
             await self._host.go_on((term - self._term) * JUMP, lambda: self._timeline.term == term)
         self._term = term
+        self._trouble.over()
         self._settled.set()
-        logger.info("sessions go on with the new primary, in term %d", term)
+        logger.warning("sessions go on with the new primary, in term %d", term)

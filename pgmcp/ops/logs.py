@@ -1,5 +1,7 @@
 """Log lines, as text for people or as JSON for machines. Neither carries message contents, tokens or session ids.
 
+In JSON each has the time by RFC 3339 (UTC) and the node's name, whoever logs it.
+
 Invariants:
 - One event is one line, whatever is in it: control characters, line ends of all kinds, lone surrogates and what turns
   the direction of text are escaped, in messages, loggers' names and traces alike. So nobody can forge a line.
@@ -12,15 +14,19 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import sys
 import threading
+from datetime import UTC, datetime
 from typing import IO, Any, Literal
 from urllib.parse import unquote_plus
 
 from pgmcp.ops.redaction import LIBRARIES, capture_warnings, said, trace
 
 logger = logging.getLogger(__name__)
+
+Level = Literal["debug", "info", "warning", "error"]
 
 _UNFIT = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u061c\\u200e\\u200f\\u2028-\\u202e\\u2066-\\u2069\\ud800-\\udfff]")
 
@@ -37,11 +43,17 @@ class _Text(logging.Formatter):
 
 
 class _Json(logging.Formatter):
+    def __init__(self, node: str = "") -> None:
+        super().__init__()
+        self._node = node
+
     def format(self, record: logging.LogRecord) -> str:
         """One object a line; json.dumps escapes whatever is not printable ASCII."""
+        at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         line: dict[str, Any] = {
-            "time": self.formatTime(record),
+            "time": at.replace("+00:00", "Z"),
             "level": record.levelname.lower(),
+            "node": self._node,
             "logger": record.name,
             "message": said(record),
         }
@@ -69,24 +81,34 @@ class _Handler(logging.StreamHandler[IO[str]]):
             return
 
 
-def handler(style: Literal["text", "json"], stream: IO[str]) -> logging.Handler:
-    """What writes log lines in one style."""
+def handler(style: Literal["text", "json"], stream: IO[str], node: str = "") -> logging.Handler:
+    """What writes log lines in one style; those in JSON name the node."""
     made = _Handler(stream)
-    made.setFormatter(_Json() if style == "json" else _Text())
+    made.setFormatter(_Json(node) if style == "json" else _Text())
     return made
 
 
-def configure(style: Literal["text", "json"]) -> None:
-    """Send every log line of the process to standard error, in one style, whoever had set it up before."""
-    logging.basicConfig(level=logging.INFO, handlers=[handler(style, sys.stderr)], force=True)
+def configure(style: Literal["text", "json"], *, level: Level = "info", node: str = "") -> None:
+    """Send every log line of the process to standard error, in one style, whoever had set it up before.
+
+    Args:
+        level: the least of what is written, whoever logs it; the access log has a switch of its own.
+        node: the node's name.
+    """
+    os.environ["FASTMCP_LOG_ENABLED"] = "false"  # or it brings its own handlers whenever it is first imported
+    logging.basicConfig(level=level.upper(), handlers=[handler(style, sys.stderr, node)], force=True)
     for name, known in logging.root.manager.loggerDict.items():
         if isinstance(known, logging.Logger) and name.partition(".")[0] in LIBRARIES:
             known.handlers.clear()  # FastMCP has some of its own, which print whole messages
             known.propagate = True
+            if name == "fastmcp":
+                known.setLevel(logging.NOTSET)
     capture_warnings()
     sys.unraisablehook = lambda lost: _nobody_caught(lost.exc_value)
     threading.excepthook = lambda lost: _nobody_caught(lost.exc_value)
-    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # that a node runs, it says itself
+    # That a node runs, it says itself.
+    logging.getLogger("uvicorn.error").setLevel(logging.DEBUG if level == "debug" else logging.WARNING)
+    logging.getLogger("pgmcp.access").setLevel(logging.INFO)
 
 
 def _nobody_caught(error: BaseException | None) -> None:

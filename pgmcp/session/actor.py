@@ -63,6 +63,7 @@ from pgmcp.types import (
     RequestKey,
     Stand,
     StreamId,
+    session_alias,
 )
 
 logger = logging.getLogger(__name__)
@@ -99,7 +100,7 @@ class Actor:
         version: int | None,
         on_over: Callable[[Actor, ActorEnd], None],
     ) -> None:
-        self.session_id, self.state = state.session_id, state
+        self.session_id, self.alias, self.state = state.session_id, session_alias(state.session_id), state
         self.writer = FencedWriter(ownership, clock, lambda: not self._muted)
         self.journal_writer = JournalWriter(inbox, self.writer, version)
         self._adapter, self._log, self._clock = adapter, log, clock
@@ -128,13 +129,13 @@ class Actor:
 
     def start(self) -> None:
         """Begin the server session."""
-        self._task = asyncio.create_task(self._run(), name=f"session {self.ownership.session}")
+        self._task = asyncio.create_task(self._run(), name=f"session {self.alias}")
 
     async def _run(self) -> None:
         try:
             await self._adapter.converse(self.session_id, self)
         except Exception:
-            logger.exception("server session %s crashed", self.ownership.session)
+            logger.exception("the server's code for session %s crashed; the session ends", self.alias)
         finally:
             self._node_requests.fail()
             self._lose(ActorEnd.ENDED)
@@ -374,7 +375,7 @@ class Actor:
 
     def _refused(self, error: PgmcpError) -> None:
         if not self._muted:
-            logger.warning("session %s: %s", self.ownership.session, error)
+            logger.warning("session %s is stopped here: %s", self.alias, error)
         self._lose(ActorEnd.FENCED if isinstance(error, Fenced) else ActorEnd.OUT_OF_STEP)
 
     def _lose(self, how: ActorEnd) -> None:

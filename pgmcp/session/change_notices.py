@@ -88,7 +88,7 @@ class ChangeNotices:
                 try:
                     await self._say(_message(publication))
                 except Exception:
-                    logger.exception("a session was not told of a publication; it is told of the next ones")
+                    logger.exception("one session was not told of a publication; it is told of the next ones")
         finally:
             self._telling = None
 

@@ -62,5 +62,5 @@ class FencedWriter:
             except DatabaseUnavailable as error:
                 if not self._wanted():
                     raise
-                logger.warning("session %s waits for PostgreSQL: %s", self.ownership.session, error)
+                logger.debug("a write waits for PostgreSQL: %s", error)  # of how many nobody knows: the lease tells
                 await self._clock.sleep(RETRY_SECONDS)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from pgmcp.clock import Clock, Ids
-from pgmcp.errors import ClusterFull, Fenced, PgmcpError, TooManySessions, told, unknown
+from pgmcp.errors import ClusterFull, DatabaseUnavailable, Fenced, PgmcpError, TooManySessions, told, unknown
 from pgmcp.inheritance import Inheritance
 from pgmcp.ports import Inbox, Log, Takeovers
 from pgmcp.secret_box import SecretBox
@@ -35,7 +35,7 @@ from pgmcp.session.restore import ATTEMPTS, Restore, RestoreFailed, SessionOver
 from pgmcp.session.running_requests import ActorEnd
 from pgmcp.session.session_end import end_session
 from pgmcp.settings import Settings
-from pgmcp.types import NewSession, NodeId, Ownership, SessionKey, StreamId
+from pgmcp.types import NewSession, NodeId, Ownership, SessionKey, StreamId, session_alias
 
 logger = logging.getLogger(__name__)
 
@@ -153,27 +153,29 @@ class Host(Service):
             self._tasks.spawn(self._restore(ownership))
 
     async def _restore(self, ownership: Ownership) -> None:
-        session = ownership.session
+        session, alias = ownership.session, "that came here"
         try:
             async with self._room:
                 await self._trusted()
                 left = await self._takeovers.inherit(ownership)
+                alias = session_alias(left.session_id)
                 self.drop(session)  # what was here of an earlier epoch; not before the tables have confirmed this one
                 if left.attempt > ATTEMPTS or self._settings.on_owner_change == "end":
-                    logger.warning("session %s ends: it could not be restored, or is not to be", session)
-                    await self._end(ownership)
+                    logger.warning("session %s ends: it could not be restored, or is not to be", alias)
+                    await self._end(ownership, alias)
                     return
                 await self._revive(ownership, left)
-                logger.info("session %s goes on here in epoch %d", session, ownership.epoch)
+                logger.info("session %s goes on here in epoch %d", alias, ownership.epoch)
         except SessionOver as over:
-            logger.warning("session %s ends: %s", session, over)
+            logger.warning("session %s ends: %s", alias, over)
             self.drop(session, only=ownership)
-            await self._end(ownership)
+            await self._end(ownership, alias)
         except Fenced as error:
-            logger.info("session %s is over here in epoch %d: %s", session, ownership.epoch, error)
+            logger.info("session %s is over here in epoch %d: %s", alias, ownership.epoch, error)
             self.drop(session, only=ownership)
         except Exception as error:
-            logger.warning("session %s was not restored this time: %s", session, told(error), exc_info=unknown(error))
+            level = logging.DEBUG if isinstance(error, DatabaseUnavailable) else logging.WARNING
+            logger.log(level, "session %s was not restored this time: %s", alias, told(error), exc_info=unknown(error))
             self.drop(session, only=ownership)
             self._again.add(ownership)
         finally:
@@ -324,7 +326,7 @@ class Host(Service):
                 if moved is None:
                     self._anew(actor)
         except PgmcpError as error:
-            logger.warning("session %s was not handed over: %s", session, error)
+            logger.warning("session %s was not handed over: %s", actor.alias, error)
             self._anew(actor)  # unless it was, after all: then that ownership is over
         finally:
             resident.taking = False
@@ -362,7 +364,7 @@ class Host(Service):
             self._anew(actor)
         else:
             self.drop(session)
-            self._tasks.spawn(self._end(actor.ownership))
+            self._tasks.spawn(self._end(actor.ownership, actor.alias))
 
     def _anew(self, actor: Actor) -> None:
         """Restore a session from the tables in the place of its actor, which is muted."""
@@ -381,5 +383,5 @@ class Host(Service):
             self._restoring.discard(actor.ownership.session)
         self._again.add(actor.ownership)  # with the next poll: one that is refused at once again is no storm
 
-    async def _end(self, ownership: Ownership) -> None:
-        await end_session(ownership, self._inbox, self._clock, self._settings.poll, self._tell_ended)
+    async def _end(self, ownership: Ownership, alias: str) -> None:
+        await end_session(ownership, alias, self._inbox, self._clock, self._settings.poll, self._tell_ended)

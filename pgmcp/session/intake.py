@@ -29,6 +29,9 @@ from pgmcp.types import Claimed, SessionKey
 
 logger = logging.getLogger(__name__)
 
+QUIET_SECONDS = 60.0
+"""Seconds for which no other session is said to wait."""
+
 RETRY_SECONDS = 1.0
 """Seconds after which a key that could not be read is asked for again."""
 
@@ -70,6 +73,7 @@ class Intake:
         self._clock, self._trusted, self._tasks = clock, trusted, tasks
         self._on_fenced, self._on_over = on_fenced, on_over
         self._holding = False
+        self._quiet_until = 0.0
 
     def hold(self) -> None:
         """Claim no more requests; what serves running ones still comes in."""
@@ -103,13 +107,25 @@ class Intake:
             if self._residents.get(session) is resident:  # else another one has its place already
                 self._on_fenced(session)
         except DatabaseUnavailable as error:
-            logger.warning("session %s waits for its messages: %s", session, error)
+            self._say_waits(resident.actor, error)
         except Exception as error:
-            logger.warning("session %s lost step: %s", session, told(error), exc_info=unknown(error))
+            logger.warning(
+                "session %s lost step and is restored from the tables: %s",
+                resident.actor.alias,
+                told(error),
+                exc_info=unknown(error),
+            )
             resident.actor.mute()
             self._on_over(resident.actor, ActorEnd.OUT_OF_STEP)
         finally:
             resident.taking = False
+
+    def _say_waits(self, actor: Actor, error: DatabaseUnavailable) -> None:
+        """Say so of one session in a while: in an outage it is all of them."""
+        now = self._clock.boottime()
+        if now >= self._quiet_until:
+            self._quiet_until = now + QUIET_SECONDS
+            logger.warning("session %s, and maybe others, waits for its messages: %s", actor.alias, error)
 
     async def deliver(self, actor: Actor, claimed: Claimed) -> None:
         """Hand a claimed and expected message to its actor.
@@ -120,7 +136,7 @@ class Intake:
         try:
             packed = await self._opened(actor, claimed)
         except PgmcpError as error:
-            logger.error("session %s: %s", claimed.ownership.session, error)
+            logger.error("session %s: a message cannot be opened, and its call ends: %s", actor.alias, error)
             await actor.reject(claimed, str(error))
             return
         await self._trusted()  # last: opening may ask the database for a new key
@@ -133,6 +149,6 @@ class Intake:
             try:
                 return await self._box.open(claimed.context, place_of_context(actor.session_id, claimed.key))
             except DatabaseUnavailable as error:
-                logger.info("session %s waits for a key: %s", claimed.ownership.session, error)
+                self._say_waits(actor, error)
             await self._clock.sleep(RETRY_SECONDS)
         return None

@@ -25,7 +25,7 @@ async def put_back(inbox: Inbox, residents: Mapping[SessionKey, Resident]) -> li
             continue
         lost = {key: claim for key, claim in claims.items() if not resident.actor.has(key)}
         if lost:
-            logger.warning("session %s: %d claims came to nobody and are given up", ownership.session, len(lost))
+            logger.warning("session %s: %d claims came to nobody and are given up", resident.actor.alias, len(lost))
             await inbox.put_back(ownership, lost)
             again.append(ownership.session)
     return again

@@ -34,7 +34,7 @@ class MessageLimit:
             return outgoing
         what = "answer" if outgoing.kind in {Kind.RESULT, Kind.ERROR} else outgoing.method
         text = f"The server's {what} has {size} bytes, of {self.max_bytes} that a message may have (--max-message)."
-        logger.warning("%s Nothing of it is stored or sent", text)
+        logger.warning("a message of the server is too large: %s Nothing of it is stored or sent", text)
         if outgoing.rpc_id is None or outgoing.kind not in {Kind.RESULT, Kind.ERROR}:
             raise MessageTooLarge(text)
         data = {"reason": "too_large", "bytes": size, "limit": self.max_bytes}

@@ -121,7 +121,12 @@ class Restore:
             if entry.kind in {"level", "subscription"} and entry.body is not None:
                 answer = await self._ask(entry.body)
                 if "error" in answer:
-                    logger.warning("a restored server refused %s (%s)", entry.kind, answer["error"].get("code"))
+                    logger.warning(
+                        "session %s: the restored server refused a %s that it had taken before (code %s)",
+                        self._actor.alias,
+                        entry.kind,
+                        answer["error"].get("code"),
+                    )
         if self._hooks.restore is not None:
             await self._import(self._hooks.restore, entries.get(EXPORT))
 
@@ -148,7 +153,11 @@ class Restore:
         self._actor.speaks(str(version))
         if answered != recorded:
             changed = sorted(key for key in recorded | answered if recorded.get(key) != answered.get(key))
-            logger.info("session %s goes on with another %s", self._actor.ownership.session, ", ".join(changed))
+            logger.warning(
+                "session %s goes on with another %s than its client was told, and the client does not know",
+                self._actor.alias,
+                ", ".join(_told(key, recorded.get(key), answered.get(key)) for key in changed),
+            )
 
     async def _ask(self, body: bytes) -> dict[str, Any]:
         try:
@@ -214,6 +223,14 @@ class Restore:
             if params.get("progressToken") == token and isinstance(params.get("progress"), (int, float))
         ]
         return max(reached, default=None)
+
+
+def _told(key: str, before: Any, now: Any) -> str:
+    """What the log says of a changed part of InitializeResult: of capabilities which, of the rest only its name."""
+    if key != "capabilities" or not isinstance(before, dict) or not isinstance(now, dict):
+        return key
+    names = sorted(name for name in before | now if before.get(name) != now.get(name))
+    return f"{key} ({', '.join(names)})"
 
 
 def _claimed(item: Inherited, actor: Actor) -> Claimed:

@@ -14,11 +14,12 @@ logger = logging.getLogger(__name__)
 
 
 async def end_session(
-    ownership: Ownership, inbox: Inbox, clock: Clock, again: float, tell_ended: Callable[[SessionKey], None]
+    ownership: Ownership, alias: str, inbox: Inbox, clock: Clock, again: float, tell_ended: Callable[[SessionKey], None]
 ) -> None:
     """End a session for its client too, unless it goes on elsewhere.
 
     Args:
+        alias: what the log calls it.
         again: seconds after which an end that could not be stored is tried again.
         tell_ended: called with the session when it has ended.
     """
@@ -26,10 +27,10 @@ async def end_session(
         try:
             await inbox.end_owned(ownership)
         except DatabaseUnavailable as error:
-            logger.info("session %s is ended later: %s", ownership.session, error)
+            logger.debug("session %s is ended when PostgreSQL is back: %s", alias, error)
             await clock.sleep(again)
         except PgmcpError as error:
-            logger.info("session %s was not ended here: %s", ownership.session, error)
+            logger.info("session %s was not ended here: %s", alias, error)
             return
         else:
             tell_ended(ownership.session)

@@ -19,7 +19,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from pgmcp.errors import Fenced, NoSession, StateRefused
-from pgmcp.types import JournalEntry
+from pgmcp.types import JournalEntry, session_alias
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ class SessionState:
         except Fenced:
             return  # it has ended, or has another owner
         except Exception:
-            logger.exception("a session leaves its server's memory behind")
+            logger.exception("session %s leaves its server's memory behind", session_alias(self.session_id))
 
 
 current: ContextVar[SessionState] = ContextVar("pgmcp_session_state")

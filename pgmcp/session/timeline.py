@@ -46,7 +46,7 @@ async def go_on(
         if ownership is not None and _goes_on(actor, ownership, stands, unfinished, jump):
             stay.append((actor, ownership))
         else:
-            logger.warning("session %s: its last moments with the former primary are lost", actor.ownership.session)
+            logger.warning("session %s: its last moments with the former primary are lost", actor.alias)
             leaving.append(actor.ownership.session)
     if stay:
         working = [key for actor, _ in stay for key in actor.working]

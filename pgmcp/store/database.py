@@ -21,7 +21,7 @@ import asyncpg
 from asyncpg.pool import PoolConnectionProxy
 
 from pgmcp.clock import Clock, Ids
-from pgmcp.errors import DatabaseUnavailable, PgmcpError, RightsMissing, SettingsError
+from pgmcp.errors import DatabaseUnavailable, PgmcpError, RightsMissing, SchemaGone, SettingsError
 from pgmcp.settings import Settings
 from pgmcp.store.connection import primary
 from pgmcp.store.connection.address import AddressUnread, place
@@ -48,6 +48,17 @@ TROUBLE = (
     asyncpg.InvalidSQLStatementNameError,
 )
 """The database could not be asked; the same statement may be sent again."""
+
+MISSING = (
+    asyncpg.UndefinedTableError,
+    asyncpg.UndefinedColumnError,
+    asyncpg.UndefinedFunctionError,
+    asyncpg.InvalidSchemaNameError,
+)
+"""The schema is gone, or is not this build's, or is being restored; the server is there. Waited for like trouble."""
+
+ANSWERED = (*MISSING, asyncpg.InsufficientPrivilegeError)
+"""The server is there, and whoever asks it again, in whatever way, is told the same."""
 
 CONTENTION = (
     asyncpg.LockNotAvailableError,
@@ -321,7 +332,7 @@ class Database:
             try:
                 async with asyncio.timeout(max(0.0, end - self.clock.boottime())):
                     return await call()
-            except (*TROUBLE, *CONTENTION) as error:
+            except (*TROUBLE, *CONTENTION, *MISSING) as error:
                 if self.clock.boottime() >= end:
                     raise unavailable(self.settings.database_url, error) from error
             except asyncpg.PostgresError as error:
@@ -338,6 +349,14 @@ def extra(size: int) -> float:
 
 def unavailable(url: str, error: BaseException) -> PgmcpError:
     """The error for a database that cannot be used now; it names the place, never the password."""
+    if isinstance(error, MISSING):
+        return SchemaGone(
+            f"{place(url)} has no such tables any more ({error_text(error)}). Restore them, or run `pgmcp db upgrade`."
+        )
+    if isinstance(error, asyncpg.InvalidAuthorizationSpecificationError):
+        return DatabaseUnavailable(
+            f"{place(url)} refuses the login ({error_text(error)}). Check user and password in --database-url."
+        )
     if isinstance(error, asyncpg.InsufficientPrivilegeError):
         return DatabaseUnavailable(f"{place(url)} refuses this role ({error_text(error)}).")
     return DatabaseUnavailable(

@@ -385,10 +385,10 @@ def _check_newest(rows: Sequence[asyncpg.Record], ownership: Ownership) -> None:
     if not rows:
         raise over(ownership)
     if not rows[0]["newest"]:
-        message = f"The journal of session {ownership.session} has a newer entry than this; nothing was stored."
+        message = "The session's journal has a newer entry than this; nothing was stored."
         raise OutOfStep(message)
 
 
 def over(ownership: Ownership) -> Fenced:
     """The error for an ownership that is over."""
-    return Fenced(f"This node does not own session {ownership.session} in epoch {ownership.epoch} any more.")
+    return Fenced(f"This node does not own the session in epoch {ownership.epoch} any more.")

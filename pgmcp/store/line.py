@@ -35,7 +35,7 @@ from pgmcp.service import Service
 from pgmcp.settings import Settings
 from pgmcp.store.channel_allowance import Allowance
 from pgmcp.store.connection.error_text import error_text
-from pgmcp.store.database import TROUBLE, Database
+from pgmcp.store.database import ANSWERED, TROUBLE, Database, unavailable
 from pgmcp.store.notifier import channel
 from pgmcp.store.statements import statement
 from pgmcp.types import NodeId, NodeState
@@ -68,7 +68,7 @@ BUFFER_BYTES = 64 * 1024
 
 REOPEN_SECONDS = (0.05, 0.1, 0.2, 0.5)
 KEEPALIVES = {"tcp_keepalives_idle": "5", "tcp_keepalives_interval": "2", "tcp_keepalives_count": "3"}
-USER_TIMEOUT_MS = 12_000
+KEEPALIVES["tcp_user_timeout"] = "12000"  # milliseconds
 
 
 class OnReset(Protocol):
@@ -119,7 +119,7 @@ class Line(Service):
         self._started_at: datetime | None = None
         self._recovered_at: datetime | None = None
         self._turn = asyncio.Lock()
-        self._lost, self._echo = asyncio.Event(), asyncio.Event()
+        self._lost, self._echo, self._why = asyncio.Event(), asyncio.Event(), ""
         self._expected = ""
         self._own, self._everybodys = (channel(settings.schema_name, each) for each in (node, None))
         self._allowances = {self._own: Allowance(clock, *OWN), self._everybodys: Allowance(clock, *EVERYBODYS)}
@@ -192,14 +192,11 @@ class Line(Service):
         connection = await self._database.connect(
             self._settings.line_url,
             timeout=seconds,
-            server_settings=KEEPALIVES
-            | {
-                "tcp_user_timeout": str(USER_TIMEOUT_MS),
-                "application_name": f"pgmcp {self._settings.node_name} line",
-            },
+            server_settings=KEEPALIVES | {"application_name": f"pgmcp {self._settings.node_name} line"},
         )
         _set_up(connection)
         self._lost.clear()
+        self._why = ""
         connection.add_termination_listener(self._on_lost)
         listens = not self._jammed.is_set()
         try:
@@ -253,11 +250,11 @@ class Line(Service):
         while True:
             if await self._alive():
                 if tries and not self._jammed.is_set():
-                    logger.info("the line to PostgreSQL is open again")
+                    logger.warning("the line to PostgreSQL is open again")
                 tries = 0
                 continue
             if not tries and not self._jammed.is_set():
-                logger.warning("the line to PostgreSQL was lost; it is being reopened, and the node polls meanwhile")
+                logger.warning("the line to PostgreSQL was lost (%s); the node polls until it is open again", self._why)
             self._drop()
             self._tell_lost()
             await self._clock.sleep(self._ids.jitter(REOPEN_SECONDS[min(tries, len(REOPEN_SECONDS) - 1)]))
@@ -280,7 +277,8 @@ class Line(Service):
             done, _ = await asyncio.wait({probe}, timeout=LATE_SECONDS)
             self._late = not done and self._clock.boottime() - begun <= LATE_SECONDS + LAG_SECONDS
             await probe
-        except (DatabaseUnavailable, TimeoutError):
+        except (DatabaseUnavailable, TimeoutError) as error:
+            self._why = self._why or error_text(error)
             return False
         finally:
             probe.cancel()
@@ -303,13 +301,15 @@ class Line(Service):
     async def _ask(self, name: str, *args: object) -> list[asyncpg.Record]:
         connection = self._connection
         if connection is None:
-            message = "The line to PostgreSQL is down; it is being reopened."
-            raise DatabaseUnavailable(message)
+            raise DatabaseUnavailable("The line to PostgreSQL is down; it is being reopened.")
         try:
             query = statement(name, self._settings.schema_name)
             rows: list[asyncpg.Record] = await self._in_time(self._in_turn(lambda: connection.fetch(query, *args)))
+        except ANSWERED as error:
+            raise unavailable(self._settings.line_url, error) from error  # a line that is opened anew helps nobody
         except (*TROUBLE, asyncpg.PostgresError) as error:
             self._late = isinstance(error, TimeoutError)
+            self._why = error_text(error)
             self._lost.set()
             message = f"The line to PostgreSQL did not answer ({error_text(error)})."
             raise DatabaseUnavailable(message) from error
@@ -347,6 +347,7 @@ class Line(Service):
             connection.terminate()
 
     def _on_lost(self, _connection: object) -> None:
+        self._why = self._why or "the server has closed it"
         self._lost.set()
 
     def _on_notification(self, _connection: object, _pid: int, name: str, payload: object) -> None:

@@ -43,7 +43,6 @@ from pgmcp.types import (
     Stand,
     StreamId,
     StreamKind,
-    alias_of,
 )
 
 LAST_EVENTS, LAST_BYTES = 1024, 64 * 1024
@@ -274,7 +273,7 @@ class TableLog:
 
 def _stored(row: asyncpg.Record, entry: Entry) -> NodeId | PgmcpError | None:
     if row["fenced"]:
-        return Fenced(f"Session {entry.ownership.session} has another owner or is over; nothing was stored.")
+        return Fenced("The session has another owner or is over; nothing was stored.")
     if not row["stored"]:
-        return OutOfStep(f"Stream {alias_of(entry.stream)} is closed or stands at another number than {entry.seq}.")
+        return OutOfStep(f"One of its streams is closed or stands at another number than {entry.seq}.")
     return None if row["sink"] is None else NodeId(row["sink"])

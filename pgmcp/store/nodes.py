@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pgmcp.errors import OtherServer, SchemaError, SchemaInUse
+from pgmcp.errors import OtherServer, SchemaError, SchemaGone, SchemaInUse
 from pgmcp.store.database import Database
 from pgmcp.store.schema.revisions import OLDEST, head
 from pgmcp.types import NodeId, NodeRecord, NodeState
@@ -20,22 +20,20 @@ async def join(database: Database, record: NodeRecord) -> None:
         OtherServer: the cluster serves something else.
     """
     # Asked first: the statement that writes the row may be what does not fit any more.
-    rows = (
-        []
-        if await outgrown(database)
-        else await database.persist(
-            "join",
-            record.node_id,
-            record.name,
-            record.address,
-            database.settings.ttl,
-            record.version,
-            record.schema_revision,
-            OLDEST,
-            head(),
-            record.serves,
-            patience=database.settings.statement_timeout,
-        )
+    if problem := await outgrown(database):
+        raise problem
+    rows = await database.persist(
+        "join",
+        record.node_id,
+        record.name,
+        record.address,
+        database.settings.ttl,
+        record.version,
+        record.schema_revision,
+        OLDEST,
+        head(),
+        record.serves,
+        patience=database.settings.statement_timeout,
     )
     if not rows:
         message = f"The database needs a build that is newer than {head()}, this one's newest revision. Upgrade pgmcp."
@@ -53,14 +51,19 @@ def _other(database: Database, theirs: str, ours: str) -> OtherServer:
     )
 
 
-async def outgrown(database: Database) -> bool:
-    """Whether a contract step has taken away what this build needs, since it joined.
+async def outgrown(database: Database) -> SchemaError | None:
+    """Why this build does not fit the schema: it is gone, older, or needs a newer build; None while it fits.
 
     Raises:
         DatabaseUnavailable: PostgreSQL does not answer.
     """
-    rows = await database.ask("outgrown", head())
-    return bool(rows[0]["outgrown"])
+    try:
+        await database.revision()
+    except SchemaGone:
+        raise
+    except SchemaError as problem:
+        return problem
+    return None
 
 
 async def no_older(database: Database) -> None:

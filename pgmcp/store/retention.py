@@ -162,7 +162,7 @@ class Retention:
                     logger.warning("%s failed %d times and pauses for %g s or more: %s", name, FAILURES, pause, error)
                 break
             if breaker.succeeded():
-                logger.info("%s works again", name)
+                logger.warning("%s works again", name)
             cleared += rows
             if len(rows) < size:
                 self._left.discard(name)

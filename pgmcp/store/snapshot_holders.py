@@ -50,5 +50,5 @@ class SnapshotHolders:
                 f"select pg_terminate_backend({row['name']})" if row["state"] else f"rollback prepared '{row['name']}'",
             )
         if self._named and not present:
-            logger.info("no old snapshot holds the tables any more")
+            logger.warning("no old snapshot holds the tables any more")
         self._named = set(present)

@@ -9,7 +9,7 @@ import logging
 
 from pgmcp.clock import Clock
 from pgmcp.ports import Log
-from pgmcp.types import Cursor, StreamId, alias_of
+from pgmcp.types import Cursor, StreamId
 from pgmcp.web.open_streams import OpenStreams
 
 logger = logging.getLogger(__name__)
@@ -37,5 +37,5 @@ class AbandonedStreams:
         self._since = {key: before.get(key, now) for key in carried if not self._open_streams.hears(key[0])}
         for (stream, sink_epoch), since in self._since.items():
             if now - since >= self._after:
-                logger.info("stream %s is let go: nobody here carries it", alias_of(stream))
+                logger.info("a stream is let go that nobody here carries any more")
                 await self._log.release(Cursor(stream, sink_epoch, 0))

@@ -15,6 +15,7 @@ from mcp_types import ToolAnnotations
 from pgmcp import SessionState, keep_memory, session_state
 from pgmcp.cluster.lease import LeaseState
 from pgmcp.session.actor import Actor
+from pgmcp.types import session_alias
 from tests.harness.clients import RawSession
 from tests.harness.cluster import RunningNode, Tables, cluster, everything, tables_of
 from tests.harness.waiting import eventually
@@ -153,7 +154,9 @@ async def test_a_new_build_with_another_name_goes_on(database: str, caplog: pyte
         await session.open(nodes[0].url)
         await nodes[0].leave()
         assert (await counted(session, nodes[1].url))["restored"]
-    assert "goes on with another serverInfo" in caplog.text
+    [changed] = [record for record in caplog.records if "goes on with another serverInfo" in record.getMessage()]
+    assert changed.levelname == "WARNING"
+    assert f"session {session_alias(session.session_id or '')} goes on" in changed.getMessage()
 
 
 async def test_a_build_that_speaks_another_version_ends_the_session(database: str) -> None:

@@ -303,6 +303,7 @@ def test_blocks_are_what_they_say_and_links_lead_somewhere(path: Path) -> None:
         if block.language == "sh":
             for line in block.text.replace("\\\n", " ").splitlines():
                 shlex.split(line, comments=True)
+    assert not re.search(r"pip install [^`\n]*\bpgmcp\b(?!/)", path.read_text()), "no index has it yet: this checkout"
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text()):
         assert (path.parent / target).exists(), target
     for target, anchor in re.findall(r"\]\(([^):]*)#([^)]+)\)", path.read_text()):

@@ -21,6 +21,7 @@ MARK = "m4rk3r"
 EVIL = f"{MARK}\r\n2026-01-01 00:00:00,000 ERROR root: forged {MARK}\x1b[31m\u2028"
 REVISIONS = ("2025-03-26", "2025-06-18", "2025-11-25")
 LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (DEBUG|INFO|WARNING|ERROR|CRITICAL) \S+: ")
+RFC_3339 = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 ASKED: list[tuple[str, Any]] = [
     ("tools/call", {"name": EVIL, "arguments": {EVIL: EVIL}}),
     ("tools/call", {"name": "breaks", "arguments": {"text": EVIL}}),
@@ -181,9 +182,12 @@ async def test_nothing_that_clients_send_is_written(node: NodeProcess) -> None:
     assert not set("\r\x1b\u2028") & set(log)
     for line in log.split("\n")[:-1]:
         if log.startswith("{"):
-            assert {"time", "level", "logger", "message"} <= set(json.loads(line)), line
+            assert {"time", "level", "node", "logger", "message"} <= set(json.loads(line)), line
+            assert RFC_3339.fullmatch(json.loads(line)["time"]), line
+            assert json.loads(line)["node"] == "n1"
         else:
             assert LINE.match(line), line
     assert "sold bread\\nand wine" in log, "the served server's own lines stay"
+    assert f"node n1 serves {node.url}/mcp" in log
     assert "UserWarning" in log
     assert "mcp.server" in log or "fastmcp" in log, "libraries speak"

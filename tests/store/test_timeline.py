@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -374,3 +376,26 @@ async def test_what_is_said_in_a_new_term_waits_for_what_was_said_before_it(
         assert refused == []
         rows = await hand.fetch("select seq, message from pgmcp.events order by seq")
         assert [tuple(each) for each in rows] == [(JUMP + seq, str(seq).encode()) for seq in (1, 2, 3)]
+
+
+async def test_after_a_restore_from_a_dump_a_term_begins_by_the_line_of_the_runbook(
+    database: str, hand: asyncpg.Connection
+) -> None:
+    """A dump has the timeline of the server that it is restored into: without that line nobody could tell."""
+    runbook = (Path(__file__).parents[2] / "docs" / "backup.md").read_text()
+    [line] = re.findall(r'--command "(update pgmcp\.history [^"]+)"', runbook)
+    async with store(database) as before:
+        session = await opened(before)
+        await before.inbox.accept([request(session, "1")])
+        [claimed] = await before.inbox.claim(session.ownership)
+    await hand.execute(line)
+    async with store(database) as node:
+        assert node.database.timeline.term == 1
+        assert (await row(hand))["mark"] != "restored"
+        assert await hand.fetchval("select epoch from pgmcp.sessions") == 1 + JUMP
+        assert claimed.stream is not None
+        assert (await node.log.stands([claimed.stream]))[claimed.stream].next_seq == 1 + JUMP
+    await hand.execute(line)
+    await hand.execute("update pgmcp.history set mark = ''")
+    await hand.execute(line)
+    assert (await row(hand))["mark"] == "", "nothing of a schema that no node has seen"

@@ -7,11 +7,14 @@ import json
 
 import asyncpg
 import pytest
+from click.testing import CliRunner, Result
 
+from pgmcp.cli import main
 from pgmcp.errors import DatabaseUnavailable, SchemaError, SettingsError
 from pgmcp.store.commands import views
 from pgmcp.store.schema import migrations
 from pgmcp.store.schema.public_views import COLUMNS
+from pgmcp.types import session_alias
 
 A, B, GONE = ("00000000-0000-7000-8000-00000000000" + digit for digit in "abc")
 S1, S2, S3 = ("00000000-0000-7000-8000-00000000010" + digit for digit in "123")
@@ -109,3 +112,33 @@ def test_refusals_say_what_to_do(filled: str) -> None:
         views.fetch(filled, "elsewhere", "live_nodes")
     with pytest.raises(DatabaseUnavailable, match="Check that it runs"):
         views.fetch("postgresql://me@127.0.0.1:1/db", "pgmcp", "live_nodes")
+
+
+async def test_a_session_is_found_by_its_id_and_by_what_logs_call_it(
+    filled: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_sse = f"node-1-{'5e' * 16}"
+    connection = await asyncpg.connect(filled, timeout=10)
+    await connection.execute("update pgmcp.sessions set session_id = $1 where session_id = 'second'", of_sse)
+    await connection.execute("delete from pgmcp.requests where rpc_id = '8'")
+    await connection.close()
+    monkeypatch.setenv("PGMCP_DATABASE_URL", filled)
+
+    async def show(*called: str) -> Result:
+        return await asyncio.to_thread(CliRunner().invoke, main, ["sessions", "show", *called])
+
+    alias = session_alias("first")
+    found = [json.loads((await show(called, "--json")).output) for called in ("first", alias)]
+    assert found[0].keys() == {"live_sessions", "live_requests", "live_streams", "takeover_history"}
+    assert pick(found[1]["live_requests"], "session_id", "request_id") == [("first", "7")]
+    assert pick(found[1]["takeover_history"], "to_node") == [("a",), ("a",)]
+    assert found[0]["live_sessions"] == found[1]["live_sessions"]
+    text = (await show(session_alias(of_sse))).output
+    assert "live_sessions:" in text
+    assert session_alias(of_sse) in text
+    assert of_sse not in text, "views show it by the same alias"
+    unknown = await show("nobody")
+    assert unknown.exit_code == 1
+    assert "No session of schema pgmcp has the id or alias nobody" in unknown.output
+    listed = await asyncio.to_thread(CliRunner().invoke, main, ["sessions", "--json"])
+    assert len(json.loads(listed.output)) == 2, "without `show` it lists all, as ever"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import linecache
 import logging
+import os
 import sys
 import threading
 import types
@@ -22,6 +24,7 @@ from pgmcp.errors import PgmcpError, told
 from pgmcp.ops import logs, redaction
 from pgmcp.ops.redaction import said, show_warning
 from pgmcp.store.connection.error_text import error_text
+from pgmcp.types import session_alias
 
 MARK = "m4rk3r"
 EVIL = f"a\n2026-01-01 ERROR root: {MARK}\r\x1b[2J\x85\u2028\u2029\u202e\x00\udc80\x7f"
@@ -190,14 +193,18 @@ def test_every_handler_of_a_library_goes(monkeypatch: pytest.MonkeyPatch) -> Non
     """FastMCP brings handlers that print whole messages and tracebacks, and does not propagate."""
     root, theirs = logging.getLogger(), logging.getLogger("fastmcp")
     before = root.handlers[:], root.level, theirs.handlers[:], theirs.propagate
+    monkeypatch.setenv("FASTMCP_LOG_ENABLED", "true")
     for module, name in ((warnings, "showwarning"), (sys, "unraisablehook"), (threading, "excepthook")):
         monkeypatch.setattr(module, name, getattr(module, name))
     try:
         theirs.addHandler(logging.NullHandler())
         theirs.propagate = False
-        logs.configure("text")
+        theirs.setLevel(logging.INFO)
+        logs.configure("text", level="debug")
         assert theirs.propagate
         assert not theirs.handlers
+        assert theirs.isEnabledFor(logging.DEBUG), "its own level goes, too"
+        assert os.environ["FASTMCP_LOG_ENABLED"] == "false", "when it is imported later it brings none"
     finally:
         root.handlers, root.level, theirs.handlers, theirs.propagate = before
 
@@ -219,3 +226,19 @@ def test_reasons_of_the_database_quote_no_rows() -> None:
     assert error_text(missing) == 'UndefinedColumnError: column "x" does not exist'
     assert MARK not in error_text(asyncpg.exceptions._base.DataError(f"invalid input for query argument $1: {MARK}"))
     assert error_text(ConnectionError("gone")) == "ConnectionError: gone"
+
+
+def test_a_json_line_has_the_time_by_rfc_3339_and_the_node() -> None:
+    written = io.StringIO()
+    record = logging.LogRecord("fastmcp.server", logging.INFO, __file__, 1, "hello", (), None)
+    record.created = 0.1234
+    logs.handler("json", written, "node-1").handle(record)
+    line = json.loads(written.getvalue())
+    assert (line["time"], line["node"], line["level"]) == ("1970-01-01T00:00:00.123Z", "node-1", "info")
+
+
+def test_a_session_is_called_by_what_leads_to_no_session() -> None:
+    of_node = f"node-1-{'0f' * 16}"
+    assert session_alias(of_node) == f"node-1-{hashlib.sha256(of_node.encode()).hexdigest()[:32]}"
+    assert of_node[-32:] not in session_alias(of_node)
+    assert len(session_alias("made elsewhere")) == 32

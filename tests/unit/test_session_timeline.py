@@ -26,7 +26,7 @@ class Living:
     """What is asked of an actor here; ``standing`` is the number of its standalone stream's next event."""
 
     def __init__(self, session: Session, working: set[RequestKey], standing: int = 1) -> None:
-        self.ownership = session.ownership
+        self.ownership, self.alias = session.ownership, "n1-alias"
         self.outbox = Outbox(Stream(session.standalone, standing))
         self.working, self.muted = frozenset(working), False
 

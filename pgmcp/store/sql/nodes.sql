@@ -79,7 +79,3 @@ select name from older;
 
 -- name: own_state
 select state from {schema}.nodes where node_id = $1;
-
--- name: outgrown
--- Whether the database has come to need a newer build than one that knows $1.
-select exists (select from {schema}.schema_range where needs > $1) as outgrown;
