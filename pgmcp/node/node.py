@@ -204,7 +204,7 @@ class Node:
 
     def _calm(self) -> bool:
         """Whether PostgreSQL is known not to be away."""
-        return self.supervisor.present is None or self._supervisor.present.lease.trusted
+        return self.supervisor.present is None or self.supervisor.present.lease.trusted
 
     def _new_incarnation(self) -> Incarnation:
         return Incarnation(
