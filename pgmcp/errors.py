@@ -13,6 +13,14 @@ class TargetError(PgmcpError):
     """The served target cannot be imported or is no MCP server."""
 
 
+class PortTaken(PgmcpError):
+    """Somebody else listens on the port."""
+
+
+class LifespanFailed(PgmcpError):
+    """The served server's own start, its lifespan, raised an error."""
+
+
 class SchemaError(PgmcpError):
     """The database's schema is not one that this build understands."""
 
@@ -31,6 +39,10 @@ class EmbeddedError(PgmcpError):
 
 class DatabaseUnavailable(PgmcpError):
     """The database did not answer within the time that the caller may wait."""
+
+
+class LoginRefused(DatabaseUnavailable):
+    """The database answers, and will go on refusing this login until somebody changes something."""
 
 
 class NodeNotReady(PgmcpError):
