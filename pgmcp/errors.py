@@ -13,6 +13,14 @@ class TargetError(PgmcpError):
     """The served target cannot be imported or is no MCP server."""
 
 
+class PortTaken(PgmcpError):
+    """Somebody else listens on the port."""
+
+
+class LifespanFailed(PgmcpError):
+    """The served server's own start, its lifespan, raised an error."""
+
+
 class SchemaError(PgmcpError):
     """The database's schema is not one that this build understands."""
 
@@ -39,6 +47,10 @@ class DatabaseUnavailable(PgmcpError):
 
 class SchemaGone(DatabaseUnavailable, SchemaError):
     """The database answers, but the tables are not there: dropped, or being restored. Waited for as in an outage."""
+
+
+class LoginRefused(DatabaseUnavailable):
+    """The database answers, and will go on refusing this login until somebody changes something."""
 
 
 class NodeNotReady(PgmcpError):

@@ -6,6 +6,9 @@ generated reference. Settings that cannot keep the lease rules are refused here,
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
@@ -21,6 +24,39 @@ Names = Annotated[
     ),
 ]
 """Several names; one text with commas in a variable."""
+
+UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+"""Seconds that a unit has, as durations are written."""
+
+_DURATION = re.compile(r"(\d+\.?\d*|\.\d+)\s*(ms|s|m|h|d)?", re.ASCII)
+
+
+def seconds(given: object) -> object:
+    """A duration's seconds: of ``1.5s``, ``250ms``, ``12h``, ``30d``, or of plain seconds; what is no text stays.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not isinstance(given, str):
+        return given
+    found = _DURATION.fullmatch(given.strip())
+    if found is None:
+        message = f"{given!r} is no duration: write seconds, or 250ms, 1.5s, 5m, 12h, 30d"
+        raise ValueError(message)
+    return float(found[1]) * UNITS[found[2] or "s"]
+
+
+def written(duration: float) -> str:
+    """A duration in the largest unit of which it is a whole number."""
+    if not duration:
+        return "0"
+    units = ("d", "h", "m", "s") if duration >= 2 * UNITS["m"] else ("s",)
+    unit = next((unit for unit in units if duration % UNITS[unit] == 0), "ms" if duration < 1 else "s")
+    return f"{duration / UNITS[unit]:g}{unit}"
+
+
+Seconds = Annotated[float, BeforeValidator(seconds)]
+"""A duration."""
 
 IN_FILE = "file:"
 """Begins what stands in the place of a database's address when that lies in a file: the file's path follows."""
@@ -80,7 +116,11 @@ class Settings(BaseSettings):
     affinity_cookie: bool = Field(
         True, description="Tell clients the name of their session's owner in a cookie, for balancers that may use it."
     )
-    address: str = Field("", description="host:port under which peers and operators know this node.")
+    address: str = Field(
+        "",
+        description="host:port that operators read in `pgmcp nodes` and pgmcp.live_nodes; nothing connects to it. "
+        "Default: --host and --port.",
+    )
     mcp_path: str = Field("/mcp", pattern=r"^/[\w./-]*[\w-]$", description="Path of the Streamable HTTP endpoint.")
     sse_path: str = Field("/sse", pattern=r"^/[\w./-]*[\w-]$", description="Path of the HTTP+SSE stream (2024-11-05).")
     messages_path: str = Field(
@@ -107,8 +147,20 @@ class Settings(BaseSettings):
         "info", description="Least level of the log lines that are written."
     )
     access_log: bool = Field(False, description="Write a line for each HTTP exchange, at its end.")
-    hold: float = Field(25.0, gt=0, description="Seconds for which a POST is held while the database is away.")
-    resume_hold: float = Field(55.0, gt=0, description="Seconds for which a GET is held while the database is away.")
+    wait: Seconds = Field(
+        60.0,
+        ge=0,
+        description="How long a node that starts waits for a database that is away, before it ends with exit code 3.",
+    )
+    hold: Seconds = Field(
+        25.0,
+        gt=0,
+        description="How long a POST waits for a database that is away before it is answered 503; /readyz is 503 from "
+        "then on.",
+    )
+    resume_hold: Seconds = Field(
+        55.0, gt=0, description="How long a GET that resumes a stream waits for a database that is away."
+    )
     max_body: int = Field(4 * 1024 * 1024, gt=0, description="Bytes that a request body may have.")
     max_message: int = Field(
         64 * 1024 * 1024,
@@ -147,39 +199,53 @@ class Settings(BaseSettings):
     max_waiting_events: int = Field(
         256, gt=0, description="Standalone notifications that wait for a listener; 64 times as many while one is there."
     )
-    read_timeout: float = Field(30.0, gt=0, description="Seconds for which a client may take to send its body.")
-    write_timeout: float = Field(
+    read_timeout: Seconds = Field(30.0, gt=0, description="Seconds for which a client may take to send its body.")
+    write_timeout: Seconds = Field(
         30.0, gt=0, description="Seconds for which a client may take nothing of what it is sent."
     )
-    idle_timeout: float = Field(1800.0, gt=0, description="Seconds after which an unused session ends.")
-    max_age: float = Field(7 * 86400.0, gt=0, description="Seconds after which any session ends.")
-    retention: float = Field(
+    idle_timeout: Seconds = Field(1800.0, gt=0, description="Seconds after which an unused session ends.")
+    max_age: Seconds = Field(7 * 86400.0, gt=0, description="Seconds after which any session ends.")
+    retention: Seconds = Field(
         300.0, gt=0, description="Seconds for which what was finished or delivered can be fetched again."
     )
     pool_size: int = Field(6, ge=3, le=64, description="Database connections besides the line.")
-    keepalive: float = Field(15.0, gt=0, description="Seconds between comments on a silent stream.")
-    retry_ms: int = Field(1000, gt=0, description="Milliseconds after which a client should reconnect a stream.")
-    poll: float = Field(2.0, gt=0, description="Seconds after which unfinished work is looked at without a wake-up.")
-    idle_poll: float = Field(30.0, gt=0, description="Seconds after which idle streams are looked at anyway.")
-    renew: float = Field(1.0, gt=0, description="Seconds between renewals of the lease.")
-    deadline: float = Field(1.5, gt=0, description="Seconds after which one renewal counts as failed.")
-    trust: float = Field(7.0, gt=0, description="Seconds for which a node may act on its last renewal.")
-    ttl: float = Field(10.0, gt=0, description="Seconds for which a renewal keeps the lease.")
+    keepalive: Seconds = Field(15.0, gt=0, description="Seconds between comments on a silent stream.")
+    retry_ms: int = Field(
+        1000,
+        gt=0,
+        description="Milliseconds after which a client should reconnect a stream that broke; the stream tells it "
+        "(retry:).",
+    )
+    poll: Seconds = Field(2.0, gt=0, description="Seconds after which unfinished work is looked at without a wake-up.")
+    idle_poll: Seconds = Field(30.0, gt=0, description="Seconds after which idle streams are looked at anyway.")
+    renew: Seconds = Field(1.0, gt=0, description="Seconds between renewals of the lease.")
+    deadline: Seconds = Field(
+        1.5, gt=0, description="Seconds after which one renewal of the lease counts as failed and is tried again."
+    )
+    trust: Seconds = Field(
+        7.0,
+        gt=0,
+        description="Seconds for which a node goes on working after its last renewal; then it pauses until one "
+        "succeeds. At least renew + 2 * deadline + ttl / 10, less than ttl.",
+    )
+    ttl: Seconds = Field(
+        10.0, gt=0, description="Seconds after its last renewal at which others take a silent node's sessions."
+    )
     rerun: Names = Field(
         (), description="Tools that may run again after their node died, as names or patterns (get_*)."
     )
     on_owner_change: Literal["restore", "end"] = Field(
         "restore", description="What becomes of a session whose node died: restored elsewhere, or ended with 404."
     )
-    drain_notice: float = Field(
+    drain_notice: Seconds = Field(
         5.0, ge=0, description="Seconds for which a node that got SIGTERM goes on serving, for balancers to notice."
     )
-    drain_limit: float = Field(
+    drain_limit: Seconds = Field(
         25.0,
         gt=0,
         description="Seconds that a leaving node has to hand over and to finish: more than twice your longest call.",
     )
-    key_rotation: float = Field(
+    key_rotation: Seconds = Field(
         30 * 86400.0,
         ge=3600,
         description="Seconds after which a new key takes over; older ones still open.",
@@ -192,7 +258,7 @@ class Settings(BaseSettings):
         False, description="Encrypt what clients and servers say while it lies in the database; needs a secrets key."
     )
     single_use_states: bool = Field(False, description="Refuse a requestState (2026-07-28) that was used before.")
-    statement_timeout: float = Field(5.0, gt=0, description="Seconds that one database call may take.")
+    statement_timeout: Seconds = Field(5.0, gt=0, description="Seconds that one database call may take.")
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -259,3 +325,30 @@ class Settings(BaseSettings):
     def pooled(self) -> bool:
         """Whether the main connection goes through a pooler (no statement cache, no startup parameters)."""
         return bool(self.listen_url)
+
+
+PREFIX = "PGMCP_"
+OTHER_VARIABLES = frozenset({"PGMCP_WORKERS", "PGMCP_PG_BIN"})
+"""Variables of ours that are no settings."""
+
+
+def variable(name: str) -> str:
+    """The environment variable of a field of ``Settings``."""
+    alias = Settings.model_fields[name].validation_alias
+    return alias if isinstance(alias, str) else PREFIX + name.upper()
+
+
+def unknown_variables(names: Iterable[str]) -> list[str]:
+    """A line for each variable that looks like one of ours and is none, with the one that was probably meant."""
+    fields = Settings.model_fields
+    known = OTHER_VARIABLES.union(map(variable, fields), (PREFIX + name.upper() for name in fields))  # both are read
+    shown = [variable(name).removeprefix(PREFIX) for name in fields]
+    lines = []
+    for name in sorted(names):
+        given = name.upper()
+        if not given.startswith(PREFIX) or given in known or given.startswith("PGMCP_TEST_"):  # of pgmcp's own tests
+            continue
+        near = get_close_matches(given.removeprefix(PREFIX), shown, 1, 0.7)
+        hint = f"is {PREFIX}{near[0]} meant?" if near else "`pgmcp serve --help` lists all."
+        lines.append(f"{name} is no variable of pgmcp and has no effect: {hint}")
+    return lines

@@ -8,10 +8,13 @@ Exit codes:
     4  the database's schema is not one that this build understands, or the role lacks rights on it
     5  a migration, or a new name for the cluster, waits for living nodes
     6  the cluster serves another server than this node, which did not join
+    7  the port is in use
+    8  the served server's lifespan failed
 """
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import Any
 
@@ -20,13 +23,16 @@ import click
 from pgmcp import __version__
 from pgmcp.errors import (
     DatabaseUnavailable,
+    LifespanFailed,
     OtherServer,
     PgmcpError,
+    PortTaken,
     SchemaError,
     SchemaInUse,
     SettingsError,
     TargetError,
 )
+from pgmcp.settings import unknown_variables
 
 COMMANDS = {
     "up": "pgmcp.cli.up:up",
@@ -39,6 +45,9 @@ COMMANDS = {
     "drain": "pgmcp.cli.drain:drain",
 }
 
+NODES_SAY_IT = frozenset({"serve", "up"})
+"""Commands whose nodes name unknown variables in their log."""
+
 EXIT_CODES: tuple[tuple[type[PgmcpError], int], ...] = (
     (SettingsError, 2),
     (TargetError, 2),
@@ -46,6 +55,8 @@ EXIT_CODES: tuple[tuple[type[PgmcpError], int], ...] = (
     (SchemaError, 4),
     (DatabaseUnavailable, 3),
     (OtherServer, 6),
+    (PortTaken, 7),
+    (LifespanFailed, 8),
     (PgmcpError, 1),
 )
 
@@ -83,9 +94,13 @@ class Commands(click.Group):
 
 @click.group(cls=Commands)
 @click.version_option(__version__, package_name="pgmcp")
-def main() -> None:
+@click.pass_context
+def main(ctx: click.Context) -> None:
     """Run an unchanged MCP server on many nodes, with PostgreSQL as the only coordinator.
 
     Exit codes: 0 done, 1 failed, 2 wrong usage or setting, 3 database unreachable, 4 schema refused, 5 schema in use,
-    6 another server's cluster.
+    6 another server's cluster, 7 port in use, 8 the served server's lifespan failed.
     """
+    if ctx.invoked_subcommand not in NODES_SAY_IT:
+        for line in unknown_variables(os.environ):
+            click.echo(f"Warning: {line}", err=True)

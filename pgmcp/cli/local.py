@@ -25,6 +25,7 @@ import httpx
 import uvicorn
 
 from pgmcp.cli.round_robin_proxy import RoundRobinProxy
+from pgmcp.cli.signals import ended_by
 from pgmcp.clock import Clock
 from pgmcp.embedded import bound_to_parent
 from pgmcp.settings import Settings
@@ -105,7 +106,7 @@ class LocalCluster:
             it did not come up.
         """
         loop = asyncio.get_running_loop()
-        for signum in (signal.SIGINT, signal.SIGTERM):
+        for signum in ended_by():
             loop.add_signal_handler(signum, self._leave)
         try:
             for number, port in enumerate(self.ports, start=1):
@@ -161,7 +162,7 @@ class LocalCluster:
             elif wait.cancelled():
                 self.report(f"{node.name} was not ready within {START_SECONDS:.0f} s")
         codes = [node.process.returncode for node in self.nodes]
-        return next((code for code in codes if code is not None and 0 < code <= 4), 1)
+        return next((code for code in codes if code is not None and code > 0), 1)
 
     async def _is_ready(self, node: Node) -> bool:
         async with httpx.AsyncClient(trust_env=False, verify=False, timeout=5.0) as client:  # noqa: S501 - plain HTTP

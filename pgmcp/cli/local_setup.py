@@ -7,6 +7,7 @@ Invariants:
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import shutil
@@ -15,15 +16,18 @@ import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from importlib.machinery import PathFinder
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pgmcp
 from pgmcp.cli.local import LocalCluster
 from pgmcp.cli.options import arguments, environment, load
+from pgmcp.cli.signals import ended_by
 from pgmcp.embedded import EmbeddedPostgres, free_port
-from pgmcp.errors import SchemaInUse, SettingsError, TargetError
-from pgmcp.settings import Settings
+from pgmcp.errors import PortTaken, SchemaInUse, SettingsError, TargetError
+from pgmcp.settings import Settings, variable
 from pgmcp.store.commands import identity
 from pgmcp.store.schema import migrations
 
@@ -77,16 +81,17 @@ def local_cluster(
         DatabaseUnavailable, SchemaError: of the migration.
     """
     settings = load(given)
-    # Until the event loop handles signals, SIGTERM unwinds as Ctrl-C does, so that what was started is stopped.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with _entry_socket(settings) as entry_socket:
-        ports = _node_ports(settings.port, count)
-        with _database(settings, data_dir, count) as url:
-            passed = {name: value for name, value in given.items() if name not in ("host", "port")}
-            env, options = _node_environment(settings, passed, url), arguments(passed)
-            given_database = bool(settings.database_url)
-            with _schema(url, settings.schema_name, given=given_database, passing=passing and given_database):
-                yield LocalCluster(settings, target, ports, entry_socket, env, options, report), url
+    _look_for(target)
+    # Until the event loop handles signals, the others unwind as Ctrl-C does, so that what was started is stopped.
+    for signum in ended_by():
+        signal.signal(signum, signal.default_int_handler)
+    entry_socket, ports = _ports(settings, count, report)
+    with entry_socket, _database(settings, data_dir, count) as url:
+        passed = {name: value for name, value in given.items() if name not in ("host", "port")}
+        env, options = _node_environment(settings, passed, url), arguments(passed)
+        given_database = bool(settings.database_url)
+        with _schema(url, settings.schema_name, given=given_database, passing=passing and given_database):
+            yield LocalCluster(settings, target, ports, entry_socket, env, options, report), url
 
 
 @contextmanager
@@ -111,14 +116,62 @@ def _schema(url: str, name: str, *, given: bool, passing: bool) -> Iterator[None
             identity.remove(url, name)
 
 
-@contextmanager
-def _entry_socket(settings: Settings) -> Iterator[socket.socket]:
+def _look_for(target: str) -> None:
+    """See to it that there is something to serve, before anything is started for it.
+
+    Raises:
+        TargetError: there is not.
+    """
+    name, colon, attribute = target.rpartition(":")
+    if not (name and colon and attribute):
+        message = f"The target {target!r} is not of the form module:attribute or path/to/file.py:attribute."
+        raise TargetError(message)
+    if name.endswith(".py"):
+        found, kind = Path(name).is_file(), "file"
+    else:
+        top = name.partition(".")[0]
+        found = bool(top) and (find_spec(top) or PathFinder.find_spec(top, [str(Path.cwd())])) is not None
+        kind = "module"
+    if not found:
+        message = f"The target {target!r} cannot be loaded: there is no {kind} {name} (looked for in {Path.cwd()})."
+        raise TargetError(message)
+
+
+def _ports(settings: Settings, count: int, report: Callable[[str], None]) -> tuple[socket.socket, list[int]]:
+    """The entry port, taken, and a port for each node; others than the usual ones where those are in use.
+
+    Raises:
+        PortTaken: the ports that were asked for are in use.
+    """
+    usual = settings.port
+    if "port" in settings.model_fields_set:
+        return _taken(settings.host, usual, count)
+    step = 10 * (1 + count // 10)
+    for port in (*range(usual, usual + 10 * step, step), 0):
+        try:
+            taken, ports = _taken(settings.host, port, count)
+        except PortTaken:
+            continue
+        if port != usual:
+            report(
+                f"ports {usual} to {usual + count} are not all free: this cluster takes {taken.getsockname()[1]} for "
+                f"clients and {', '.join(map(str, ports))} for its nodes"
+            )
+        break
+    return taken, ports
+
+
+def _taken(host: str, port: int, count: int) -> tuple[socket.socket, list[int]]:
     """Take the entry port at once, but do not listen yet: clients are refused until the cluster is ready."""
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # The protocol is named, since asyncio turns Nagle's delay off only where it sees that this is TCP.
-    with socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as taken:
-        _bind(taken, settings.host, settings.port)
-        yield taken
+    taken = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        _bind(taken, host, port)
+        return taken, _node_ports(port, count)
+    except BaseException:
+        taken.close()
+        raise
 
 
 def _node_ports(port: int, count: int) -> list[int]:
@@ -136,8 +189,10 @@ def _bind(taken: socket.socket, host: str, port: int) -> None:
     try:
         taken.bind((host, port))
     except (OSError, OverflowError) as error:
-        message = f"Cannot listen on {host}:{port}: {error}. Choose another --port; the nodes take the ones after it."
-        raise SettingsError(message) from error
+        reason = getattr(error, "strerror", None) or str(error)
+        message = f"Cannot listen on {host}:{port}: {reason}. Choose another --port; the nodes take the ones after it."
+        in_use = getattr(error, "errno", None) == errno.EADDRINUSE
+        raise (PortTaken if in_use else SettingsError)(message) from error
 
 
 @contextmanager
@@ -162,6 +217,8 @@ def _database(settings: Settings, data_dir: Path | None, count: int) -> Iterator
 
 def _node_environment(settings: Settings, given: dict[str, Any], url: str) -> dict[str, str]:
     env = {**os.environ, **environment(given), **environment({"database_url": url})}
+    if "drain_notice" not in settings.model_fields_set:
+        env[variable("drain_notice")] = "0"  # nobody but the entry port could notice, and that closes first
     if not settings.database_url:
         for name in ("PGMCP_LISTEN_URL", "PGMCP_LISTEN_URL_FILE"):
             env.pop(name, None)  # it would be another database's

@@ -7,25 +7,25 @@ from typing import Any
 import click
 
 from pgmcp import node
-from pgmcp.cli.options import arguments, environment, load, settings_options
+from pgmcp.cli.options import WORKERS, WORKERS_TEXT, Grouped, arguments, environment, load, settings_options
 from pgmcp.cli.workers import supervise
 from pgmcp.ops.logs import configure
 
 
-@click.command()
+@click.command(cls=Grouped)
 @click.argument("target")
 @click.option(
     "--workers",
-    type=click.IntRange(1, 64),
+    type=click.IntRange(*WORKERS),
     default=1,
     envvar="PGMCP_WORKERS",
-    help="Processes on this port, each a node of its own. [PGMCP_WORKERS; default 1]",
+    help=f"{WORKERS_TEXT} [PGMCP_WORKERS; default 1]",
 )
 @click.option("--shared-port", is_flag=True, hidden=True, help="Listen beside others on the port: for workers.")
 @settings_options()
 @click.pass_context
 def serve(ctx: click.Context, target: str, workers: int, given: dict[str, Any], *, shared_port: bool) -> None:
-    """Serve TARGET on one node until SIGTERM, which drains it.
+    """Serve TARGET on one node until SIGTERM, SIGINT or SIGHUP, which drain it.
 
     TARGET is the MCP server: module:attribute or path/to/file.py:attribute. Each option is also a variable.
     """

@@ -11,7 +11,7 @@ import click
 
 from pgmcp.cli.local import LocalCluster
 from pgmcp.cli.local_setup import example, local_cluster
-from pgmcp.cli.options import settings_options
+from pgmcp.cli.options import Grouped, settings_options
 
 SNIPPET = """\
     import asyncio
@@ -25,7 +25,7 @@ SNIPPET = """\
 """
 
 
-@click.command()
+@click.command(cls=Grouped)
 @click.argument("target", required=False)
 @click.option("--nodes", "count", type=click.IntRange(1, 64), default=3, show_default=True, help="How many nodes.")
 @click.option(
@@ -39,9 +39,10 @@ def up(ctx: click.Context, target: str | None, count: int, data_dir: Path | None
     """Run a local cluster: PostgreSQL, nodes, and one port that spreads every request over them in turn.
 
     TARGET is the MCP server, module:attribute or path/to/file.py:attribute; without it an example that uses every
-    part of MCP is served. The nodes listen on the ports after --port (0 takes free ones everywhere). PostgreSQL is
-    an embedded one, or the one of --database-url: there `up` makes its schema, and uses none that it has not made.
-    Ctrl-C or SIGTERM drains the cluster and ends it with code 0.
+    part of MCP is served. The nodes listen on the ports after --port (0 takes free ones everywhere); without it on
+    8001 and so on, or others where those are in use. PostgreSQL is an embedded one, or the one of --database-url:
+    there `up` makes its schema, and uses none that it has not made. Ctrl-C, SIGTERM or SIGHUP drains the cluster and
+    ends it with code 0; without --drain-notice there is none, since the entry port closes first.
     """
     with local_cluster(given, target or example("everything"), count, _report, data_dir) as (cluster, database):
         if not cluster.settings.database_url:

@@ -7,8 +7,9 @@ Invariants:
 - Workers end with this process, however it dies.
 
 Failure handling: a worker that dies is started again, after a pause that grows while it keeps dying. One that cannot
-start at all (code 2, 3, 4 or 6: a setting, the database, the schema, another server's cluster) ends the whole with its
-code, since every other one would do the same. SIGTERM drains all of them together; a second one ends them at once.
+start at all (``HOPELESS``: a setting, the database, the schema, another server's cluster, the server's own lifespan)
+ends the whole with its code, since every other one would do the same. SIGTERM, SIGINT and SIGHUP drain all of them
+together; a second one ends them at once. A terminal's Ctrl-C is for this process only, which passes it on.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from asyncio.subprocess import Process
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
+from pgmcp.cli.signals import ended_by
 from pgmcp.clock import Clock
 from pgmcp.embedded import bound_to_parent
 from pgmcp.node import shared_socket
@@ -33,7 +35,7 @@ PAUSE_SECONDS = (0.2, 0.5, 1.0, 2.0, 5.0)
 STEADY_SECONDS = 10.0
 """Seconds of life after which a worker's death counts as the first one again."""
 
-HOPELESS = frozenset({2, 3, 4, 6})
+HOPELESS = frozenset({2, 3, 4, 5, 6, 8})
 
 
 class Workers:
@@ -59,7 +61,7 @@ class Workers:
     async def run(self) -> int:
         """Keep the workers running until a signal; the exit code."""
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in ended_by():
             loop.add_signal_handler(number, self._stop)
         await asyncio.gather(*(self._keep(number) for number in range(1, self._count + 1)))
         return self._code
@@ -88,6 +90,7 @@ class Workers:
             "--port",
             str(self._port),
             env=self._environment,
+            start_new_session=True,  # else a terminal's signal and ours are two, and a second one ends it at once
             preexec_fn=bound_to_parent(signal.SIGTERM),
         )
         self._running[number] = process
@@ -107,7 +110,7 @@ class Workers:
 
 
 def supervise(settings: Settings, arguments: Sequence[str], environment: Mapping[str, str], count: int) -> int:
-    """Run ``count`` workers on one port until SIGTERM or SIGINT.
+    """Run ``count`` workers on one port until a signal.
 
     Args:
         settings: where they listen and what they are called.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 
@@ -20,6 +21,7 @@ from pgmcp.clock import Clock, Ids
 from pgmcp.cluster.drain import PAUSE_SECONDS
 from pgmcp.cluster.lease import LeaseState
 from pgmcp.errors import NodeNotReady, PgmcpError, SettingsError
+from pgmcp.node import first_connection, lifespan
 from pgmcp.node.incarnation import Incarnation
 from pgmcp.node.signals import Signals
 from pgmcp.node.supervisor import REJOIN_SECONDS, Supervisor
@@ -30,7 +32,7 @@ from pgmcp.ops.logs import mask_session_ids
 from pgmcp.service import Faults, Periodic, Service, failure
 from pgmcp.session.adapter import Shared
 from pgmcp.session.target import target_of
-from pgmcp.settings import Settings
+from pgmcp.settings import Settings, unknown_variables
 from pgmcp.store.database import Database
 from pgmcp.store.encryption.key_rings import CONTEXTS, REFRESH_SECONDS, KeyRing, StateRing
 from pgmcp.store.encryption.key_wrapping import wrapping_of
@@ -66,6 +68,8 @@ class Node:
     def __init__(
         self, settings: Settings, served: object, *, clock: Clock | None = None, ids: Ids | None = None
     ) -> None:
+        for line in unknown_variables(os.environ):
+            logger.warning(line)
         if not settings.database_url:
             message = "No database given: use --database-url or PGMCP_DATABASE_URL (postgresql://user:password@host/db)"
             raise SettingsError(message)
@@ -118,7 +122,9 @@ class Node:
             openapi_config=None,
             logging_config=None,
         )
-        return Application(self.endpoints(), self.target.routes, litestar, self.running, self.wrapped)
+        return Application(
+            self.endpoints(), self.target.routes, litestar, self.running, self.wrapped, lambda: self.failure
+        )
 
     def wrapped(self, app: ASGIApp) -> ASGIApp:
         """An application whose clients read in time and part while the node drains, logged if that is wanted."""
@@ -155,7 +161,8 @@ class Node:
         """Run the node: check the schema, join, keep a live incarnation, leave.
 
         Raises:
-            DatabaseUnavailable: PostgreSQL cannot be reached at the start.
+            DatabaseUnavailable: PostgreSQL could not be reached for as long as the node waits at its start.
+            LifespanFailed: the served server's own start failed.
             SchemaError: the schema is not one that this build understands.
             OtherServer: the cluster serves something else.
         """
@@ -168,7 +175,7 @@ class Node:
                 await self._start(stack)
             except PgmcpError as error:
                 self.failure = error
-                raise
+                raise error.with_traceback(None) from None  # the message says it all, whoever prints the trace
             stack.enter_context(Signals(self.drain, self.stop_streams))
             yield
 
@@ -177,12 +184,11 @@ class Node:
         self.watchdog = stack.enter_context(watched(self._clock))
         stack.callback(self.target.bus.attach(self._publish))
         stack.push_async_callback(self.database.close)
-        await self.database.open()
-        self._revision = await self.database.revision()
+        self._revision = await first_connection.connect(self.database, self._clock, self.settings.wait)
         for ring in (self.box, self.states, self._payloads):
             await ring.load()
         shared = Shared(self.states, self.settings.single_use_states, json_only=self.settings.response == "json")
-        await stack.enter_async_context(self.target.adapter.lifespan(shared))
+        await stack.enter_async_context(lifespan.running(self.target.adapter.lifespan(shared)))
         await self.supervisor.start()
         stack.push_async_callback(self.supervisor.stop)
         services: dict[str, Service] = {

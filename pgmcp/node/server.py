@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import logging
 import signal
@@ -10,7 +11,7 @@ import socket
 
 import uvicorn
 
-from pgmcp.errors import SettingsError
+from pgmcp.errors import PgmcpError, PortTaken, SettingsError
 from pgmcp.node import listener
 from pgmcp.node.http_protocol import limited, raise_file_limit
 from pgmcp.node.node import Node
@@ -25,15 +26,19 @@ KEEP_ALIVE_SECONDS = 75
 
 
 class _Server(uvicorn.Server):
-    """A server that says where it serves."""
+    """uvicorn, which leaves its application running when it cannot listen, and does not say where it serves."""
 
     def __init__(self, config: uvicorn.Config, settings: Settings) -> None:
         super().__init__(config)
         self._settings = settings
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Open the port, and say so."""
-        await super().startup(sockets)
+        """Start the application, then listen, and say so."""
+        try:
+            await super().startup(sockets)
+        except OSError:
+            await self.lifespan.shutdown()
+            raise
         if self.started:
             settings, port = self._settings, self.servers[0].sockets[0].getsockname()[1]
             host = f"[{settings.host}]" if ":" in settings.host else settings.host
@@ -45,7 +50,8 @@ def shared_socket(settings: Settings) -> socket.socket:
     """A socket on the node's port that other processes may share (SO_REUSEPORT).
 
     Raises:
-        SettingsError: somebody else has the port for himself.
+        PortTaken: somebody else has the port for himself.
+        SettingsError: there is no such address here.
     """
     shared = socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET)
     shared.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -54,9 +60,55 @@ def shared_socket(settings: Settings) -> socket.socket:
         shared.bind((settings.host, settings.port))
     except OSError as error:
         shared.close()
-        message = f"Port {settings.port} of {settings.host} cannot be used ({error.strerror}); choose another --port."
-        raise SettingsError(message) from error
+        raise _refused(settings, error) from error
     return shared
+
+
+def own_sockets(settings: Settings) -> list[socket.socket]:
+    """Sockets on the node's port, one for each address of its host, that nobody listens on yet.
+
+    Raises:
+        PortTaken: somebody else listens there.
+        SettingsError: there is no such address here.
+    """
+    taken: list[socket.socket] = []
+    port, absent = settings.port, None
+    try:
+        found = socket.getaddrinfo(settings.host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, kind, protocol, _, address in found:
+            own = socket.socket(family, kind, protocol)
+            try:
+                own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    own.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                own.bind((address[0], port, *address[2:]))
+            except OSError as error:
+                own.close()
+                if error.errno != errno.EADDRNOTAVAIL:
+                    raise
+                absent = error  # localhost may have an IPv6 address that this machine does not
+            else:
+                taken.append(own)
+                port = own.getsockname()[1]
+        if absent is not None and not taken:
+            raise absent
+    except OSError as error:
+        for own in taken:
+            own.close()
+        raise _refused(settings, error) from error
+    return taken
+
+
+def _refused(settings: Settings, error: OSError) -> PgmcpError:
+    if error.errno == errno.EADDRINUSE:
+        return PortTaken(
+            f"Port {settings.port} of {settings.host} is in use: another process listens there. Stop that, or choose "
+            f"another --port."
+        )
+    return SettingsError(
+        f"Cannot listen on port {settings.port} of {settings.host} ({error.strerror or error}): choose another --host "
+        f"or --port."
+    )
 
 
 def serve(settings: Settings, target: str, *, shared_port: bool = False) -> int:
@@ -75,6 +127,7 @@ def serve(settings: Settings, target: str, *, shared_port: bool = False) -> int:
     """
     raise_file_limit()
     configure(settings.log_format, level=settings.log_level, node=settings.node_name)
+    sockets = [shared_socket(settings)] if shared_port else own_sockets(settings)
     served = load(target)
     # Anew: the target may have had ideas of its own.
     configure(settings.log_format, level=settings.log_level, node=settings.node_name)
@@ -96,9 +149,12 @@ def serve(settings: Settings, target: str, *, shared_port: bool = False) -> int:
     logging.getLogger("uvicorn.error").addFilter(lambda _: node.failure is None)  # it is said below, in one line
     gc.collect()
     gc.freeze()  # what was imported stays: a full collection that walks through it stops the node for 0.1 s
-    with contextlib.suppress(KeyboardInterrupt, SystemExit):
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # uvicorn raises it once more when it has stopped
-        server.run(sockets=[shared_socket(settings)] if shared_port else None)
-    if node.failure is not None:
+    try:
+        with contextlib.suppress(KeyboardInterrupt, SystemExit):
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # uvicorn raises it once more when it has stopped
+            server.run(sockets=sockets)
+    except OSError as error:  # two that start at once both get the port; then one of them listens
+        raise _refused(settings, error) from error
+    if node.failure is not None and not server.should_exit:
         raise node.failure
-    return 0 if server.started else 1
+    return 0 if server.started or node.failure is not None else 1

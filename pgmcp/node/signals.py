@@ -1,8 +1,11 @@
-"""SIGTERM and SIGINT, noticed before the HTTP server notices them.
+"""SIGTERM, SIGINT and SIGHUP, noticed before the HTTP server notices them.
 
 An HTTP server that gets SIGTERM closes its port at once, while balancers still send requests, and then waits for
 streams that never end. So the first signal drains the node, and is handed to the server's own handler when that is
 done. It is the same under any server that sets its handlers by ``signal.signal`` before it starts the application.
+
+SIGHUP, of a terminal that closes, is as SIGTERM where it would end the process: `nohup` has it ignored, and a server
+may have a handler for it.
 """
 
 from __future__ import annotations
@@ -38,7 +41,8 @@ class Signals:
 
     def __enter__(self) -> None:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._on_signal) for number in NOTICED}
+            numbers = (*NOTICED, signal.SIGHUP) if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL else NOTICED
+            self._before = {number: signal.signal(number, self._on_signal) for number in numbers}
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
@@ -65,6 +69,7 @@ class Signals:
         self._obey(number)
 
     def _obey(self, number: int) -> None:
+        number = signal.SIGTERM if number == signal.SIGHUP else number
         handler = self._before[number]
         if callable(handler):
             handler(number, None)

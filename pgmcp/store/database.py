@@ -21,12 +21,14 @@ import asyncpg
 from asyncpg.pool import PoolConnectionProxy
 
 from pgmcp.clock import Clock, Ids
-from pgmcp.errors import DatabaseUnavailable, PgmcpError, RightsMissing, SchemaGone, SettingsError
+from pgmcp.errors import DatabaseUnavailable, LoginRefused, PgmcpError, RightsMissing, SchemaGone, SettingsError
 from pgmcp.settings import Settings
 from pgmcp.store.connection import primary
 from pgmcp.store.connection.address import AddressUnread, place
 from pgmcp.store.connection.encoding import Encoding, encoding_of, read_unescaped
-from pgmcp.store.connection.error_text import error_text
+from pgmcp.store.connection.error_text import REFUSALS, error_text
+from pgmcp.store.connection.one_shot import MALFORMED
+from pgmcp.store.connection.pooler import transaction_pooled
 from pgmcp.store.connection.settings import PLANS, STARTUP, Frame, pin
 from pgmcp.store.schema.revisions import understood
 from pgmcp.store.schema.rights import permitted
@@ -108,9 +110,10 @@ class Database:
         """Connect.
 
         Raises:
-            DatabaseUnavailable: PostgreSQL cannot be reached or refuses the login.
+            DatabaseUnavailable: PostgreSQL cannot be reached.
+            LoginRefused: it refuses the login.
             RightsMissing: the role may not connect, or not begin with what nodes do.
-            SettingsError: the file with its address cannot be read.
+            SettingsError: its address is malformed, in a file that cannot be read, or a pooler's and the only one.
         """
         if self.settings.pooled:
             options: dict[str, Any] = {"connect": self._connect_pooled, "statement_cache_size": 0}
@@ -127,12 +130,39 @@ class Database:
                 **options,
             )
             self._idle.append(await self._connection(self._pool))
-        except AddressUnread as error:
-            raise SettingsError(f"No database: {error}.") from error
-        except asyncpg.InsufficientPrivilegeError as error:
-            raise RightsMissing(str(unavailable(self.settings.database_url, error))) from error
         except (*TROUBLE, asyncpg.PostgresError, ValueError) as error:
-            raise unavailable(self.settings.database_url, error) from error
+            raise self._refusal(self.settings.database_url, error) from error
+        await self._refuse_pooler()
+
+    async def _refuse_pooler(self) -> None:
+        """See to it that the line will not go through a transaction pooler: it would hear nothing there."""
+        url = self.settings.line_url
+        try:
+            async with asyncio.timeout(self.settings.statement_timeout):
+                if not self.settings.pooled:
+                    pooled = await transaction_pooled(self._idle[-1], url)
+                else:
+                    line = await self.connect(url, timeout=self.settings.statement_timeout, statement_cache_size=0)
+                    try:
+                        pooled = await transaction_pooled(line, url)
+                    finally:
+                        line.terminate()
+        except (*TROUBLE, asyncpg.PostgresError, ValueError) as error:
+            raise self._refusal(url, error) from error
+        if pooled:
+            raise _pooler(url)
+
+    def _refusal(self, url: str, error: BaseException) -> PgmcpError:
+        """Why the node cannot start; what only poolers say is said as such."""
+        if isinstance(error, AddressUnread):
+            return SettingsError(f"No database: {error}.")
+        if isinstance(error, asyncpg.InsufficientPrivilegeError):
+            return RightsMissing(str(unavailable(url, error)))
+        if isinstance(error, ValueError):
+            return SettingsError(MALFORMED)  # its text may quote parts of the password
+        lost = isinstance(error, (asyncpg.InvalidSQLStatementNameError, asyncpg.DuplicatePreparedStatementError))
+        startup = isinstance(error, asyncpg.ProtocolViolationError) and "startup parameter" in str(error)
+        return _pooler(url) if startup or (lost and url == self.settings.line_url) else unavailable(url, error)
 
     async def connect(self, url: str, *, timeout: float, **options: Any) -> asyncpg.Connection:
         """A direct connection to the server that this node works with: see ``primary.connect`` and ``Timeline``."""
@@ -347,18 +377,26 @@ def extra(size: int) -> float:
     return size / FLOOR_BYTES_PER_SECOND if size > LARGE_BYTES else 0.0
 
 
+def _pooler(url: str) -> SettingsError:
+    return SettingsError(
+        f"{place(url)} is a pooler, where LISTEN and the lease do not work. Leave it in --database-url, and set "
+        f"--listen-url (PGMCP_LISTEN_URL) to PostgreSQL itself."
+    )
+
+
 def unavailable(url: str, error: BaseException) -> PgmcpError:
     """The error for a database that cannot be used now; it names the place, never the password."""
     if isinstance(error, MISSING):
         return SchemaGone(
             f"{place(url)} has no such tables any more ({error_text(error)}). Restore them, or run `pgmcp db upgrade`."
         )
-    if isinstance(error, asyncpg.InvalidAuthorizationSpecificationError):
-        return DatabaseUnavailable(
-            f"{place(url)} refuses the login ({error_text(error)}). Check user and password in --database-url."
-        )
     if isinstance(error, asyncpg.InsufficientPrivilegeError):
-        return DatabaseUnavailable(f"{place(url)} refuses this role ({error_text(error)}).")
+        return LoginRefused(f"{place(url)} refuses this role ({error_text(error)}).")
+    if isinstance(error, REFUSALS):
+        return LoginRefused(
+            f"{place(url)} refuses the login ({error_text(error)}). Check user, password and database of "
+            f"--database-url."
+        )
     return DatabaseUnavailable(
         f"{place(url)} does not answer ({error_text(error)}). Check that it runs and that --database-url is right."
     )

@@ -33,17 +33,22 @@ pool_mode = {mode}
 default_pool_size = 12
 max_client_conn = 1000
 server_login_retry = 0.2
+{more}
 """
 
 
 @contextmanager
-def pooler(database: str, mode: str = "transaction") -> Iterator[str]:
-    """Put a pooler before the server of a database; the database's address through it."""
+def pooler(database: str, mode: str = "transaction", more: str = "") -> Iterator[str]:
+    """Put a pooler before the server of a database; the database's address through it.
+
+    Args:
+        more: lines of its configuration.
+    """
     parts = urlsplit(database)
     [listen] = free_ports(1)
     text = CONFIG.format(
         host=parts.hostname, port=parts.port, user=parts.username, password=parts.password or "-",
-        listen=listen, mode=mode,
+        listen=listen, mode=mode, more=more,
     )  # fmt: skip
     # pgbouncer refuses to run as root, and another user cannot look into pytest's folders.
     folder = Path(tempfile.mkdtemp(prefix="pgmcp-test-"))

@@ -25,9 +25,8 @@ import pytest
 import yaml
 
 from pgmcp.cli import main
-from pgmcp.cli.options import variable
 from pgmcp.clock import Clock
-from pgmcp.settings import Settings
+from pgmcp.settings import Settings, variable
 from tests.harness.cluster import everything, running_node
 from tests.harness.compose import DOCKER, compose, in_checkout
 from tests.harness.processes import REPOSITORY

@@ -58,6 +58,7 @@ def test_a_worker_that_dies_is_started_again(two: NodeProcess, database: str) ->
 
 def test_one_signal_ends_all_of_them_in_order(two: NodeProcess, database: str) -> None:
     workers = children(two)
+    assert os.getsid(two.pid) not in {os.getsid(pid) for pid in workers}, "Ctrl-C would be a second signal to them"
     assert two.terminate() == 0
     assert states(database) == {}, "not every worker said that it left"
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
@@ -75,11 +76,11 @@ def refused(server: NodeProcess) -> tuple[int, str]:
 def test_workers_that_cannot_start_end_the_whole(tmp_path: Path) -> None:
     url = "postgresql://nobody@127.0.0.1:1/none"
     port = free_ports(1)[0]
-    code, log = refused(
-        NodeProcess(TARGET, database_url=url, name="w", port=port, log_dir=tmp_path, args=("--workers", "2"))
-    )
+    args = ("--workers", "2", "--wait", "500ms")
+    code, log = refused(NodeProcess(TARGET, database_url=url, name="w", port=port, log_dir=tmp_path, args=args))
     assert code == 3
     assert "does not answer" in log
+    assert "has waited 0.5 s for it" in log
     assert "Traceback" not in log
 
 

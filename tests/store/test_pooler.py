@@ -8,8 +8,12 @@ from contextlib import ExitStack
 
 import pytest
 
-from pgmcp.errors import SchemaError
+from pgmcp.clock import Clock
+from pgmcp.errors import SchemaError, SettingsError
+from pgmcp.settings import Settings
 from pgmcp.store.commands import views
+from pgmcp.store.connection.settings import PLANS, STARTUP
+from pgmcp.store.database import Database
 from pgmcp.store.schema import migrations, revisions
 from tests.harness.clients import RawSession
 from tests.harness.cluster import cluster, everything
@@ -39,6 +43,17 @@ def test_a_session_pooler_will_do(pooled: Callable[[str], str]) -> None:
     dsn = pooled("session")
     migrations.upgrade(dsn, "pgmcp")
     assert migrations.check(dsn, "pgmcp") == []
+
+
+async def test_a_node_says_that_it_needs_postgresql_itself_besides_a_pooler(database: str) -> None:
+    ignored = f"ignore_startup_parameters = {','.join(STARTUP | PLANS)}"
+    with pooler(database) as strict, pooler(database, more=ignored) as lenient:
+        for urls in ({}, {"listen_url": strict}, {"listen_url": lenient}):
+            for address in (strict, lenient):
+                node = Database(Settings(database_url=address, **urls), Clock())
+                with pytest.raises(SettingsError, match=r"is a pooler.*--listen-url"):
+                    await node.open()
+                await node.close()
 
 
 async def test_nodes_work_through_a_transaction_pooler(empty_database: str, pooled: Callable[[str], str]) -> None:

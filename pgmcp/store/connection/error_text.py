@@ -12,11 +12,26 @@ _SPEAKING = ("08", "0A", "25", "28", "3D", "3F", "40", "42", "53", "54", "55", "
 """Classes whose message names servers, roles, tables and limits, and nothing that came from clients."""
 
 
+class WillNotDo(ConnectionError):
+    """The server answers, and cannot be worked with until somebody changes something."""
+
+
+REFUSALS = (
+    WillNotDo,
+    asyncpg.InvalidAuthorizationSpecificationError,
+    asyncpg.InvalidCatalogNameError,
+    asyncpg.InsufficientPrivilegeError,
+)
+"""What a server says that will say it again; anything else may pass by itself."""
+
+
 def error_text(error: BaseException) -> str:
     """Why the database did not do what it was asked."""
     kind = type(error).__name__
     if isinstance(error, ValueError):  # asyncpg's own, of an argument that it cannot encode
         return kind
+    if isinstance(error, WillNotDo):
+        return str(error)
     if not isinstance(error, asyncpg.PostgresError):
         return f"{kind}: {error}"
     state = str(error.sqlstate or "")

@@ -14,10 +14,11 @@ from typing import TypeVar
 
 import asyncpg
 
-from pgmcp.errors import DatabaseUnavailable, PgmcpError, SchemaError, SchemaInUse, SettingsError
+from pgmcp.errors import DatabaseUnavailable, LoginRefused, PgmcpError, SchemaError, SchemaInUse, SettingsError
 from pgmcp.store.connection import primary
 from pgmcp.store.connection.address import AddressUnread, place
 from pgmcp.store.connection.encoding import read_unescaped
+from pgmcp.store.connection.error_text import REFUSALS
 
 T = TypeVar("T")
 
@@ -26,6 +27,8 @@ SCHEMA_NAME = re.compile(r"[a-z_][a-z0-9_]{0,40}")
 LOCK_NOT_AVAILABLE = "55P03"
 NOT_PERMITTED = "42501"
 NODES_IN_THE_WAY = "MCP01"  # raised by migrations/env.py
+
+MALFORMED = "The database URL is malformed. Write it as postgresql://user:password@host:5432/db, %-escaped."
 
 _AWAY = ("08", "57P", "53")  # connection lost, shutting down, out of resources
 _REFUSED = ("28", "3D")  # password or role, no such database
@@ -63,7 +66,8 @@ async def connect(database_url: str) -> asyncpg.Connection:
 
     Raises:
         SettingsError: the URL is empty or malformed.
-        DatabaseUnavailable: nobody answers there, or the login is refused.
+        DatabaseUnavailable: nobody answers there.
+        LoginRefused: the login is refused.
     """
     if not database_url:
         message = "No database given. Set --database-url or PGMCP_DATABASE_URL to postgresql://user:password@host/db."
@@ -76,12 +80,11 @@ async def connect(database_url: str) -> asyncpg.Connection:
         raise SettingsError(f"No database: {error}.") from error
     except (asyncpg.exceptions.ClientConfigurationError, ValueError):
         # Its text may quote parts of the password.
-        message = "The database URL is malformed. Write it as postgresql://user:password@host:5432/db, %-escaped."
-        raise SettingsError(message) from None
+        raise SettingsError(MALFORMED) from None
     except (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError) as error:
         reason = str(error) or f"no answer within {CONNECT_SECONDS:g} s"
         message = f"{place(database_url)} cannot be used: {reason}. Check that it runs, and the URL's host and login."
-        raise DatabaseUnavailable(message) from error
+        raise (LoginRefused if isinstance(error, REFUSALS) else DatabaseUnavailable)(message) from error
 
 
 def finish(work: Callable[[], Awaitable[T]], database_url: str, limit: float, *, not_permitted: str = GRANTS) -> T:

@@ -15,6 +15,7 @@ import asyncpg
 
 from pgmcp.store.connection import tls
 from pgmcp.store.connection.address import place, servers
+from pgmcp.store.connection.error_text import REFUSALS, WillNotDo
 
 STAGGER_SECONDS = 0.3
 """Seconds after which the next server is asked while one has not answered yet."""
@@ -64,6 +65,7 @@ async def connect(url: str, *, timeout: float, check: Check = _any, **options: A
 async def _first(waiting: list[str], ask: Callable[[str], Awaitable[asyncpg.Connection]]) -> asyncpg.Connection:
     asked: dict[asyncio.Future[asyncpg.Connection], str] = {}
     reasons: dict[str, str] = {}
+    hopeless = True
     try:
         while waiting or asked:
             if waiting:
@@ -82,12 +84,13 @@ async def _first(waiting: list[str], ask: Callable[[str], Awaitable[asyncpg.Conn
                 ):
                     raise error
                 reasons[place(asked.pop(task))] = _reason(error)
+                hopeless = hopeless and isinstance(error, REFUSALS)
     finally:
         for task in asked:
             task.add_done_callback(_hang_up)
             task.cancel()
     message = "; ".join(f"{where}: {reason}" for where, reason in reasons.items())
-    raise ConnectionError(message)
+    raise WillNotDo(message) if hopeless else ConnectionError(message)
 
 
 def _reason(error: BaseException) -> str:

@@ -19,6 +19,7 @@ import asyncpg
 from asyncpg.pool import PoolConnectionProxy
 
 from pgmcp.clock import Clock
+from pgmcp.store.connection.error_text import WillNotDo
 from pgmcp.store.statements import statement
 
 logger = logging.getLogger(__name__)
@@ -84,14 +85,14 @@ async def pin(connection: asyncpg.Connection) -> None:
     """Pin a direct connection for its whole life.
 
     Raises:
-        ConnectionError: the role may not set what it has to.
+        WillNotDo: the role may not set what it has to.
         Exception: whatever asyncpg raises.
     """
     pins = CORRECT | CALM | NEWER
     try:
         await connection.execute(statement("pin", ""), list(pins), list(pins.values()))
     except asyncpg.InsufficientPrivilegeError as error:
-        raise ConnectionError(_PRIVILEGE) from error
+        raise WillNotDo(_PRIVILEGE) from error
 
 
 class Frame:
@@ -110,7 +111,7 @@ class Frame:
         """Look what the backend behind a connection has. What one lacks is set from then on, whoever answers.
 
         Raises:
-            ConnectionError: the role may not set it.
+            WillNotDo: the role may not set it.
             Exception: whatever asyncpg raises.
         """
         await connection.execute(_begin({"statement_timeout"}))
@@ -123,7 +124,7 @@ class Frame:
         try:
             await connection.execute(f"{_begin(self._lacking | set(new))}; commit")
         except asyncpg.InsufficientPrivilegeError as error:
-            raise ConnectionError(_PRIVILEGE) from error
+            raise WillNotDo(_PRIVILEGE) from error
         self._lacking.update(new)
         listed = ", ".join(f"{name} = {value}" for name, value in new.items())
         logger.warning(
