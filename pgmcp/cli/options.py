@@ -29,7 +29,7 @@ GROUPS = {
         "resume_hold", "keepalive", "retry_ms",
     ),
     "Stopping": ("drain_notice", "drain_limit"),
-    "Log": ("log_format", "access_log"),
+    "Log": ("log_format", "log_level", "access_log"),
     "Keys": ("secrets_key", "secrets_key_file", "encrypt_payloads", "key_rotation"),
     "Limits": (
         "max_body", "max_message", "max_batch", "max_elements", "max_depth", "max_sessions", "max_sessions_per_caller",

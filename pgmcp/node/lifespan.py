@@ -41,8 +41,9 @@ async def running(lifespan: AbstractAsyncContextManager[Any]) -> AsyncIterator[N
             try:
                 await stack.aclose()
             except (Exception, SystemExit) as error:
-                text = "the lifespan of the served server failed at its end: %s"
-                logger.error(text, _described(error), exc_info=error)
+                logger.error(
+                    "the lifespan of the served server failed at its end: %s", _described(error), exc_info=error
+                )
 
 
 def _described(error: BaseException) -> str:

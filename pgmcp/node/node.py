@@ -68,8 +68,8 @@ class Node:
     def __init__(
         self, settings: Settings, served: object, *, clock: Clock | None = None, ids: Ids | None = None
     ) -> None:
-        for line in unknown_variables(os.environ):
-            logger.warning(line)
+        for unknown in unknown_variables(os.environ):
+            logger.warning("a variable that nobody reads: %s", unknown)
         if not settings.database_url:
             message = "No database given: use --database-url or PGMCP_DATABASE_URL (postgresql://user:password@host/db)"
             raise SettingsError(message)

@@ -122,7 +122,7 @@ async def test_variables_that_pgmcp_does_not_know_are_named(
     with pytest.raises(SettingsError, match="No database"):
         Cluster().app(everything())
     text = "PGMCP_DATABSE_URL is no variable of pgmcp and has no effect: is PGMCP_DATABASE_URL meant?"
-    assert warnings(caplog) == [text]
+    assert warnings(caplog) == [f"a variable that nobody reads: {text}"]
 
 
 def refusal(**where: Any) -> PgmcpError:
