@@ -5,6 +5,7 @@ Invariant: an option that is not given is not passed on, so that its ``PGMCP_`` 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Mapping
 from functools import wraps
 from typing import Any, Literal, get_args, get_origin
@@ -15,6 +16,8 @@ from pydantic.fields import FieldInfo
 from pgmcp.settings import Settings
 
 PREFIX = "PGMCP_"
+PGMCP = (sys.executable, "-P", "-m", "pgmcp")
+"""Starts another pgmcp process; without -P Python would import from the working directory what has a usual name."""
 SECRET = frozenset({"database_url", "listen_url", "secrets_key"})
 """Fields that hold a password or key: handed to other processes by the environment, since `ps` shows arguments."""
 
@@ -94,6 +97,12 @@ def arguments(given: Mapping[str, Any]) -> list[str]:
 def environment(given: Mapping[str, Any]) -> dict[str, str]:
     """The given options that hold secrets, as variables for another pgmcp process."""
     return {variable(name): str(value) for name, value in given.items() if name in SECRET}
+
+
+def factory_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The option that says that a target makes the server."""
+    text = "TARGET is a function without arguments, async or not, that returns the server. [PGMCP_FACTORY]"
+    return click.option("--factory", is_flag=True, envvar="PGMCP_FACTORY", help=text)(command)
 
 
 def _no(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gc
 import logging
@@ -9,13 +10,14 @@ import signal
 import socket
 
 import uvicorn
+import uvloop
 
 from pgmcp.errors import SettingsError
 from pgmcp.node import listener
 from pgmcp.node.http_protocol import limited, raise_file_limit
 from pgmcp.node.node import Node
 from pgmcp.ops.logs import configure
-from pgmcp.session.target import load
+from pgmcp.session.target import created, load
 from pgmcp.settings import Settings
 
 KEEP_ALIVE_SECONDS = 75
@@ -40,12 +42,13 @@ def shared_socket(settings: Settings) -> socket.socket:
     return shared
 
 
-def serve(settings: Settings, target: str, *, shared_port: bool = False) -> int:
+def serve(settings: Settings, target: str, *, factory: bool = False, shared_port: bool = False) -> int:
     """Run one node in this process until SIGTERM or SIGINT.
 
     Args:
         settings: the node's settings.
         target: ``module:attribute`` or ``path/to/file.py:attribute``.
+        factory: the target makes the server.
         shared_port: listen beside other processes on the port (SO_REUSEPORT).
 
     Returns:
@@ -56,14 +59,14 @@ def serve(settings: Settings, target: str, *, shared_port: bool = False) -> int:
     """
     raise_file_limit()
     configure(settings.log_format)
-    served = load(target)
+    runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
+    served = created(target, runner.run) if factory else load(target)
     configure(settings.log_format)  # anew: the target may have had ideas of its own
     node = Node(settings, served)
     config = uvicorn.Config(
         node.application(),
         host=settings.host,
         port=settings.port,
-        loop="uvloop",
         http=limited(settings),
         access_log=False,
         log_config=None,
@@ -76,9 +79,9 @@ def serve(settings: Settings, target: str, *, shared_port: bool = False) -> int:
     logging.getLogger("uvicorn.error").addFilter(lambda _: node.failure is None)  # it is said below, in one line
     gc.collect()
     gc.freeze()  # what was imported stays: a full collection that walks through it stops the node for 0.1 s
-    with contextlib.suppress(KeyboardInterrupt, SystemExit):
+    with contextlib.suppress(KeyboardInterrupt, SystemExit), runner:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # uvicorn raises it once more when it has stopped
-        server.run(sockets=[shared_socket(settings)] if shared_port else None)
+        runner.run(server.serve(sockets=[shared_socket(settings)] if shared_port else None))
     if node.failure is not None:
         raise node.failure
     return 0 if server.started else 1
