@@ -19,7 +19,8 @@ def reference() -> str:
     """The whole page."""
     rows = []
     for name, field in Settings.model_fields.items():
-        default = "" if field.default in ("", ()) else f"`{field.default}`"
+        value = ",".join(field.default) if isinstance(field.default, tuple) else field.default
+        default = "" if value == "" else f"`{value}`"
         text = (field.description or "").replace("|", "\\|")
         rows.append(f"| `{flag(name)}` | `{variable(name)}` | {default} | {text} |\n")
     return HEAD + "".join(rows)

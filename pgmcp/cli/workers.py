@@ -24,7 +24,7 @@ from contextlib import suppress
 from pgmcp.cli.options import PGMCP
 from pgmcp.clock import Clock
 from pgmcp.embedded import bound_to_parent
-from pgmcp.node import shared_socket
+from pgmcp.node import host_name, shared_socket
 from pgmcp.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -121,4 +121,4 @@ def supervise(settings: Settings, arguments: Sequence[str], environment: Mapping
         port = held.getsockname()[1]
         command = [*PGMCP, "serve", *arguments, "--shared-port"]
         logger.info("%d workers on http://%s:%d", count, settings.host, port)
-        return asyncio.run(Workers(command, environment, settings.node_name, count, port, Clock()).run())
+        return asyncio.run(Workers(command, environment, settings.node_name or host_name(), count, port, Clock()).run())

@@ -16,6 +16,7 @@ from pgmcp.errors import SettingsError
 from pgmcp.node import listener
 from pgmcp.node.http_protocol import limited, raise_file_limit
 from pgmcp.node.node import Node
+from pgmcp.node.own_name import served_at
 from pgmcp.ops.logs import configure
 from pgmcp.session.target import created, load
 from pgmcp.settings import Settings
@@ -62,7 +63,9 @@ def serve(settings: Settings, target: str, *, factory: bool = False, shared_port
     runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
     served = created(target, runner.run) if factory else load(target)
     configure(settings.log_format)  # anew: the target may have had ideas of its own
-    node = Node(settings, served)
+    sockets = [shared_socket(settings)] if shared_port or not settings.port else None  # a free port is known only so
+    port = sockets[0].getsockname()[1] if sockets else settings.port
+    node = Node(settings.model_copy(update={"address": served_at(settings, port)}), served)
     config = uvicorn.Config(
         node.application(),
         host=settings.host,
@@ -81,7 +84,7 @@ def serve(settings: Settings, target: str, *, factory: bool = False, shared_port
     gc.freeze()  # what was imported stays: a full collection that walks through it stops the node for 0.1 s
     with contextlib.suppress(KeyboardInterrupt, SystemExit), runner:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # uvicorn raises it once more when it has stopped
-        runner.run(server.serve(sockets=[shared_socket(settings)] if shared_port else None))
+        runner.run(server.serve(sockets=sockets))
     if node.failure is not None:
         raise node.failure
     return 0 if server.started else 1

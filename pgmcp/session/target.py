@@ -13,7 +13,7 @@ import inspect
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mcp.server.auth.middleware.bearer_auth import RequireAuthMiddleware
 from starlette.applications import Starlette
@@ -139,6 +139,27 @@ def created(target: str, run: Callable[[Coroutine[Any, Any, object]], object]) -
     with told(f"The factory {target!r} failed"):
         made = factory()
         return run(made) if inspect.iscoroutine(made) else made
+
+
+def middleware(name: str) -> Callable[[ASGIApp], ASGIApp]:
+    """The ASGI middleware of that name, to be put around an application.
+
+    Args:
+        name: of a class or function that takes the application, as for ``load``.
+
+    Raises:
+        TargetError: as for ``load``; or it cannot be called. What is returned raises it when that call fails.
+    """
+    found = load(name)
+    if not callable(found):
+        message = f"The middleware {name!r} is {_kind(found)}; name a class or function that takes an ASGI application."
+        raise TargetError(message)
+
+    def wrap(app: ASGIApp) -> ASGIApp:
+        with told(f"The middleware {name!r} failed"):
+            return cast("ASGIApp", found(app))
+
+    return wrap
 
 
 def check(target: str) -> tuple[str, str]:
