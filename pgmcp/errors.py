@@ -10,7 +10,16 @@ class SettingsError(PgmcpError):
 
 
 class TargetError(PgmcpError):
-    """The served target cannot be imported or is no MCP server."""
+    """The served target cannot be imported or is no MCP server.
+
+    Args:
+        message: one line.
+        trace: the part of the trace that is the user's own; empty where none of their code ran.
+    """
+
+    def __init__(self, message: str, trace: str = "") -> None:
+        super().__init__(message)
+        self.trace = trace
 
 
 class PortTaken(PgmcpError):

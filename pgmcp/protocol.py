@@ -20,6 +20,7 @@ HEADER_PREFIX = "mcp-"
 
 PARSE_ERROR, INVALID_REQUEST, INVALID_PARAMS, INTERNAL_ERROR = -32700, -32600, -32602, -32603
 REQUEST_CANCELLED = -32800
+UNSUPPORTED_VERSION = -32022
 
 INITIALIZE, INITIALIZED = "initialize", "notifications/initialized"
 CANCELLED, PROGRESS = "notifications/cancelled", "notifications/progress"
@@ -52,6 +53,9 @@ REVISIONS = {
     "2025-11-25": Revision(handshake=True, resumes=True),
     "2026-07-28": Revision(resumes=True),
 }
+
+ASSUMED = "2025-03-26"
+"""The revision of a request that names none."""
 
 BATCHING = " and ".join(name for name, revision in REVISIONS.items() if revision.batches)
 """The revisions that have batches, for people."""

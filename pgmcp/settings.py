@@ -16,13 +16,10 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from pgmcp.errors import SettingsError
 
-Names = Annotated[
-    tuple[str, ...],
-    NoDecode,
-    BeforeValidator(
-        lambda given: tuple(filter(None, map(str.strip, given.split(",")))) if isinstance(given, str) else given
-    ),
-]
+_SPLIT = BeforeValidator(
+    lambda given: tuple(filter(None, map(str.strip, given.split(",")))) if isinstance(given, str) else given
+)
+Names = Annotated[tuple[str, ...], NoDecode, _SPLIT]
 """Several names; one text with commas in a variable."""
 
 UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -111,7 +108,10 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     node_name: str = Field(
-        "node", pattern=r"^[A-Za-z0-9_.-]{1,63}$", description="Label of the node, also in session ids."
+        "",
+        pattern=r"^[A-Za-z0-9_.-]{0,63}$",
+        description="Label of the node, also in session ids; default: the host's name, "
+        "with the process id where several are on one host.",
     )
     affinity_cookie: bool = Field(
         True, description="Tell clients the name of their session's owner in a cookie, for balancers that may use it."
@@ -119,7 +119,13 @@ class Settings(BaseSettings):
     address: str = Field(
         "",
         description="host:port that operators read in `pgmcp nodes` and pgmcp.live_nodes; nothing connects to it. "
-        "Default: --host and --port.",
+        "Default: where `pgmcp serve` listens, `unknown` inside another ASGI server.",
+    )
+    eras: Annotated[tuple[Literal["legacy", "modern"], ...], NoDecode, _SPLIT] = Field(
+        ("legacy", "modern"),
+        min_length=1,
+        description="What is served: legacy (2024-11-05 to 2025-11-25, with sessions), modern (2026-07-28), or both; "
+        "the same on all nodes.",
     )
     mcp_path: str = Field("/mcp", pattern=r"^/[\w./-]*[\w-]$", description="Path of the Streamable HTTP endpoint.")
     sse_path: str = Field("/sse", pattern=r"^/[\w./-]*[\w-]$", description="Path of the HTTP+SSE stream (2024-11-05).")
@@ -135,6 +141,16 @@ class Settings(BaseSettings):
         (),
         description="Origin headers to accept, with commas between them; "
         "default on a loopback address: loopback names.",
+    )
+    cors_origins: Names = Field(
+        (),
+        description="Origins of web pages whose scripts may call this server (CORS), with commas between them; "
+        "http://localhost:* is any port, * any page.",
+    )
+    middleware: Names = Field(
+        (),
+        description="ASGI middleware around the node, as module:attribute or path/to/file.py:attribute, "
+        "with commas between them, outermost first.",
     )
     bind_to: Literal["client,subject", "subject"] = Field(
         "client,subject",

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 from importlib import import_module
-from typing import Any
+from typing import IO, Any
 
 import click
 
@@ -67,6 +67,13 @@ class _Failure(click.ClickException):
     def __init__(self, error: PgmcpError) -> None:
         super().__init__(str(error) or (type(error).__doc__ or "").strip())
         self.exit_code = next(code for kind, code in EXIT_CODES if isinstance(error, kind))  # type: ignore[misc]
+        self._trace = error.trace if isinstance(error, TargetError) else ""
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        """Print the trace of the user's own code, where that failed, and the message."""
+        if self._trace:
+            click.echo(self._trace, file=file, err=file is None)
+        super().show(file)
 
 
 class Commands(click.Group):

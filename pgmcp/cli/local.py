@@ -24,6 +24,7 @@ from typing import Any, TextIO
 import httpx
 import uvicorn
 
+from pgmcp.cli.options import PGMCP
 from pgmcp.cli.round_robin_proxy import RoundRobinProxy
 from pgmcp.cli.signals import ended_by
 from pgmcp.clock import Clock
@@ -129,7 +130,7 @@ class LocalCluster:
             node.signal(signum)
 
     async def _spawn(self, name: str, port: int) -> Node:
-        command = [sys.executable, "-m", "pgmcp", "serve", self.target, "--node-name", name]
+        command = [*PGMCP, "serve", self.target, "--node-name", name]
         command += ["--host", "127.0.0.1", "--port", str(port), *self.options]
         process = await asyncio.create_subprocess_exec(
             *command,

@@ -5,6 +5,7 @@ Invariant: an option that is not given is not passed on, so that its ``PGMCP_`` 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Mapping
 from functools import wraps
 from typing import Any, Literal, get_args, get_origin
@@ -20,9 +21,10 @@ GROUPS = {
         "database_url", "database_url_file", "listen_url", "listen_url_file", "schema_name", "cluster", "wait",
         "pool_size", "statement_timeout",
     ),
-    "Address": ("host", "port", "node_name", "address", "mcp_path", "sse_path", "messages_path", "affinity_cookie"),
+    "Address": ("host", "port", "node_name", "address", "affinity_cookie"),
+    "Endpoints": ("eras", "mcp_path", "sse_path", "messages_path", "middleware"),
     "Who may come in": (
-        "allowed_hosts", "allowed_origins", "forwarded_allow_ips", "bind_to", "rate", "initialize_rate",
+        "allowed_hosts", "allowed_origins", "cors_origins", "forwarded_allow_ips", "bind_to", "rate", "initialize_rate",
     ),
     "Sessions and streams": (
         "response", "idle_timeout", "max_age", "retention", "rerun", "on_owner_change", "single_use_states", "hold",
@@ -42,6 +44,8 @@ GROUPS = {
 
 DURATIONS = "Durations are plain seconds, or have a unit: 250ms, 1.5s, 5m, 12h, 30d."
 WORKERS, WORKERS_TEXT = (1, 64), "Processes on this port, each a node of its own."
+PGMCP = (sys.executable, "-P", "-m", "pgmcp")
+"""Starts another pgmcp process; without -P Python would import from the working directory what has a usual name."""
 SECRET = frozenset({"database_url", "listen_url", "secrets_key"})
 """Fields that hold a password or key: handed to other processes by the environment, since `ps` shows arguments."""
 
@@ -147,6 +151,12 @@ def arguments(given: Mapping[str, Any]) -> list[str]:
 def environment(given: Mapping[str, Any]) -> dict[str, str]:
     """The given options that hold secrets, as variables for another pgmcp process."""
     return {variable(name): str(value) for name, value in given.items() if name in SECRET}
+
+
+def factory_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The option that says that a target makes the server."""
+    text = "TARGET is a function without arguments, async or not, that returns the server. [PGMCP_FACTORY]"
+    return click.option("--factory", is_flag=True, envvar="PGMCP_FACTORY", help=text)(command)
 
 
 def _no(name: str) -> str:

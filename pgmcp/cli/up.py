@@ -11,7 +11,8 @@ import click
 
 from pgmcp.cli.local import LocalCluster
 from pgmcp.cli.local_setup import example, local_cluster
-from pgmcp.cli.options import Grouped, settings_options
+from pgmcp.cli.options import Grouped, factory_option, settings_options
+from pgmcp.session.target import check
 
 SNIPPET = """\
     import asyncio
@@ -33,9 +34,12 @@ SNIPPET = """\
     type=click.Path(path_type=Path, file_okay=False),
     help="Folder that keeps the embedded PostgreSQL's data; without it the data go when the cluster stops.",
 )
+@factory_option
 @settings_options(without=("node_name", "address"))
 @click.pass_context
-def up(ctx: click.Context, target: str | None, count: int, data_dir: Path | None, given: dict[str, Any]) -> None:
+def up(
+    ctx: click.Context, target: str | None, count: int, data_dir: Path | None, given: dict[str, Any], *, factory: bool
+) -> None:
     """Run a local cluster: PostgreSQL, nodes, and one port that spreads every request over them in turn.
 
     TARGET is the MCP server, module:attribute or path/to/file.py:attribute; without it an example that uses every
@@ -44,7 +48,10 @@ def up(ctx: click.Context, target: str | None, count: int, data_dir: Path | None
     there `up` makes its schema, and uses none that it has not made. Ctrl-C, SIGTERM or SIGHUP drains the cluster and
     ends it with code 0; without --drain-notice there is none, since the entry port closes first.
     """
-    with local_cluster(given, target or example("everything"), count, _report, data_dir) as (cluster, database):
+    target = target or example("everything")
+    check(target)
+    with local_cluster(given, target, count, _report, data_dir) as (cluster, database):
+        cluster.options += ["--factory"] if factory else []
         if not cluster.settings.database_url:
             click.echo(f"database  {database}")
 

@@ -18,15 +18,15 @@ import asyncio
 import logging
 import os
 import signal
-import sys
 from asyncio.subprocess import Process
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
+from pgmcp.cli.options import PGMCP
 from pgmcp.cli.signals import ended_by
 from pgmcp.clock import Clock
 from pgmcp.embedded import bound_to_parent
-from pgmcp.node import shared_socket
+from pgmcp.node import host_name, shared_socket
 from pgmcp.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -122,6 +122,6 @@ def supervise(settings: Settings, arguments: Sequence[str], environment: Mapping
     """
     with shared_socket(settings) as held:
         port = held.getsockname()[1]
-        command = [sys.executable, "-m", "pgmcp", "serve", *arguments, "--shared-port"]
+        command = [*PGMCP, "serve", *arguments, "--shared-port"]
         logger.info("%d workers on http://%s:%d", count, settings.host, port)
-        return asyncio.run(Workers(command, environment, settings.node_name, count, port, Clock()).run())
+        return asyncio.run(Workers(command, environment, settings.node_name or host_name(), count, port, Clock()).run())

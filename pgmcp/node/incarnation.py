@@ -205,7 +205,7 @@ class Incarnation(Service):
             OtherServer: the cluster serves something else.
         """
         settings = self._settings
-        address = settings.address or f"{settings.host}:{settings.port}"
+        address = settings.address or "unknown"  # whoever brings the HTTP server knows it
         record = NodeRecord(self.node_id, settings.node_name, address, VERSION, self._revision, self._serves)
         await join(self._database, record)
         if self._seals:

@@ -23,6 +23,7 @@ from pgmcp.cluster.lease import LeaseState
 from pgmcp.errors import NodeNotReady, PgmcpError, SettingsError
 from pgmcp.node import first_connection, lifespan
 from pgmcp.node.incarnation import Incarnation
+from pgmcp.node.own_name import named
 from pgmcp.node.signals import Signals
 from pgmcp.node.supervisor import REJOIN_SECONDS, Supervisor
 from pgmcp.node.watchdog import Watchdog, watched
@@ -31,7 +32,7 @@ from pgmcp.ops.health import health_routes
 from pgmcp.ops.logs import mask_session_ids
 from pgmcp.service import Faults, Periodic, Service, failure
 from pgmcp.session.adapter import Shared
-from pgmcp.session.target import target_of
+from pgmcp.session.target import middleware, target_of
 from pgmcp.settings import Settings, unknown_variables
 from pgmcp.store.database import Database
 from pgmcp.store.encryption.key_rings import CONTEXTS, REFRESH_SECONDS, KeyRing, StateRing
@@ -45,11 +46,13 @@ from pgmcp.web.application import Application
 from pgmcp.web.bodies import Bodies
 from pgmcp.web.connection import Bounded
 from pgmcp.web.connection_close import ConnectionClose
+from pgmcp.web.cross_origin import cross_origin
 from pgmcp.web.edge import Edge
 from pgmcp.web.endpoint import Rules
+from pgmcp.web.eras import EraOff, Eras
 from pgmcp.web.hosts import host_rules, unprotected
 from pgmcp.web.legacy import SseMessages, SseStream
-from pgmcp.web.modern import Eras, Modern
+from pgmcp.web.modern import Modern
 from pgmcp.web.rates import Rates
 from pgmcp.web.reserved_headers import ReservedHeaders
 from pgmcp.web.streamable import Streamable
@@ -73,6 +76,7 @@ class Node:
         if not settings.database_url:
             message = "No database given: use --database-url or PGMCP_DATABASE_URL (postgresql://user:password@host/db)"
             raise SettingsError(message)
+        settings, self._give_up_name = named(settings, self)
         self.settings, self._clock, self._ids = settings, clock or Clock(), ids or Ids()
         self.database = Database(settings, self._clock, self._ids)
         wrapping = wrapping_of(settings)
@@ -81,6 +85,7 @@ class Node:
         self._payloads = Payloads.of(self.database, wrapping)
         self._publications = TablePublications(self.database, self._clock, self._ids)
         self.target = target_of(served, settings.mcp_path)
+        self._middleware = [middleware(name) for name in settings.middleware]
         self._admission = Admission(self._clock)
         self.bodies = Bodies(settings.max_body, self._clock)
         self._rules = Rules(host_rules(settings), self.bodies, Rates(settings, self._clock), settings)
@@ -103,11 +108,17 @@ class Node:
         def edge() -> Edge:
             return self.incarnation().edge
 
-        endpoints: dict[str, ASGIApp] = {
-            self.settings.mcp_path: Eras(self.modern, Streamable(edge, self._rules)),
-            self.settings.sse_path: SseStream(edge, self._rules, messages=messages),
-            messages.rstrip("/"): SseMessages(edge, self._rules),
-        }
+        if "legacy" not in self.settings.eras:
+            endpoints: dict[str, ASGIApp] = {
+                self.settings.mcp_path: Eras(self.modern, EraOff(self._rules, legacy=False))
+            }
+        else:
+            modern = self.modern if "modern" in self.settings.eras else EraOff(self._rules, legacy=True)
+            endpoints = {
+                self.settings.mcp_path: Eras(modern, Streamable(edge, self._rules)),
+                self.settings.sse_path: SseStream(edge, self._rules, messages=messages),
+                messages.rstrip("/"): SseMessages(edge, self._rules),
+            }
         return {path: ReservedHeaders(self.target.protect(endpoint)) for path, endpoint in endpoints.items()}
 
     def health(self) -> list[HTTPRouteHandler]:
@@ -127,8 +138,14 @@ class Node:
         )
 
     def wrapped(self, app: ASGIApp) -> ASGIApp:
-        """An application whose clients read in time and part while the node drains, logged if that is wanted."""
-        closing = ConnectionClose(Bounded(app, self.settings.write_timeout), lambda: self.draining)
+        """An application whose clients read in time and part while the node drains, logged if that is wanted.
+
+        The operator's middleware sees what clients send and are sent; the pages of other origins are let in before it.
+        """
+        bounded: ASGIApp = Bounded(app, self.settings.write_timeout)
+        for wrap in reversed(self._middleware):
+            bounded = wrap(bounded)
+        closing = ConnectionClose(cross_origin(bounded, self.settings), lambda: self.draining)
         return AccessLog(closing, self._clock) if self.settings.access_log else closing
 
     def incarnation(self) -> Incarnation:
@@ -171,6 +188,7 @@ class Node:
         if warning := unprotected(self.settings):
             logger.warning("open to everybody: %s", warning)
         async with contextlib.AsyncExitStack() as stack:
+            stack.callback(self._give_up_name)
             try:
                 await self._start(stack)
             except PgmcpError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import gc
@@ -10,13 +11,15 @@ import signal
 import socket
 
 import uvicorn
+import uvloop
 
 from pgmcp.errors import PgmcpError, PortTaken, SettingsError
 from pgmcp.node import listener
 from pgmcp.node.http_protocol import limited, raise_file_limit
 from pgmcp.node.node import Node
+from pgmcp.node.own_name import named, served_at
 from pgmcp.ops.logs import configure
-from pgmcp.session.target import load
+from pgmcp.session.target import created, load
 from pgmcp.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -111,12 +114,13 @@ def _refused(settings: Settings, error: OSError) -> PgmcpError:
     )
 
 
-def serve(settings: Settings, target: str, *, shared_port: bool = False) -> int:
+def serve(settings: Settings, target: str, *, factory: bool = False, shared_port: bool = False) -> int:
     """Run one node in this process until SIGTERM or SIGINT.
 
     Args:
         settings: the node's settings.
         target: ``module:attribute`` or ``path/to/file.py:attribute``.
+        factory: the target makes the server.
         shared_port: listen beside other processes on the port (SO_REUSEPORT).
 
     Returns:
@@ -126,12 +130,15 @@ def serve(settings: Settings, target: str, *, shared_port: bool = False) -> int:
         PgmcpError: the node cannot start; the message says why and what to do.
     """
     raise_file_limit()
+    runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
+    settings, _ = named(settings, runner)
     configure(settings.log_format, level=settings.log_level, node=settings.node_name)
     sockets = [shared_socket(settings)] if shared_port else own_sockets(settings)
-    served = load(target)
+    served = created(target, runner.run) if factory else load(target)
     # Anew: the target may have had ideas of its own.
     configure(settings.log_format, level=settings.log_level, node=settings.node_name)
-    node = Node(settings, served)
+    port = sockets[0].getsockname()[1]
+    node = Node(settings.model_copy(update={"address": served_at(settings, port)}), served)
     config = uvicorn.Config(
         node.application(),
         host=settings.host,
@@ -150,9 +157,9 @@ def serve(settings: Settings, target: str, *, shared_port: bool = False) -> int:
     gc.collect()
     gc.freeze()  # what was imported stays: a full collection that walks through it stops the node for 0.1 s
     try:
-        with contextlib.suppress(KeyboardInterrupt, SystemExit):
+        with contextlib.suppress(KeyboardInterrupt, SystemExit), runner:
             signal.signal(signal.SIGTERM, signal.default_int_handler)  # uvicorn raises it once more when it has stopped
-            server.run(sockets=sockets)
+            runner.run(server.serve(sockets=sockets))
     except OSError as error:  # two that start at once both get the port; then one of them listens
         raise _refused(settings, error) from error
     if node.failure is not None and not server.should_exit:

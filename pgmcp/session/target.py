@@ -8,13 +8,12 @@ settings of the served server are honoured without being read one by one.
 from __future__ import annotations
 
 import copy
-import importlib
-import importlib.util
-import sys
-from collections.abc import Callable, Sequence
+import difflib
+import inspect
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mcp.server.auth.middleware.bearer_auth import RequireAuthMiddleware
 from starlette.applications import Starlette
@@ -24,6 +23,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from pgmcp.errors import TargetError
 from pgmcp.session.adapter import Adapter, Bus
 from pgmcp.session.adapters.kinds import KINDS
+from pgmcp.session.user_code import module_in, module_named, told, trace_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +53,8 @@ def target_of(served: object, path: str) -> Target:
     """
     found = next((found for kind in KINDS if (found := kind.adapted(served, path)) is not None), None)
     if found is None:
-        what = f"{type(served).__module__}.{type(served).__qualname__}"
-        message = f"The target is a {what}; pgmcp serves {' and '.join(kind.named for kind in KINDS)}."
+        hint = " If it returns one when it is called, add --factory." if inspect.isroutine(served) else ""
+        message = f"The target is {_kind(served)}; pgmcp serves {' and '.join(kind.named for kind in KINDS)}.{hint}"
         raise TargetError(message)
     whole = found.whole
     endpoint = next(route for route in whole.routes if isinstance(route, Route) and route.path == path)
@@ -83,45 +83,118 @@ def _protected(app: ASGIApp, whole: Starlette, endpoint: Route) -> ASGIApp:
     return known
 
 
-def load(target: str) -> object:
+def load(target: str) -> Any:
     """Import ``module:attribute`` or ``path/to/file.py:attribute``.
 
     Raises:
-        TargetError: there is no such module, file or attribute, or importing it fails.
+        TargetError: there is no such module, file or attribute, or importing it fails; then it has the trace.
     """
-    module_name, colon, attribute = target.rpartition(":")
-    if not colon or not module_name or not attribute:
-        message = f"The target {target!r} is not of the form module:attribute or path/to/file.py:attribute."
-        raise TargetError(message)
-    try:
-        found: Any = _file(Path(module_name)) if module_name.endswith(".py") else _module(module_name)
-        for part in attribute.split("."):
-            found = getattr(found, part)
-    except (ImportError, OSError, AttributeError, SyntaxError) as error:
-        message = f"The target {target!r} cannot be loaded: {error}."
-        raise TargetError(message) from error
+    name, attribute = check(target)
+    refused = f"The target {target!r} cannot be loaded"
+    with told(refused):
+        try:
+            module = module_in(Path(name)) if name.endswith(".py") else module_named(name)
+        except ModuleNotFoundError as error:
+            if not trace_of(error):  # it is the target itself that was not found, or a package on the way to it
+                detail = str(error) if "not a package" in str(error) else f"there is no module {error.name}"
+                message = f"{refused}: {detail} in {Path.cwd()} or installed."
+                raise TargetError(message) from error
+            raise
+        except ImportError as error:
+            if "relative import" in str(error) and (module_name := _inside_package(Path(name))):
+                message = f"The target {target!r} is part of a package: name it {module_name}:{attribute}."
+                raise TargetError(message) from error
+            raise
+    return _attribute(module, attribute, refused, name)
+
+
+def _attribute(module: object, attribute: str, refused: str, name: str) -> Any:
+    found: Any = module
+    parts = attribute.split(".")
+    for depth, part in enumerate(parts):
+        if not hasattr(found, part):
+            outer = ".".join([*parts[:depth], ""])
+            alike = [f"{outer}{each}" for each in difflib.get_close_matches(part, dir(found), 1)]
+            hint = f"; did you mean {alike[0]}?" if alike else "."
+            message = f"{refused}: {name} has no attribute {outer}{part}{hint}"
+            raise TargetError(message)
+        found = getattr(found, part)
     return found
 
 
-def _module(name: str) -> object:
-    _look_in(Path.cwd())
-    return importlib.import_module(name)
+def created(target: str, run: Callable[[Coroutine[Any, Any, object]], object]) -> object:
+    """What the factory of that name returns: a callable without arguments, asynchronous or not.
+
+    Args:
+        target: as for ``load``.
+        run: runs a coroutine to its end.
+
+    Raises:
+        TargetError: as for ``load``; or it is no callable, or it fails.
+    """
+    factory = load(target)
+    if not callable(factory):
+        message = f"The target {target!r} is {_kind(factory)}, which cannot be called: serve it without --factory."
+        raise TargetError(message)
+    with told(f"The factory {target!r} failed"):
+        made = factory()
+        return run(made) if inspect.iscoroutine(made) else made
 
 
-def _look_in(folder: Path) -> None:
-    """Let modules be imported from a folder."""
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
+def middleware(name: str) -> Callable[[ASGIApp], ASGIApp]:
+    """The ASGI middleware of that name, to be put around an application.
+
+    Args:
+        name: of a class or function that takes the application, as for ``load``.
+
+    Raises:
+        TargetError: as for ``load``; or it cannot be called. What is returned raises it when that call fails.
+    """
+    found = load(name)
+    if not callable(found):
+        message = f"The middleware {name!r} is {_kind(found)}; name a class or function that takes an ASGI application."
+        raise TargetError(message)
+
+    def wrap(app: ASGIApp) -> ASGIApp:
+        with told(f"The middleware {name!r} failed"):
+            return cast("ASGIApp", found(app))
+
+    return wrap
 
 
-def _file(path: Path) -> object:
-    """Run a file, which may import those beside it; by its path, since its name may be that of another module."""
-    _look_in(path.absolute().parent)
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        message = f"{path} is no Python file"
-        raise ImportError(message)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    return module
+def check(target: str) -> tuple[str, str]:
+    """Refuse at once what cannot be loaded, as far as that can be seen without running it.
+
+    Returns:
+        The module or file, and the attribute.
+
+    Raises:
+        TargetError: it is no name of a target, there is no such file, or it is not written in Python.
+    """
+    name, colon, attribute = target.rpartition(":")
+    if not colon or not name or not attribute:
+        message = f"The target {target!r} is not of the form module:attribute or path/to/file.py:attribute."
+        raise TargetError(message)
+    if name.endswith(".py"):
+        path, refused = Path(name).absolute(), f"The target {target!r} cannot be loaded"
+        if not path.is_file():
+            message = f"{refused}: there is no file {path}."
+            raise TargetError(message)
+        with told(refused):
+            compile(path.read_bytes(), str(path), "exec", dont_inherit=True)
+    return name, attribute
+
+
+def _inside_package(path: Path) -> str:
+    """The name under which a file is imported that lies in a package; empty for others."""
+    path = path.absolute()
+    parts = [path.stem]
+    for folder in path.parents:
+        if not (folder / "__init__.py").is_file():
+            break
+        parts.insert(0, folder.name)
+    return ".".join(parts) if len(parts) > 1 else ""
+
+
+def _kind(found: object) -> str:
+    return f"a {type(found).__module__}.{type(found).__qualname__}"

@@ -4,11 +4,13 @@ Invariants:
 - Each list is a rule of its own. (The SDK's middleware has no rule at all without hosts.)
 - On a loopback address the default of either list are the loopback names. Elsewhere hosts have no default, and without
   origins no page may come in as soon as there are hosts.
+- Pages whose scripts may call (CORS) may come in, too.
 - Nothing of a refused header is logged: it is a stranger's text.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Sequence
 
 from mcp.server.transport_security import TransportSecurityMiddleware, TransportSecuritySettings
@@ -17,6 +19,9 @@ from starlette.responses import Response
 
 from pgmcp.settings import LOOPBACK, Settings
 
+logger = logging.getLogger(__name__)
+
+ANY = "*"
 NAMES = ("127.0.0.1", "localhost", "[::1]")
 
 
@@ -37,18 +42,29 @@ class HostRules(TransportSecurityMiddleware):
             )
         )
         self._hosts, self._origins = hosts, origins
+        self._said: set[str] = set()
 
     async def validate_request(self, request: Request, is_post: bool = False) -> Response | None:
         """The answer to a request that may not come in; None for one that may."""
         headers = request.headers
         if is_post and not headers.get("content-type", "").lower().startswith("application/json"):
             return Response("Invalid Content-Type header", status_code=400)
-        if self._hosts is not None and not _listed(headers.get("host", ""), self._hosts):
-            return Response("Invalid Host header", status_code=421)
+        if self._hosts is not None and not listed(headers.get("host", ""), self._hosts):
+            return self._refused("Host", 421, "hosts", "under that name", "the names that clients use")
         origin = headers.get("origin")
-        if self._origins is not None and origin and not _listed(origin, self._origins):
-            return Response("Invalid Origin header", status_code=403)
+        if self._origins is not None and origin and not listed(origin, self._origins):
+            return self._refused("Origin", 403, "origins", "pages of that origin", "the pages that may call it")
         return None
+
+    def _refused(self, header: str, status: int, which: str, what: str, wanted: str) -> Response:
+        """The refusal: it says what to set, and so does the log, once."""
+        where = f"--allowed-{which} (PGMCP_ALLOWED_{which.upper()}), or allowed_{which}= of pgmcp.Cluster"
+        if header not in self._said:
+            self._said.add(header)
+            said = "a request was refused with %d, since its %s is not listed: list %s in %s"
+            logger.warning(said, status, header, wanted, where)
+        text = f"Invalid {header} header: this server does not answer {what}. Its operator lists {wanted} in {where}."
+        return Response(text, status)
 
 
 def host_rules(settings: Settings) -> HostRules:
@@ -58,14 +74,17 @@ def host_rules(settings: Settings) -> HostRules:
     if settings.host in LOOPBACK:
         hosts = hosts or [name + port for name in NAMES for port in ("", ":*")]
         origins = origins or [f"http://{name}{port}" for name in NAMES for port in ("", ":*")]
-    elif hosts is not None:
+    elif hosts is not None or settings.cors_origins:
         origins = origins or ()
+    if origins is not None:
+        origins = None if ANY in settings.cors_origins else [*origins, *settings.cors_origins]
     return HostRules(hosts, origins)
 
 
 def unprotected(settings: Settings) -> str | None:
     """What to tell the operator of a node that answers under any name and to any web page; None for another one."""
-    if settings.host in LOOPBACK or settings.allowed_hosts or settings.allowed_origins:
+    pages = settings.allowed_origins or (settings.cors_origins and ANY not in settings.cors_origins)
+    if settings.host in LOOPBACK or settings.allowed_hosts or pages:
         return None
     return (
         f"this node listens on {settings.host} and answers under any name, to any web page: give it the names that "
@@ -73,7 +92,8 @@ def unprotected(settings: Settings) -> str | None:
     )
 
 
-def _listed(value: str, allowed: Collection[str]) -> bool:
+def listed(value: str, allowed: Collection[str]) -> bool:
+    """Whether a host or an origin is one of those, which may leave the port open (``:*``)."""
     if value in allowed:
         return True
     return any(each.endswith(":*") and value.startswith(each[:-1]) for each in allowed)

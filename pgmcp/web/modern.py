@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import anyio
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Scope
 
 from pgmcp.clock import Clock
 from pgmcp.errors import NodeNotReady
@@ -48,26 +48,6 @@ def is_modern(scope: Scope) -> bool:
     """Whether an exchange has no session: it names a protocol version, and none that begins with a handshake."""
     named = next((value for name, value in scope["headers"] if name == _VERSION), b"").strip().decode("latin-1")
     return bool(named) and not revision_of(named).handshake
-
-
-class Eras:
-    """The one path of both eras.
-
-    Args:
-        modern: answers exchanges without a session.
-        sessions: answers all others.
-    """
-
-    def __init__(self, modern: ASGIApp, sessions: ASGIApp) -> None:
-        self._modern, self._sessions = modern, sessions
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one exchange; header values are compared with the body, so blanks around them go first."""
-        if is_modern(scope):
-            stripped = [(name, value.strip(b" \t")) for name, value in scope["headers"]]
-            await self._modern({**scope, "headers": stripped}, receive, send)
-        else:
-            await self._sessions(scope, receive, send)
 
 
 @dataclass(eq=False, slots=True)

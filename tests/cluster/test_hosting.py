@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import socket
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -16,8 +18,9 @@ from starlette.routing import Mount, Route
 
 from pgmcp import Cluster, ClusterPlugin
 from pgmcp.errors import SettingsError, TargetError
+from pgmcp.node import host_name
 from tests.harness.clients import RawSession
-from tests.harness.cluster import everything, serving
+from tests.harness.cluster import everything, serving, tables_of
 
 
 def plain(database: str) -> Any:
@@ -89,6 +92,38 @@ async def test_http_and_sse_names_an_endpoint_that_is_there(
         assert where.startswith(f"{prefix}/messages/?session_id=")
         posted = await client.post(f"{other}{where}", json={"jsonrpc": "2.0", "id": 1, "method": "ping"})
         assert posted.status_code == 202
+
+
+async def test_nodes_without_names_are_told_apart_and_say_what_to_set(
+    database: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(socket, "gethostname", lambda: database[-12:])  # on this host others may run
+    message = {"jsonrpc": "2.0", "id": 1, "method": "ping"}
+    async with two(in_fastapi, database) as (one, _), tables_of(database) as tables:
+        rows = await tables.rows("select node_name, address from pgmcp.live_nodes")
+        assert {row["node_name"] for row in rows} == {host_name(), f"{host_name()}-{os.getpid()}"}
+        assert {row["address"] for row in rows} == {"unknown"}
+        async with httpx.AsyncClient(verify=False) as client:
+            for sent, status, which in (
+                ({"host": "mcp.example"}, 421, "hosts"),
+                ({"origin": "https://app.example"}, 403, "origins"),
+            ):
+                answers = [await client.post(f"{one}/tools/mcp", json=message, headers=sent) for _ in range(2)]
+                assert {answer.status_code for answer in answers} == {status}
+                ours = [each.getMessage() for each in caplog.records if each.name == "pgmcp.web.hosts"]
+                said = [each for each in ours if str(status) in each]
+                assert len(said) == 1
+                for text in (answers[0].text, said[0]):
+                    assert f"--allowed-{which}" in text
+                    assert f"allowed_{which}=" in text
+        assert len(ours) == 2
+        assert "example" not in str(ours)
+    async with serving(Cluster(database, allowed_hosts="mcp.example").app(everything())) as base:
+        async with httpx.AsyncClient(verify=False) as client:
+            answer = await client.post(f"{base}/mcp", json=message, headers={"host": "mcp.example"})
+            assert answer.status_code not in {421, 403}
+        async with tables_of(database) as tables:
+            assert await tables.value("select node_name from pgmcp.live_nodes") == host_name()
 
 
 async def test_a_lifespan_that_was_not_run_is_said_so(database: str) -> None:

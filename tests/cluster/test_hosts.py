@@ -36,6 +36,13 @@ EVIL, APP = "http://evil.example", "https://app.example"
         ({"allowed_origins": APP}, "evil.example", APP, 421),
         ({"allowed_hosts": "mcp.example"}, "mcp.example", "http://localhost", None),
         ({"allowed_hosts": "mcp.example"}, "mcp.example", EVIL, 403),
+        ({"cors_origins": APP}, "localhost:8000", APP, None),
+        ({"cors_origins": APP}, "localhost:8000", "http://localhost:3000", None),
+        ({"cors_origins": APP}, "localhost:8000", EVIL, 403),
+        ({"cors_origins": "*"}, "localhost:8000", EVIL, None),
+        ({"cors_origins": "*"}, "evil.example", EVIL, 421),
+        ({"host": "0.0.0.0", "cors_origins": APP}, "any.example", EVIL, 403),
+        ({"host": "0.0.0.0", "cors_origins": APP}, "any.example", APP, None),
     ],
 )
 async def test_each_list_is_a_rule(settings: dict[str, Any], host: str, origin: str, status: int | None) -> None:
@@ -50,6 +57,8 @@ def test_only_a_node_on_a_public_address_without_lists_is_unprotected() -> None:
     assert unprotected(Settings()) is None
     assert unprotected(Settings(host="0.0.0.0", allowed_hosts="a")) is None
     assert unprotected(Settings(host="0.0.0.0", allowed_origins="a")) is None
+    assert unprotected(Settings(host="0.0.0.0", cors_origins="a")) is None
+    assert unprotected(Settings(host="0.0.0.0", cors_origins="*")) is not None
     assert "0.0.0.0" in (unprotected(Settings(host="0.0.0.0")) or "")
 
 

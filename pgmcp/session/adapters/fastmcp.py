@@ -16,6 +16,7 @@ from fastmcp import FastMCP
 from fastmcp.server.context import set_transport
 from fastmcp.server.providers.base import Provider
 from fastmcp.utilities.versions import version_sort_key
+from key_value.aio.stores.memory import MemoryStore
 from mcp.server import Server
 from mcp.server.subscriptions import ListenHandler
 from mcp_types import SubscriptionsListenRequestParams
@@ -34,6 +35,13 @@ FRESH_SECONDS, READ_SECONDS = 5.0, 5.0
 """Seconds after which the catalogue is read anew, and those that this may take."""
 
 
+FORGETS = (
+    "what ctx.set_state stores is in one node's memory, gone after a takeover; one line keeps it in PostgreSQL: "
+    "FastMCP(..., session_state_store=PostgreSQLStore(url=os.environ['PGMCP_DATABASE_URL'])), "
+    "from key_value.aio.stores.postgresql"
+)
+
+
 class FastMcpAdapter(SdkAdapter):
     """The ``Adapter`` for a FastMCP server; its lifespan runs once per node, whatever its sessions.
 
@@ -46,11 +54,14 @@ class FastMcpAdapter(SdkAdapter):
         server: Server[Any] = served._mcp_server  # noqa: SLF001 - FastMCP has no public way to it
         super().__init__(server, hooks)
         self._catalogue = Catalogue(served, Clock())
+        self._forgets = isinstance(getattr(served, "_state_storage", ""), MemoryStore | None)
         if server.get_tool_input_schema is None:
             server.get_tool_input_schema = self._catalogue.schema
 
     @asynccontextmanager
     async def _lifespan(self, shared: Shared) -> AsyncIterator[None]:
+        if self._forgets:
+            logger.warning(FORGETS)
         async with super()._lifespan(shared):
             await self._catalogue.read()
             try:
