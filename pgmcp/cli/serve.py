@@ -38,9 +38,10 @@ from pgmcp.session.target import check
 def serve(
     ctx: click.Context, target: str, workers: int, given: dict[str, Any], *, factory: bool, shared_port: bool
 ) -> None:
-    """Serve TARGET on one node until SIGTERM, SIGINT or SIGHUP, which drain it.
+    """Serve TARGET on one node until a signal drains it.
 
-    TARGET is the MCP server: module:attribute or path/to/file.py:attribute. Each option is also a variable.
+    TARGET is the MCP server: module:attribute or path/to/file.py:attribute. Each option is also a variable. SIGTERM,
+    SIGINT and SIGHUP drain the node, a second one ends it at once.
     """
     settings = load(given)
     if workers == 1 or shared_port:
