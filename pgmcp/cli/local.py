@@ -110,12 +110,13 @@ class LocalCluster:
         for signum in ended_by():
             loop.add_signal_handler(signum, self._leave)
         try:
-            for number, port in enumerate(self.ports, start=1):
-                self.nodes.append(await self._spawn(f"node-{number}", port))
-            if code := await self._unready():
-                return code
-            if self.leaving.is_set():
-                return 0
+            for count in (1, len(self.ports)):  # the first one alone: what is wrong with the target is said once
+                for number in range(len(self.nodes), count):
+                    self.nodes.append(await self._spawn(f"node-{number + 1}", self.ports[number]))
+                if code := await self._unready():
+                    return code
+                if self.leaving.is_set():
+                    return 0
             return await self._serve(work)
         finally:
             await self._drain()
@@ -157,10 +158,11 @@ class LocalCluster:
         await asyncio.gather(left, started, *waits, return_exceptions=True)
         if ready or self.leaving.is_set():
             return 0
+        dead = any(node.process.returncode is not None for node in self.nodes)
         for node, wait in zip(self.nodes, waits, strict=True):
             if node.process.returncode is not None:
                 self.report(f"{node.name} ended with code {node.process.returncode} before it was ready")
-            elif wait.cancelled():
+            elif wait.cancelled() and not dead:
                 self.report(f"{node.name} was not ready within {START_SECONDS:.0f} s")
         codes = [node.process.returncode for node in self.nodes]
         return next((code for code in codes if code is not None and code > 0), 1)
