@@ -61,8 +61,13 @@ class HostRules(TransportSecurityMiddleware):
         where = f"--allowed-{which} (PGMCP_ALLOWED_{which.upper()}), or allowed_{which}= of pgmcp.Cluster"
         if header not in self._said:
             self._said.add(header)
-            said = "a request was refused with %d, since its %s is not listed: list %s in %s"
-            logger.warning(said, status, header, wanted, where)
+            logger.warning(
+                "a request was refused with %d, since its %s is not listed: list %s in %s",
+                status,
+                header,
+                wanted,
+                where,
+            )
         text = f"Invalid {header} header: this server does not answer {what}. Its operator lists {wanted} in {where}."
         return Response(text, status)
 

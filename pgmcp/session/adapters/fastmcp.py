@@ -35,8 +35,7 @@ FRESH_SECONDS, READ_SECONDS = 5.0, 5.0
 """Seconds after which the catalogue is read anew, and those that this may take."""
 
 
-FORGETS = (
-    "what ctx.set_state stores is in one node's memory, gone after a takeover; one line keeps it in PostgreSQL: "
+STORE = (
     "FastMCP(..., session_state_store=PostgreSQLStore(url=os.environ['PGMCP_DATABASE_URL'])), "
     "from key_value.aio.stores.postgresql"
 )
@@ -61,7 +60,11 @@ class FastMcpAdapter(SdkAdapter):
     @asynccontextmanager
     async def _lifespan(self, shared: Shared) -> AsyncIterator[None]:
         if self._forgets:
-            logger.warning(FORGETS)
+            logger.warning(
+                "what ctx.set_state stores is in one node's memory, gone after a takeover; one line keeps it in "
+                "PostgreSQL: %s",
+                STORE,
+            )
         async with super()._lifespan(shared):
             await self._catalogue.read()
             try:
