@@ -44,7 +44,8 @@ def documented(entry: str, text: str) -> bool:
 def test_each_message_is_in_the_page_and_each_entry_is_a_message() -> None:
     texts = {where: message(call) for where, call in loud_calls()}
     assert len(texts) > 40, "the calls are found"
-    assert None not in texts.values(), f"a message that does not begin with a text of its own: {texts}"
+    filled = [where for where, text in texts.items() if text is None]
+    assert not filled, f"the first argument is to be a text in the source, with what is filled in after it: {filled}"
     entries = ENTRY.findall(PAGE.read_text(encoding="utf-8"))
     missing = {
         where: text for where, text in texts.items() if not any(documented(entry, str(text)) for entry in entries)
