@@ -15,7 +15,11 @@ moments = st.sampled_from([0.0, 0.1, 0.4, 1.0, 2.5])
 
 
 @given(
-    before=moments, away=st.sampled_from([0.0, 0.3, 3.0]), claims=st.integers(0, 3), paces=paces, again=moments | st.none()
+    before=moments,
+    away=st.sampled_from([0.0, 0.3, 3.0]),
+    claims=st.integers(0, 3),
+    paces=paces,
+    again=moments | st.none(),
 )
 @failovers()
 def test_a_synchronous_failover_costs_nothing(
