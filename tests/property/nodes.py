@@ -158,7 +158,7 @@ class SimNode:
         witness: Witness,
         timeline: MemoryTimeline | None = None,
     ) -> None:
-        self.number, self._settings, self._physical = number, settings, physical
+        self.number, self._settings, self._physical, self._cluster = number, settings, physical, cluster
         self.clock, self.gone, self.left = ProcessClock(physical, number), False, False
         self.well_since = 0.0
         self.timeline = timeline or MemoryTimeline(cluster)
@@ -246,6 +246,7 @@ class SimNode:
             asyncio.create_task(self._every(self._settings.poll, self.host.poll)),
             asyncio.create_task(self._every(self._settings.poll, self._look_while_deaf)),
             asyncio.create_task(self._every(self._settings.idle_poll, self.host.survey)),
+            asyncio.create_task(self._every(self._settings.poll, self._look_at_its_row)),
         ]
 
     async def _every(self, seconds: float, work: Callable[[], Awaitable[None]]) -> None:
@@ -254,6 +255,13 @@ class SimNode:
             if self.lease.trusted:
                 with contextlib.suppress(PgmcpError):
                     await work()
+
+    async def _look_at_its_row(self) -> None:
+        """As ``Incarnation.asked_to_drain`` does."""
+        rows = self._cluster.nodes
+        row = await self.store.wire.ask("own_state", lambda: self._cluster.nodes.get(self.node))
+        if row is not None and row.state is NodeState.JOINING:
+            await self.store.lease.set_state(NodeState.READY)
 
     async def _look_while_deaf(self) -> None:
         if not self._line_up:

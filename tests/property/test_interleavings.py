@@ -97,6 +97,22 @@ def test_a_sweep_whose_reply_is_lost_is_found(scene: Scene) -> None:
     assert scene.world.unfinished() == []
 
 
+@pytest.mark.parametrize("entries", [1, 2])
+def test_a_handshake_goes_on_whose_owner_dies_in_the_middle_of_it(scene: Scene, entries: int) -> None:
+    """What was asked, and what was answered, are written one after the other."""
+    wire = scene.owner.store.wire
+
+    def later() -> None:
+        wire.during("write_journal", Cut.AFTER, scene.owner.die)
+
+    wire.during("write_journal", Cut.AFTER, later if entries == 2 else scene.owner.die)
+    session = scene.do(lambda: scene.world.open_session(scene.owner))
+    scene.passes(60)
+    assert scene.owner.gone
+    assert not session.ended
+    scene.ends_well()
+
+
 @pytest.mark.parametrize("seconds", [12, 40, 70, 150])
 def test_an_outage_of_any_length_costs_nothing(scene: Scene, seconds: float) -> None:
     """Longer than any write may wait, while a call says its progress and another one its answer."""

@@ -27,6 +27,7 @@ UNFLUSHED = {
     "notify",
     "owned",
     "owners",
+    "own_state",
     "read_publications",
     "read_streams",
     "ready_nodes",
