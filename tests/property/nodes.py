@@ -258,7 +258,6 @@ class SimNode:
 
     async def _look_at_its_row(self) -> None:
         """As ``Incarnation.asked_to_drain`` does."""
-        rows = self._cluster.nodes
         row = await self.store.wire.ask("own_state", lambda: self._cluster.nodes.get(self.node))
         if row is not None and row.state is NodeState.JOINING:
             await self.store.lease.set_state(NodeState.READY)
