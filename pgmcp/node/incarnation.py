@@ -272,7 +272,10 @@ class Incarnation(Service):
 
     async def asked_to_drain(self) -> bool:
         """Whether somebody wrote into this node's row that it should leave."""
-        return await own_state(self._database, self.node_id) is NodeState.DRAINING
+        state = await own_state(self._database, self.node_id)
+        if state is NodeState.JOINING:  # a failover has lost that it was ready
+            await self.line.set_state(NodeState.READY)
+        return state is NodeState.DRAINING
 
     def _on_fenced(self) -> None:
         if not self.failed:

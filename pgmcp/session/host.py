@@ -127,6 +127,7 @@ class Host(Service):
             TooManySessions: too many of this caller, and none makes room.
         """
         ownership = await self._opened(new)
+        self.drop(ownership.session)  # one that a failover has lost may have had this key
         self._settle(self._actor_factory.make(ownership, new.session_id, (new.standalone, 1)))
         return ownership
 
@@ -146,6 +147,9 @@ class Host(Service):
 
     def take_on(self, ownership: Ownership) -> None:
         """Restore a session that this node has taken over; harmless while that is done already."""
+        if self.unsettled:
+            self._again.add(ownership)  # of what lives here, some may go on under the epochs of the new term
+            return
         session = ownership.session
         resident = self._residents.get(session)
         if session not in self._restoring and (resident is None or resident.actor.ownership.epoch < ownership.epoch):
@@ -285,12 +289,14 @@ class Host(Service):
     async def go_on(self, jump: int, lasts: Callable[[], bool]) -> None:
         """Bring what lives here in line with a database that follows another timeline: see ``timeline.go_on``."""
         actors = [each.actor for session, each in self._residents.items() if session not in self._restoring]
+        former = {actor.ownership.session: actor.ownership for actor in actors}
         leaving, owned = await timeline.go_on(actors, self._inbox, self._log, jump, lasts)
         self.unsettled = False
         for session in leaving:
-            self.drop(session)
+            self.drop(session, only=former[session])
             if session in owned:
                 self.take_on(owned[session])
+        self._again = {owned.get(ownership.session, ownership) for ownership in self._again}
         self._again |= {owned[session] for session in self._restoring & owned.keys()}  # what restores them is fenced
         self.look()
 
@@ -322,9 +328,10 @@ class Host(Service):
             if busy or not actor.busy:
                 actor.mute()
                 moved = await self._takeovers.hand_over(actor.ownership, to)
-                self.drop(session)
                 if moved is None:
                     self._anew(actor)
+                else:
+                    self.drop(session, only=actor.ownership)
         except PgmcpError as error:
             logger.warning("session %s was not handed over: %s", actor.alias, error)
             self._anew(actor)  # unless it was, after all: then that ownership is over
@@ -355,9 +362,8 @@ class Host(Service):
     def over(self, actor: Actor, how: ActorEnd) -> None:
         """An actor has come to an end by itself, and is muted."""
         session = actor.ownership.session
-        resident = self._residents.get(session)
-        if resident is None or resident.actor is not actor:
-            return  # another one has its place already
+        if not self._is_here(actor):
+            return
         if session in self._restoring or how is ActorEnd.FENCED:  # a restore fails then, and may be tried again
             self.drop(session)
         elif how is ActorEnd.OUT_OF_STEP:
@@ -366,9 +372,16 @@ class Host(Service):
             self.drop(session)
             self._tasks.spawn(self._end(actor.ownership, actor.alias))
 
+    def _is_here(self, actor: Actor) -> bool:
+        """Whether this is its session's actor still; another one may have its place, in a new term for one."""
+        resident = self._residents.get(actor.ownership.session)
+        return resident is not None and resident.actor is actor
+
     def _anew(self, actor: Actor) -> None:
         """Restore a session from the tables in the place of its actor, which is muted."""
         session = actor.ownership.session
+        if not self._is_here(actor):
+            return
         self.drop(session)
         if session not in self._restoring:
             self._restoring.add(session)

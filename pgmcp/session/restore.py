@@ -106,7 +106,7 @@ class Restore:
     async def _replay(self) -> None:
         """Tell the server what its client has said that still holds."""
         entries = {entry.kind: entry.body for entry in self._left.journal if entry.body is not None}
-        if "initialize" in entries:
+        if "initialize" in entries and "result" in entries:  # else it has no answer, and is among what is in flight
             answer = await self._ask(entries["initialize"])
             if "error" in answer:
                 message = f"The server refused the handshake that it accepted before ({answer['error'].get('code')})"

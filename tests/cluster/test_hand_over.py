@@ -151,3 +151,16 @@ async def test_an_exchange_that_comes_when_the_edge_has_left_goes_on_elsewhere(s
     standalone = await scene.session.get(first.url)
     await standalone.rest(2)
     assert standalone.error is None
+
+
+async def test_a_node_whose_readiness_was_lost_says_it_again(database: str) -> None:
+    """A failover may lose that a node is ready, and not that it has joined."""
+    async with cluster(database, Memory().server, 1, poll=0.1) as (node,), tables_of(database) as tables:
+        which = node.incarnation.node_id
+        await tables.execute("update pgmcp.nodes set state = 'joining' where node_id = $1", which)
+
+        async def ready() -> bool:
+            [row] = await tables.rows("select state from pgmcp.nodes where node_id = $1", which)
+            return bool(row["state"] == "ready")
+
+        await eventually(ready, "the node says that it is ready")

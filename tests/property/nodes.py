@@ -10,21 +10,29 @@ import asyncio
 import contextlib
 import random
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 from uuid import UUID
 
 from pgmcp.clock import Clock, Ids
 from pgmcp.cluster.lease import Lease, LeaseState
+from pgmcp.cluster.publications import PublicationReader
 from pgmcp.cluster.takeover import Takeover
 from pgmcp.cluster.wakeups import Wakeups, parse
 from pgmcp.errors import PgmcpError
+from pgmcp.node.reported_changes import ReportedChanges
+from pgmcp.node.timeline import TimelineChange
 from pgmcp.service import Faults
 from pgmcp.session.host import Host
 from pgmcp.settings import Settings
-from pgmcp.types import NodeState, Wake
+from pgmcp.types import NodeId, NodeState, SessionKey, Wake
+from pgmcp.web.open_streams import OpenStreams
 from tests.harness.clock import FakeClock
-from tests.harness.memory import MemoryCluster, memory_store
+from tests.harness.memory import MemoryCluster, MemoryTimeline, memory_store
 from tests.property.server import Tools
+
+if TYPE_CHECKING:
+    from pgmcp.store.secrets import KeyRing
+    from pgmcp.store.timeline import Timeline
 
 ROOM = 100
 REOPEN = 0.3
@@ -98,10 +106,14 @@ class ProcessClock(Clock):
 
 
 class Keys:
-    """Boxes that seal nothing; opening one may take a look at the database first."""
+    """Boxes that seal nothing; opening one may take a look at the database first.
 
-    def __init__(self, clock: Clock) -> None:
-        self._clock, self.takes = clock, 0.0
+    Args:
+        look: reads the keys anew.
+    """
+
+    def __init__(self, clock: Clock, look: Callable[[], Awaitable[None]]) -> None:
+        self._clock, self.load, self.takes = clock, look, 0.0
 
     def seal(self, plain: bytes, place: bytes) -> bytes:
         return place + b"|" + plain
@@ -125,20 +137,41 @@ class Witness(Protocol):
     def adds(self, node: SimNode, rpc_id: str) -> Callable[[int], None]: ...
 
 
+async def _nothing(_: object) -> None:
+    return None
+
+
 class SimNode:
-    """One incarnation of a node."""
+    """One incarnation of a node.
+
+    Args:
+        timeline: what its process follows; None for a process that begins.
+    """
 
     def __init__(
-        self, number: int, cluster: MemoryCluster, physical: FakeClock, ids: Ids, settings: Settings, witness: Witness
+        self,
+        number: int,
+        cluster: MemoryCluster,
+        physical: FakeClock,
+        ids: Ids,
+        settings: Settings,
+        witness: Witness,
+        timeline: MemoryTimeline | None = None,
     ) -> None:
-        self.number, self._settings, self._physical = number, settings, physical
+        self.number, self._settings, self._physical, self._cluster = number, settings, physical, cluster
         self.clock, self.gone, self.left = ProcessClock(physical, number), False, False
         self.well_since = 0.0
-        self.store = memory_store(cluster, self.clock, ids, running=self.clock.running, gate=self._acting)
+        self.timeline = timeline or MemoryTimeline(cluster)
+        self.store = memory_store(
+            cluster, self.clock, ids, running=self.clock.running, gate=self._acting, timeline=self.timeline
+        )
         self.node = self.store.node
         self.store.wire.takes["renew"] = ROUND_TRIP  # what else happens at once comes before
-        self.keys, self.faults = Keys(self.clock), Faults()
+        self.keys, self.faults = Keys(self.clock, self._look_for_keys), Faults()
         self.lease = Lease(self.store.lease, settings, self.clock, self._on_fenced)
+        self.timeline_change = TimelineChange(
+            cast("Timeline", self.timeline), self.lease, cast("KeyRing", self.keys), self.clock
+        )
         self.wakeups = Wakeups(self.node, self.store.notifier, self.clock, self._wake_self)
         self.host = Host(
             Tools(
@@ -172,7 +205,12 @@ class SimNode:
             sweep_every=settings.poll,
             faults=self.faults,
         )
-        self._ids, self._line_up, self._opening = ids, False, False
+        publication_reader = PublicationReader(  # nothing is published here
+            self.store.publications, self.clock, on_publications=_nothing, on_gap=_nothing, faults=self.faults
+        )
+        self.timeline_change.watch(self.host, publication_reader)
+        self.reported_changes = ReportedChanges(self.node, self.host, OpenStreams(), self.store.inbox, self.clock)
+        self._ids, self._line_up = ids, False
         self.over = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -181,7 +219,10 @@ class SimNode:
         return not (self.gone or self.left or self.over.is_set())
 
     async def _acting(self) -> None:
-        await self.lease.acting()
+        await self.timeline_change.acting()
+
+    async def _look_for_keys(self) -> None:
+        await self.store.wire.ask("key_ring", lambda: None)
 
     async def join(self) -> None:
         """Enter the cluster, as soon as the database lets it."""
@@ -197,12 +238,15 @@ class SimNode:
             await self.clock.sleep(0.5)
         self._tasks += [
             asyncio.create_task(self.lease.run()),
+            asyncio.create_task(self.timeline_change.run()),
             asyncio.create_task(self.takeover.run()),
             asyncio.create_task(self.wakeups.run()),
             asyncio.create_task(self.host.run()),
+            asyncio.create_task(self.reported_changes.run()),
             asyncio.create_task(self._every(self._settings.poll, self.host.poll)),
             asyncio.create_task(self._every(self._settings.poll, self._look_while_deaf)),
             asyncio.create_task(self._every(self._settings.idle_poll, self.host.survey)),
+            asyncio.create_task(self._every(self._settings.poll, self._look_at_its_row)),
         ]
 
     async def _every(self, seconds: float, work: Callable[[], Awaitable[None]]) -> None:
@@ -212,9 +256,15 @@ class SimNode:
                 with contextlib.suppress(PgmcpError):
                     await work()
 
+    async def _look_at_its_row(self) -> None:
+        """As ``Incarnation.asked_to_drain`` does."""
+        row = await self.store.wire.ask("own_state", lambda: self._cluster.nodes.get(self.node))
+        if row is not None and row.state is NodeState.JOINING:
+            await self.store.lease.set_state(NodeState.READY)
+
     async def _look_while_deaf(self) -> None:
         if not self._line_up:
-            self._wake_self(Wake(everything=True))
+            self._catch_up()
 
     def _on_fenced(self) -> None:
         self.over.set()
@@ -239,16 +289,33 @@ class SimNode:
 
     # -- wake-ups and the line ---------------------------------------------------------------------------------------
 
+    async def give_away(self, session: SessionKey, to: NodeId, *, busy: bool) -> None:
+        """Give a session to another node, as a drain does."""
+        moved = await self.host.hand_over(session, to, busy=busy)
+        if moved is not None:
+            self.wakeups.handed(to, moved)
+
     def _wake_self(self, wake: Wake) -> None:
+        """Hear what this node tells itself."""
+        for session in wake.inboxes:
+            self.host.wake(session)
+        self.reported_changes.end(wake.ended)
+
+    def _hear(self, wake: Wake) -> None:
+        """Hear what somebody says."""
         if wake.everything:
-            self.host.look()
-            self._spawn(self._drop_strangers())
-        if wake.everything or wake.orphans:
+            self._catch_up()
+        if wake.orphans:
             self.takeover.orphaned()
         for session in wake.inboxes:
             self.host.wake(session)
-        for session in wake.ended:
-            self.host.drop(session)
+        if wake.ended or wake.handed:
+            self.reported_changes.hear(ended=wake.ended, handed=wake.handed)
+
+    def _catch_up(self) -> None:
+        self.takeover.orphaned()
+        self.host.look()
+        self._spawn(self._drop_strangers())
 
     async def _drop_strangers(self) -> None:
         with contextlib.suppress(PgmcpError):
@@ -261,7 +328,7 @@ class SimNode:
     async def _heard_when_running(self, payload: str) -> None:
         await self.clock.running()
         if self.alive:
-            self._wake_self(parse(payload))
+            self._hear(parse(payload))
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         self._tasks = [task for task in self._tasks if not task.done()]
@@ -294,7 +361,7 @@ class SimNode:
             except PgmcpError:
                 continue
             self._listen()
-            self._wake_self(Wake(everything=True))
+            self._catch_up()
 
     # -- what befalls it ---------------------------------------------------------------------------------------------
 

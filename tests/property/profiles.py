@@ -14,6 +14,17 @@ PROFILES = {
 }
 
 
+FAILOVERS = {
+    "default": settings(QUIET, max_examples=60, derandomize=True, database=None),
+    "thorough": settings(QUIET, max_examples=3000),
+}
+
+
 def chosen() -> settings:
     """The settings that the environment asks for."""
     return PROFILES[os.environ.get("HYPOTHESIS_PROFILE", "default")]
+
+
+def failovers() -> settings:
+    """The same for what is about nothing but failovers."""
+    return FAILOVERS[os.environ.get("HYPOTHESIS_PROFILE", "default")]

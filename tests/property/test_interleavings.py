@@ -2,61 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import TypeVar
+from collections.abc import Iterator
 
 import pytest
 
-from tests.harness.clock import FakeClock, StillLoop, settle
 from tests.harness.proxy import Cut
-from tests.property.nodes import SimNode
-from tests.property.world import Call, World
-
-Result = TypeVar("Result")
-
-
-class Scene:
-    """Three nodes, and a session of the first one."""
-
-    def __init__(self) -> None:
-        self.clock = FakeClock()
-        self.loop = StillLoop(self.clock)
-        self.loop.run_until_complete(self._start())
-
-    async def _start(self) -> None:
-        self.world = World(self.clock, 3)
-        await self.clock.advance(1)
-        self.session = self.world.open_session(self.world.nodes[0])
-        await self.clock.advance(1)
-        self.owner: SimNode = self.world.nodes[0]
-
-    def call(self, *, safe: bool = True, seconds: float = 0.0) -> Call:
-        """A call of the client, at a node that is not the owner."""
-        return self.do(lambda: self.world.call_tool(self.session, self.world.nodes[1], safe=safe, seconds=seconds))
-
-    def do(self, what: Callable[[], Result]) -> Result:
-        """Do something in the nodes' event loop, and let it settle."""
-
-        async def within() -> Result:
-            result = what()
-            await settle()
-            return result
-
-        return self.loop.run_until_complete(within())
-
-    def passes(self, seconds: float) -> None:
-        """Time passes, and nothing is wrong after it."""
-        self.loop.run_until_complete(self.clock.advance(seconds))
-        self.world.check()
-
-    def ends_well(self) -> None:
-        """Everything that was acknowledged ends."""
-        self.loop.run_until_complete(self.world.clear_up())
-        self.world.check_end()
-
-    def close(self) -> None:
-        self.loop.run_until_complete(self.world.close())
-        self.loop.close()
+from tests.property.scene import Scene
 
 
 @pytest.fixture
@@ -144,6 +95,22 @@ def test_a_sweep_whose_reply_is_lost_is_found(scene: Scene) -> None:
     scene.do(scene.owner.die)
     scene.passes(70)
     assert scene.world.unfinished() == []
+
+
+@pytest.mark.parametrize("entries", [1, 2])
+def test_a_handshake_goes_on_whose_owner_dies_in_the_middle_of_it(scene: Scene, entries: int) -> None:
+    """What was asked, and what was answered, are written one after the other."""
+    wire = scene.owner.store.wire
+
+    def later() -> None:
+        wire.during("write_journal", Cut.AFTER, scene.owner.die)
+
+    wire.during("write_journal", Cut.AFTER, later if entries == 2 else scene.owner.die)
+    session = scene.do(lambda: scene.world.open_session(scene.owner))
+    scene.passes(60)
+    assert scene.owner.gone
+    assert not session.ended
+    scene.ends_well()
 
 
 @pytest.mark.parametrize("seconds", [12, 40, 70, 150])

@@ -29,6 +29,10 @@ freezes = st.sampled_from([2.0, 8.0, 12.0, 20.0])
 owners = st.sampled_from(
     ["append", "claim", "append", "claim", "adopt", "end_restore", "begin_restore", "write_journal"]
 )
+windows = st.sampled_from([0.1, 0.4, 1.0, 3.0])
+promotions = st.sampled_from([0.0, 0.3, 3.0, 12.0])
+claims = st.integers(0, 2)
+paces = st.lists(st.sampled_from([0.0, 0.02, 0.1, 0.4]), max_size=7)
 lengths = st.sampled_from([0.0, 1.0, 5.0, 15.0, 60.0])
 statements = st.sampled_from(
     ["accept", "claim", "append", "renew", "condemn", "take_session", "take_orphans", "begin_restore", "adopt",
@@ -191,6 +195,14 @@ class Cluster(RuleBasedStateMachine):
         if self._node(node).alive:
             self._do(self._node(node).die)
 
+    @rule(session=numbers, node=numbers, busy=st.booleans())
+    def owner_gives_a_session_away(self, session: int, node: int, busy: bool) -> None:
+        where, to = self._session(session), self._node(node)
+        which = self.world.owner(where)
+        if which is not None and which is not to and to.alive and where.key is not None:
+            key = where.key
+            self._do(lambda: self.world._spawn(which.give_away(key, to.node, busy=busy)))
+
     @precondition(lambda self: self._living() > 1)
     @rule(node=numbers)
     def node_leaves(self, node: int) -> None:
@@ -247,6 +259,25 @@ class Cluster(RuleBasedStateMachine):
         which = self.world.owner(self._session(session))
         if which is not None:
             which.store.wire.during(statement, where, self.world.crash)
+
+    @rule(away=promotions, claims=claims, paces=paces)
+    def synchronous_standby_is_promoted(self, away: float, claims: int, paces: list[float]) -> None:
+        self._do(lambda: self.world._spawn(self.world.fails_over(away, claims=claims, paces=paces)))
+
+    @rule(session=numbers, statement=owners, where=st.sampled_from([Cut.BEFORE, Cut.AFTER]), claims=claims, paces=paces)
+    def synchronous_standby_will_be_promoted_in_the_middle_of(
+        self, session: int, statement: str, where: Cut, claims: int, paces: list[float]
+    ) -> None:
+        which = self.world.owner(self._session(session))
+        if which is not None:
+            fail_over = lambda: self.world.fail_over(claims=claims, paces=paces)  # noqa: E731
+            which.store.wire.during(statement, where, fail_over)
+
+    @rule(seconds=windows, away=promotions, claims=claims, paces=paces)
+    def standby_falls_behind_and_is_promoted(
+        self, seconds: float, away: float, claims: int, paces: list[float]
+    ) -> None:
+        self._do(lambda: self.world.falls_behind(seconds, away, claims=claims, paces=paces))
 
     @precondition(lambda self: self.world.cluster.away)
     @rule()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import Callable, Coroutine, Mapping
+from collections import Counter
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +29,9 @@ from pgmcp.types import (
 )
 from tests.chaos import judge
 from tests.harness.clock import FakeClock, settle
-from tests.harness.memory import MemoryCluster
+from tests.harness.memory import MemoryCluster, MemoryTimeline
+from tests.harness.memory.tables import TABLES, Standby
+from tests.property.losses import follow_each_other, kept_sum, loss
 from tests.property.nodes import SeededIds, SimNode
 from tests.property.server import VERSION
 
@@ -51,15 +54,24 @@ class Call:
     safe: bool
     stream: StreamId | None = None
     acknowledged: bool = False
+    asked_at: float = 0.0
+    posts: int = 0
+    losses: int = 0
+    """Times that a failover has lost it."""
     runs: int = 0
     read: list[Event] = field(default_factory=list)
+
+    @property
+    def most_runs(self) -> int:
+        """Whoever repeats a request of which nothing is left sends another one, to all appearances."""
+        return 1 + min(self.losses, self.posts - 1)
 
 
 @dataclass
 class Sum:
     """One run of a tool that adds one to a number that its session keeps."""
 
-    session: SessionKey
+    session: str
     rpc_id: str
     began: float
     ended: float = math.inf
@@ -75,6 +87,8 @@ class SimSession:
     key: SessionKey | None = None
     ended: bool = False
     established: bool = False
+    changed_at: float = -math.inf
+    """When it last got another owner, or a failover lost anything of it."""
 
 
 class World:
@@ -94,7 +108,11 @@ class World:
         self.calls: list[Call] = []
         self.wrong: list[str] = []
         self._by_id: dict[NodeId, SimNode] = {}
-        self._owners: dict[SessionKey, tuple[NodeId, int]] = {}
+        self._owners: dict[SessionKey, tuple[NodeId | None, int]] = {}
+        self._changes: Counter[SessionKey] = Counter()
+        self._lost_events: set[tuple[StreamId, int]] = set()
+        self._losing_failovers = 0
+        self._fair = False
         self.sums: list[Sum] = []
         self._tasks: set[asyncio.Task[object]] = set()
         self._crashes: list[str] = []
@@ -108,8 +126,8 @@ class World:
         """A process starts; when it is declared dead it joins again."""
         self.nodes.append(self._incarnation(len(self.nodes)))
 
-    def _incarnation(self, number: int) -> SimNode:
-        node = SimNode(number, self.cluster, self.clock, self.ids, self.settings, self)
+    def _incarnation(self, number: int, timeline: MemoryTimeline | None = None) -> SimNode:
+        node = SimNode(number, self.cluster, self.clock, self.ids, self.settings, self, timeline)
         self._by_id[node.node] = node
         self.spawn(self._run(node))
         return node
@@ -120,7 +138,7 @@ class World:
         await node.stop()
         joining.cancel()
         if not node.gone and not node.left:
-            self.nodes[node.number] = self._incarnation(node.number)
+            self.nodes[node.number] = self._incarnation(node.number, node.timeline)
 
     def _ask(self, node: SimNode, work: Coroutine[Any, Any, object]) -> None:
         """A client waits for an exchange with a node."""
@@ -172,7 +190,7 @@ class World:
     def _call(self, session: SimSession, method: str, params: Mapping[str, object], *, safe: bool) -> Call:
         number = len(self.calls)
         body = json.dumps({"jsonrpc": "2.0", "id": number, "method": method, "params": params}).encode()
-        call = Call(session, body, str(number), safe)
+        call = Call(session, body, str(number), safe, asked_at=self.clock.now)
         self.calls.append(call)
         return call
 
@@ -181,6 +199,7 @@ class World:
         self._ask(node, self._post(node, call))
 
     async def _post(self, node: SimNode, call: Call) -> None:
+        call.posts += 1
         message = json.loads(call.body)
         name = message["params"].get("name")
         stream = StreamId(self.ids.uuid())
@@ -230,11 +249,14 @@ class World:
         if not page.attached:
             return  # replaced meanwhile
         known, now = call.read, list(page.events)
-        if [event.seq for event in now] != list(range(1, len(now) + 1)):
+        if not follow_each_other([event.seq for event in now], self.cluster.term):
             self.wrong.append(f"call {call.rpc_id}: a page has gaps")
-        if now[: len(known)] != known[: len(now)]:
+        left = [event for event in known if (call.stream, event.seq) not in self._lost_events]
+        if now[: len(left)] != left[: len(now)]:
             self.wrong.append(f"call {call.rpc_id}: what was read has changed")
-        call.read = max(known, now, key=len)
+        if known and any(event.seq <= known[-1].seq for event in now[len(left) :]):
+            self.wrong.append(f"call {call.rpc_id}: what comes after what was read has no greater number")
+        call.read = known + now[len(left) :]
 
     # -- weather -----------------------------------------------------------------------------------------------------
 
@@ -260,6 +282,72 @@ class World:
         for node in self.nodes:
             node.lose_line()
 
+    def fail_over(self, standby: Standby | None = None, *, claims: int = 0, paces: Sequence[float] = ()) -> None:
+        """A standby is promoted, which has all that was confirmed, or lacks the last moments of it.
+
+        Args:
+            claims, paces: see ``MemoryCluster.fail_over``.
+        """
+        if standby is not None and (standby.primary != self.cluster.primary or self._fair):
+            return  # it was a standby of another primary
+        before = {name: getattr(self.cluster, name) for name in TABLES}
+        if standby is not None:
+            self._write_off(before, standby.tables)
+        self.cluster.fail_over(standby, claims=claims, paces=paces)
+        for row in self.cluster.sessions.values():
+            self._owners[row.id] = row.owner, row.epoch
+        for node in self.nodes:
+            node.lose_line()
+
+    def falls_behind(self, seconds: float, away: float, *, claims: int = 0, paces: Sequence[float] = ()) -> None:
+        """From now on the standby receives nothing; so much later it is promoted.
+
+        Args:
+            away: seconds that this takes.
+            claims, paces: see ``MemoryCluster.fail_over``.
+        """
+        standby = self.cluster.standby()
+
+        async def later() -> None:
+            await self.clock.sleep(seconds)
+            if not self._fair:
+                await self.fails_over(away, standby, claims=claims, paces=paces)
+
+        self._spawn(later())
+
+    async def fails_over(
+        self, away: float, standby: Standby | None = None, *, claims: int = 0, paces: Sequence[float] = ()
+    ) -> None:
+        """The primary is gone, and after a while a standby is promoted."""
+        self.database_goes_away(keeps_lines=False)
+        await self.clock.sleep(away)
+        self.cluster.away = False
+        self.fail_over(standby, claims=claims, paces=paces)
+
+    def _write_off(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+        """Note what is lost."""
+        lost = loss(before, after)
+        self._losing_failovers += 1
+        self._lost_events |= lost.events
+        for key in before["sessions"].keys() - after["sessions"].keys():
+            self._owners[key] = None, self._owners[key][1]  # the key may come up again
+        for session in self.sessions:
+            if session.session_id in lost.harmed:
+                session.changed_at = self.clock.now
+            if session.session_id in lost.sessions:
+                session.ended, session.key = True, None
+            elif session.key is not None:
+                self._write_off_sums(session.session_id, kept_sum(after, session.key))
+        for call in self.calls:
+            if call.rpc_id in lost.requests:
+                call.losses += 1
+                call.acknowledged, call.read = False, []  # its client is told that nobody knows
+
+    def _write_off_sums(self, session_id: str, kept: int) -> None:
+        for begun in self.sums:
+            if begun.session == session_id and begun.told is not None and begun.told > kept:
+                begun.told = None
+
     async def database_is_away(self, seconds: float, *, keeps_lines: bool) -> None:
         """An outage from its beginning to its end."""
         self.database_goes_away(keeps_lines=keeps_lines)
@@ -274,7 +362,7 @@ class World:
 
     async def clear_up(self) -> None:
         """Good weather from now on."""
-        self.cluster.away = False
+        self.cluster.away, self._fair = False, True
         for node in self.nodes:
             node.keys.takes = 0.0
             if not node.gone and (node.clock.frozen or node.store.wire.is_cut):
@@ -327,17 +415,25 @@ class World:
         former, before = self._owners.get(ownership.session, (None, 0))
         if ownership.epoch <= before:
             self.wrong.append(f"session {ownership.session} has a new owner and still epoch {ownership.epoch}")
-        if self.cluster.lives(former):
+        if self.cluster.lives(former) and not self._is_given(ownership):
             self.wrong.append(f"session {ownership.session} was taken from a living node")
         self._owners[ownership.session] = node, ownership.epoch
+        self._changes[ownership.session] += 1
+        for known in self.sessions:
+            if known.key == ownership.session:
+                known.changed_at = self.clock.now
+
+    def _is_given(self, ownership: Ownership) -> bool:
+        session, _, _, epoch, reason = self.cluster.takeovers[-1]
+        return (session, epoch, reason) == (ownership.session, ownership.epoch, "drain")
 
     def _died(self, node: NodeId) -> None:
         if self._by_id[node].is_well:
             self.wrong.append(f"node {self._by_id[node].number} was declared dead, and is well")
 
     def _check_end(self, session: SessionKey) -> None:
-        changes = sum(1 for change in self.cluster.takeovers if change[0] == session)
-        if changes <= ATTEMPTS:
+        changes = self._changes[session] - 1
+        if changes + self.cluster.term <= ATTEMPTS:
             self.wrong.append(f"session {session} was ended by a node, after {changes} changes of owner")
         for known in self.sessions:
             known.ended |= known.key == session
@@ -351,14 +447,12 @@ class World:
         """See ``Witness``."""
         call = self.calls[int(rpc_id)]
         call.runs += 1
-        if call.runs > (MOST_RUNS if call.safe else 1):
+        if call.runs > (MOST_RUNS + self._losing_failovers if call.safe else call.most_runs):
             self.wrong.append(f"call {rpc_id} (safe: {call.safe}) ran {call.runs} times")
 
     def adds(self, node: SimNode, rpc_id: str) -> Callable[[int], None]:
         """See ``Witness``."""
-        key = self.calls[int(rpc_id)].session.key
-        assert key is not None
-        begun = Sum(key, rpc_id, self.clock.now)
+        begun = Sum(self.calls[int(rpc_id)].session.session_id, rpc_id, self.clock.now)
         self.sums.append(begun)
 
         def stored(told: int) -> None:
@@ -384,8 +478,12 @@ class World:
         assert not self._crashes, str(self._crashes)
         for stream in self.cluster.streams.values():
             if stream.kind is StreamKind.REQUEST:
-                assert sorted(stream.events) == list(range(1, stream.next_seq)), "a stream's numbers have a gap"
-        history = [judge.Call(str(each.session), each.rpc_id, each.began, each.ended, each.told) for each in self.sums]
+                numbers = [*sorted(stream.events), stream.next_seq]
+                assert follow_each_other(numbers, self.cluster.term), f"a stream's numbers have a gap: {numbers}"
+            if self._lost_events:
+                again = [seq for seq in stream.events if (stream.id, seq) in self._lost_events]
+                assert not again, f"numbers {again} of a stream were given out twice"
+        history = [judge.Call(each.session, each.rpc_id, each.began, each.ended, each.told) for each in self.sums]
         assert judge.judge(history) == []
         for row in self.cluster.requests.values():
             assert row.runs <= MOST_RUNS, f"call {row.message.rpc_id} was started {row.runs} times"
@@ -398,6 +496,13 @@ class World:
             if call.acknowledged and not call.session.ended:
                 answers = self._answers(call)
                 assert len(answers) == 1, f"call {call.rpc_id} was answered {len(answers)} times: {answers}"
+                self._check_answer(call, answers[0])
+
+    def _check_answer(self, call: Call, answer: dict[str, Any]) -> None:
+        """Nobody knows what became of a call only if its session had another owner, or something of it was lost."""
+        reason = ((answer.get("error") or {}).get("data") or {}).get("reason")
+        if reason == "owner_lost":
+            assert call.session.changed_at >= call.asked_at, f"call {call.rpc_id} was given up: {self._picture()}"
 
     def _picture(self) -> str:
         """What the tables and the nodes say, for people."""
@@ -410,7 +515,7 @@ class World:
         nodes = [(node.number, node.node, node.lease.state, node.host.sessions, node.alive) for node in self.nodes]
         return f"requests {requests} sessions {sessions} nodes {nodes} takeovers {tables.takeovers}"
 
-    def _answers(self, call: Call) -> list[dict[str, object]]:
+    def _answers(self, call: Call) -> list[dict[str, Any]]:
         stream = self.cluster.streams.get(call.stream) if call.stream else None
         messages = [] if stream is None else [json.loads(stream.events[seq][0]) for seq in sorted(stream.events)]
         return [message for message in messages if "id" in message and "method" not in message]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from typing import cast
 
 import pytest
@@ -10,11 +11,12 @@ import pytest
 from pgmcp.clock import Ids
 from pgmcp.secret_box import SecretBox
 from pgmcp.service import Faults
+from pgmcp.session.actor import Actor
 from pgmcp.session.adapter import Adapter, Conversation
 from pgmcp.session.host import Host
 from pgmcp.session.state import Hooks
 from pgmcp.settings import Settings
-from pgmcp.types import ANONYMOUS, JUMP, NewSession, Ownership, StreamId
+from pgmcp.types import ANONYMOUS, JUMP, NewSession, NodeId, NodeState, Ownership, SessionKey, StreamId
 from tests.harness.clock import FakeClock, settle
 from tests.harness.memory import MemoryCluster, MemoryStore, memory_store
 
@@ -50,6 +52,103 @@ def host_of(store: MemoryStore, clock: FakeClock) -> Host:
         tell_ended=lambda session: None,
         faults=Faults(),
     )
+
+
+class Scene:
+    """A node with one session."""
+
+    def __init__(self) -> None:
+        self.clock = FakeClock()
+        self.cluster = MemoryCluster(self.clock, Settings())
+        self.store, self.other = (memory_store(self.cluster, self.clock, IDS) for _ in range(2))
+        self.host = host_of(self.store, self.clock)
+
+    async def open(self) -> Ownership:
+        return await self.host.open(NewSession(IDS.token(), ANONYMOUS, "streamable", StreamId(IDS.uuid())))
+
+    def term_begins(self) -> None:
+        """The node has noticed, and does not yet know what becomes of its sessions."""
+        self.cluster.begin_term()
+        self.host.unsettled = True
+
+    def actor(self, session: SessionKey) -> Actor:
+        return self.host._residents[session].actor
+
+
+@pytest.fixture
+async def scene() -> AsyncIterator[Scene]:
+    made = Scene()
+    await made.other.lease.join()
+    await made.other.lease.set_state(NodeState.READY)
+    yield made
+    await made.host.stop()
+
+
+async def test_what_is_heard_of_an_ownership_in_a_new_term_restores_nobody_who_goes_on(scene: Scene) -> None:
+    """A touch that was held up finds that this node owns the session, before its sessions are in line with the term."""
+    opened = await scene.open()
+    actor = scene.actor(opened.session)
+    scene.term_begins()
+    (moved,) = await scene.store.inbox.owned()
+    scene.host.take_on(moved)
+    await scene.host.go_on(JUMP, lambda: True)
+    await settle()
+    await scene.host.poll()
+    await settle()
+    assert scene.actor(opened.session) is actor
+    assert not actor.muted
+    assert actor.ownership == moved
+
+
+async def test_a_hand_over_that_a_term_overtakes_leaves_what_was_restored_meanwhile(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is refused in the new term, in which the session, whose actor was muted, is restored here."""
+    opened = await scene.open()
+    answered, hand_over = asyncio.Event(), scene.store.takeovers.hand_over
+
+    async def late(ownership: Ownership, to: NodeId) -> Ownership | None:
+        found = await hand_over(ownership, to)
+        await answered.wait()
+        return found
+
+    scene.term_begins()
+    monkeypatch.setattr(scene.store.takeovers, "hand_over", late)
+    giving = asyncio.create_task(scene.host.hand_over(opened.session, scene.other.node, busy=True))
+    await settle()
+    await scene.host.go_on(JUMP, lambda: True)
+    await settle()
+    actor = scene.actor(opened.session)
+    answered.set()
+    assert await giving is None
+    await settle()
+    assert scene.actor(opened.session) is actor
+    assert not actor.muted
+
+
+async def test_who_gets_the_key_of_a_lost_session_takes_its_actors_place(scene: Scene) -> None:
+    standby = scene.cluster.standby()
+    lost = await scene.open()
+    actor = scene.actor(lost.session)
+    scene.cluster.fail_over(standby)
+    scene.store.wire.timeline.follow()
+    scene.host.unsettled = True
+    opened = await scene.open()
+    await scene.host.go_on(JUMP, lambda: True)
+    assert opened == Ownership(lost.session, lost.epoch + JUMP)
+    assert actor.muted
+    assert not scene.actor(opened.session).muted
+
+
+async def test_what_was_to_be_restored_later_is_restored_in_the_new_term(scene: Scene) -> None:
+    opened = await scene.open()
+    scene.host._again.add(opened)
+    scene.host.drop(opened.session)
+    scene.term_begins()
+    await scene.host.go_on(JUMP, lambda: True)
+    await scene.host.poll()
+    await settle()
+    assert scene.actor(opened.session).ownership == Ownership(opened.session, opened.epoch + JUMP)
 
 
 async def test_a_look_for_strangers_that_a_term_overtakes_drops_nobody(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,9 +15,9 @@ from tests.harness.memory.log import MemoryLog
 from tests.harness.memory.publications import MemoryPublications
 from tests.harness.memory.tables import MemoryCluster
 from tests.harness.memory.takeovers import MemoryLeaseTable, MemoryNotifier, MemoryTakeovers
-from tests.harness.memory.wire import Wire
+from tests.harness.memory.wire import MemoryTimeline, Wire
 
-__all__ = ["MemoryCluster", "MemoryStore", "memory_store"]
+__all__ = ["MemoryCluster", "MemoryStore", "MemoryTimeline", "memory_store"]
 
 
 async def _open() -> None:
@@ -45,6 +45,7 @@ def memory_store(
     *,
     running: Callable[[], Awaitable[None]] = _open,
     gate: Callable[[], Awaitable[None]] = _open,
+    timeline: MemoryTimeline | None = None,
 ) -> MemoryStore:
     """One node's store.
 
@@ -52,9 +53,10 @@ def memory_store(
         clock: the node's own time.
         running: returns when the node's process runs.
         gate: awaited before each write of an owner.
+        timeline: what the node's process follows; None for that of a process that begins.
     """
     node = NodeId(ids.uuid())
-    wire = Wire(cluster, node, clock, running=running, gate=gate)
+    wire = Wire(cluster, node, clock, timeline or MemoryTimeline(cluster), running=running, gate=gate)
     return MemoryStore(
         node, wire, MemoryInbox(wire, ids), MemoryLog(wire), MemoryTakeovers(wire), MemoryLeaseTable(wire),
         MemoryNotifier(wire), MemoryPublications(wire, ids),

@@ -20,6 +20,7 @@ from pgmcp.errors import (
 from pgmcp.store.repeats import Fate, Known, fate
 from pgmcp.types import (
     ANONYMOUS,
+    JUMP,
     Accepted,
     Claimed,
     Established,
@@ -75,6 +76,7 @@ class MemoryInbox:
         if len(self._own(new.principal, new.address)) >= settings.max_sessions_per_caller:
             raise TooManySessions
         row = SessionRow(SessionKey(self._cluster.number()), new.session_id, self._node, new.principal, new.transport)
+        row.epoch += self._cluster.term * JUMP  # each term has epochs of its own: keys may come up again
         row.address = new.address
         row.created_at = self._cluster.now()
         self._cluster.sessions[row.id] = row

@@ -6,9 +6,11 @@ arrives, and whether its reply does (see ``wire``).
 
 from __future__ import annotations
 
+import copy
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 from uuid import UUID
 
 from pgmcp.clock import Clock
@@ -107,6 +109,23 @@ class PublicationRow:
     published_at: float
 
 
+@dataclass(slots=True)
+class Standby:
+    """What a standby has received of a primary: every commit up to some moment, and none after it."""
+
+    primary: int
+    tables: dict[str, Any]
+
+
+TABLES = (
+    "nodes", "sessions", "streams", "requests", "journal", "publications", "ended", "unflushed", "numbers", "positions",
+)  # fmt: skip
+"""What is replicated."""
+
+PACED_SECONDS = 10.0
+"""Seconds for which statements take their time after a failover."""
+
+
 def _nothing(*_: object) -> None:
     return None
 
@@ -134,7 +153,13 @@ class MemoryCluster:
         self.lines: dict[int, Callable[[str], None]] = {}
         """The backends of the nodes' lines, and who hears what is notified there."""
         self.channels: dict[NodeId, int] = {}
-        self._numbers, self._positions = itertools.count(1), itertools.count(1)
+        self.numbers = self.positions = 0
+        """The last of the sessions' keys, and of the requests' positions."""
+        self._lines = itertools.count(1)
+        self.primary = self.term = 0
+        """Which server takes the nodes' connections, and how many terms have begun."""
+        self._paces: Iterator[float] = iter(())
+        self._paced_until = 0.0
         self.started_at, self.term_position = self.now(), 0
         """What was accepted before that moment, or up to that position, may have been claimed."""
         self.issued: Callable[[NodeId, str], None] = _nothing
@@ -151,10 +176,15 @@ class MemoryCluster:
         return self.clock.boottime() + self.shift
 
     def number(self) -> int:
-        return next(self._numbers)
+        self.numbers += 1
+        return self.numbers
 
     def position(self) -> int:
-        return next(self._positions)
+        self.positions += 1
+        return self.positions
+
+    def line_number(self) -> int:
+        return next(self._lines)
 
     def lives(self, node: NodeId | None) -> bool:
         """Whether a node's row says that it is neither dead nor left."""
@@ -193,13 +223,43 @@ class MemoryCluster:
     def crash(self) -> None:
         """The database crashes and comes back: claims, for whose commits nobody waits, may be forgotten."""
         self.started_at = self.now()
-        for row in self.unflushed:
+        self._forget_claims(0)
+
+    def _forget_claims(self, kept: int) -> None:
+        for row in self.unflushed[kept:]:
             if row.outcome in {None, Outcome.DELIVERED}:
                 row.claim, row.claimed_epoch, row.runs, row.outcome = None, None, max(row.runs - 1, 0), None
         self.unflushed.clear()
 
+    def standby(self) -> Standby:
+        """A standby that receives nothing more from now on."""
+        return Standby(self.primary, copy.deepcopy({name: getattr(self, name) for name in TABLES}))
+
+    def fail_over(self, standby: Standby | None = None, *, claims: int = 0, paces: Sequence[float] = ()) -> None:
+        """Promote a standby, and begin its term: no statement runs before that.
+
+        Nodes find out with their next statements (see ``wire``).
+
+        Args:
+            standby: None for one that has all that was confirmed.
+            claims: how many of those for whose commits nobody has waited it has.
+            paces: seconds that statements take for a while, there and back, one after the other.
+        """
+        if standby is not None:
+            for name, table in standby.tables.items():
+                setattr(self, name, table)
+        self._forget_claims(claims)
+        self.primary += 1
+        self._paces, self._paced_until = itertools.cycle(paces), self.clock.boottime() + PACED_SECONDS
+        self.begin_term()
+
+    def pace(self) -> float:
+        """Seconds that a statement, or a reply, is on its way."""
+        return next(self._paces, 0.0) if self.clock.boottime() < self._paced_until else 0.0
+
     def begin_term(self) -> None:
         """Another timeline, which has every commit of the former one: all numbers jump."""
+        self.term += 1
         self.term_position = max((row.position for row in self.requests.values()), default=0)
         for session in self.sessions.values():
             session.epoch += JUMP

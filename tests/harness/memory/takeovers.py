@@ -266,7 +266,7 @@ class MemoryLeaseTable:
 
     def listen(self, hear: Callable[[str], None]) -> None:
         """Open a line."""
-        self._line = self._cluster.channels[self._node] = self._cluster.number()
+        self._line = self._cluster.channels[self._node] = self._cluster.line_number()
         self._cluster.lines[self._line] = hear
 
     def notice(self) -> None:

@@ -21,8 +21,13 @@ UNFLUSHED = {
     "claimed_requests",
     "find_session",
     "inherited_requests",
+    "key_ring",
     "knows_stream",
+    "listen",
     "notify",
+    "owned",
+    "owners",
+    "own_state",
     "read_publications",
     "read_streams",
     "ready_nodes",
@@ -47,10 +52,35 @@ async def _open() -> None:
     return None
 
 
+def _nothing() -> None:
+    return None
+
+
+class MemoryTimeline:
+    """The timeline that a node's connections follow (see ``store.timeline``)."""
+
+    def __init__(self, cluster: MemoryCluster) -> None:
+        self._cluster = cluster
+        self.primary, self.term = cluster.primary, cluster.term
+        self.on_change: Callable[[], None] = _nothing
+
+    @property
+    def over(self) -> bool:
+        """Whether its connections are gone, since another server is the primary."""
+        return self.primary != self._cluster.primary
+
+    def follow(self) -> None:
+        """A new connection finds the server that is the primary now."""
+        if self.over:
+            self.primary, self.term = self._cluster.primary, self._cluster.term
+            self.on_change()
+
+
 class Wire:
     """One node's connections.
 
     Args:
+        timeline: what they follow.
         clock: the node's own time.
         running: returns when the node's process runs; a frozen one neither sends nor hears.
         gate: awaited before each write of an owner.
@@ -61,11 +91,12 @@ class Wire:
         cluster: MemoryCluster,
         node: NodeId,
         clock: Clock,
+        timeline: MemoryTimeline,
         *,
         running: Callable[[], Awaitable[None]] = _open,
         gate: Callable[[], Awaitable[None]] = _open,
     ) -> None:
-        self.cluster, self.node, self.clock = cluster, node, clock
+        self.cluster, self.node, self.clock, self.timeline = cluster, node, clock, timeline
         self.gate, self._running = gate, running
         self.is_cut = False
         """Whether the node cannot reach the database, though others can."""
@@ -102,6 +133,7 @@ class Wire:
         Raises:
             Lost: no reply came.
         """
+        begun = self.timeline.primary
         await self._running()
         self.cluster.issued(self.node, name)
         late = _due(self._late, name)
@@ -109,33 +141,41 @@ class Wire:
             self._haunt(work, late)
             raise Lost
         cut, event = _due(self._cuts, name), _due(self._events, name)
-        await self._travel(name)
+        await self._passes(self.takes.get(name, 0.0) + self.cluster.pace())
         if event is not None and event[0] is Cut.BEFORE:
             event[1]()
             await self._running()
-        if cut is Cut.BEFORE or not self._reaches():
+        if cut is Cut.BEFORE or not self._reaches() or not self._still_follows(begun):
             raise Lost
         result = work()
         if name not in UNFLUSHED:
             self.cluster.unflushed.clear()
-        await asyncio.sleep(0)
+        await self._passes(self.cluster.pace())
         if event is not None and event[0] is Cut.AFTER:
             event[1]()
-        if cut is Cut.AFTER or not self._reaches():
+        if cut is Cut.AFTER or not self._reaches() or self.cluster.primary != begun:
             raise Lost
         await self._running()
         return result
 
-    async def _travel(self, name: str) -> None:
-        seconds = self.takes.get(name)
-        await (asyncio.sleep(0) if seconds is None else self.cluster.clock.sleep(seconds))
+    async def _passes(self, seconds: float) -> None:
+        await (self.cluster.clock.sleep(seconds) if seconds else asyncio.sleep(0))
+
+    def _still_follows(self, begun: int) -> bool:
+        """Whether the primary is the one with which a statement was begun: no other one ever runs it."""
+        self.timeline.follow()
+        return self.timeline.primary == begun
 
     def _reaches(self) -> bool:
         return not self.is_cut and not self.cluster.away
 
     def _haunt(self, work: Callable[[], object], seconds: float) -> None:
+        primary = self.cluster.primary
+
         async def later() -> None:
             await self.cluster.clock.sleep(seconds)
+            if self.cluster.primary != primary:
+                return  # it went with the server
             with contextlib.suppress(PgmcpError):  # nobody hears that it is refused
                 work()
 
