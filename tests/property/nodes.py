@@ -31,7 +31,7 @@ from tests.harness.memory import MemoryCluster, MemoryTimeline, memory_store
 from tests.property.server import Tools
 
 if TYPE_CHECKING:
-    from pgmcp.store.secrets import KeyRing
+    from pgmcp.store.encryption.key_rings import KeyRing
     from pgmcp.store.timeline import Timeline
 
 ROOM = 100
