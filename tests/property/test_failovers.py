@@ -31,7 +31,7 @@ def test_a_synchronous_failover_costs_nothing(
         calls.append(scene.call(safe=False, seconds=4.0))
         for pause in [0.0] if again is None else [0.0, again]:
             scene.passes(pause)
-            scene.do(lambda: scene.world._spawn(scene.world.fails_over(away, claims=claims, paces=paces)))
+            scene.do(lambda: scene.world.spawn(scene.world.fails_over(away, claims=claims, paces=paces)))
             calls.append(scene.call(safe=False, seconds=1.0))
         scene.passes(12.0)
         scene.ends_well()

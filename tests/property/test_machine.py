@@ -201,7 +201,7 @@ class Cluster(RuleBasedStateMachine):
         which = self.world.owner(where)
         if which is not None and which is not to and to.alive and where.key is not None:
             key = where.key
-            self._do(lambda: self.world._spawn(which.give_away(key, to.node, busy=busy)))
+            self._do(lambda: self.world.spawn(which.give_away(key, to.node, busy=busy)))
 
     @precondition(lambda self: self._living() > 1)
     @rule(node=numbers)
@@ -262,7 +262,7 @@ class Cluster(RuleBasedStateMachine):
 
     @rule(away=promotions, claims=claims, paces=paces)
     def synchronous_standby_is_promoted(self, away: float, claims: int, paces: list[float]) -> None:
-        self._do(lambda: self.world._spawn(self.world.fails_over(away, claims=claims, paces=paces)))
+        self._do(lambda: self.world.spawn(self.world.fails_over(away, claims=claims, paces=paces)))
 
     @rule(session=numbers, statement=owners, where=st.sampled_from([Cut.BEFORE, Cut.AFTER]), claims=claims, paces=paces)
     def synchronous_standby_will_be_promoted_in_the_middle_of(

@@ -313,7 +313,7 @@ class World:
             if not self._fair:
                 await self.fails_over(away, standby, claims=claims, paces=paces)
 
-        self._spawn(later())
+        self.spawn(later())
 
     async def fails_over(
         self, away: float, standby: Standby | None = None, *, claims: int = 0, paces: Sequence[float] = ()
