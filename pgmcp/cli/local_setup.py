@@ -16,8 +16,6 @@ import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from importlib.machinery import PathFinder
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ from pgmcp.cli.options import arguments, environment, load
 from pgmcp.cli.signals import ended_by
 from pgmcp.embedded import EmbeddedPostgres, free_port
 from pgmcp.errors import PortTaken, SchemaInUse, SettingsError, TargetError
+from pgmcp.session.target import check
 from pgmcp.settings import Settings, variable
 from pgmcp.store.commands import identity
 from pgmcp.store.schema import migrations
@@ -81,7 +80,7 @@ def local_cluster(
         DatabaseUnavailable, SchemaError: of the migration.
     """
     settings = load(given)
-    _look_for(target)
+    check(target)
     # Until the event loop handles signals, the others unwind as Ctrl-C does, so that what was started is stopped.
     for signum in ended_by():
         signal.signal(signum, signal.default_int_handler)
@@ -114,27 +113,6 @@ def _schema(url: str, name: str, *, given: bool, passing: bool) -> Iterator[None
     finally:
         if passing:
             identity.remove(url, name)
-
-
-def _look_for(target: str) -> None:
-    """See to it that there is something to serve, before anything is started for it.
-
-    Raises:
-        TargetError: there is not.
-    """
-    name, colon, attribute = target.rpartition(":")
-    if not (name and colon and attribute):
-        message = f"The target {target!r} is not of the form module:attribute or path/to/file.py:attribute."
-        raise TargetError(message)
-    if name.endswith(".py"):
-        found, kind = Path(name).is_file(), "file"
-    else:
-        top = name.partition(".")[0]
-        found = bool(top) and (find_spec(top) or PathFinder.find_spec(top, [str(Path.cwd())])) is not None
-        kind = "module"
-    if not found:
-        message = f"The target {target!r} cannot be loaded: there is no {kind} {name} (looked for in {Path.cwd()})."
-        raise TargetError(message)
 
 
 def _ports(settings: Settings, count: int, report: Callable[[str], None]) -> tuple[socket.socket, list[int]]:

@@ -12,7 +12,6 @@ import click
 from pgmcp.cli.local import LocalCluster
 from pgmcp.cli.local_setup import example, local_cluster
 from pgmcp.cli.options import Grouped, factory_option, settings_options
-from pgmcp.session.target import check
 
 SNIPPET = """\
     import asyncio
@@ -49,7 +48,6 @@ def up(
     ends it with code 0; without --drain-notice there is none, since the entry port closes first.
     """
     target = target or example("everything")
-    check(target)
     with local_cluster(given, target, count, _report, data_dir) as (cluster, database):
         cluster.options += ["--factory"] if factory else []
         if not cluster.settings.database_url:

@@ -12,6 +12,8 @@ import difflib
 import inspect
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -169,20 +171,28 @@ def check(target: str) -> tuple[str, str]:
         The module or file, and the attribute.
 
     Raises:
-        TargetError: it is no name of a target, there is no such file, or it is not written in Python.
+        TargetError: it is no name of a target, there is no such file or package, or it is not written in Python.
     """
     name, colon, attribute = target.rpartition(":")
     if not colon or not name or not attribute:
         message = f"The target {target!r} is not of the form module:attribute or path/to/file.py:attribute."
         raise TargetError(message)
+    refused = f"The target {target!r} cannot be loaded"
     if name.endswith(".py"):
-        path, refused = Path(name).absolute(), f"The target {target!r} cannot be loaded"
+        path = Path(name).absolute()
         if not path.is_file():
             message = f"{refused}: there is no file {path}."
             raise TargetError(message)
         with told(refused):
             compile(path.read_bytes(), str(path), "exec", dont_inherit=True)
+    elif not _importable(name.partition(".")[0]):
+        message = f"{refused}: there is no module {name} in {Path.cwd()} or installed."
+        raise TargetError(message)
     return name, attribute
+
+
+def _importable(top: str) -> bool:
+    return bool(top) and (find_spec(top) or PathFinder.find_spec(top, [str(Path.cwd())])) is not None
 
 
 def _inside_package(path: Path) -> str:

@@ -101,11 +101,11 @@ def test_what_cannot_be_loaded_is_one_line(
 def test_what_can_be_seen_without_running_it_is_refused_at_once(folder: Path) -> None:
     (folder / "broken.py").write_text("\ndef broken(:\n")
     (folder / "fails.py").write_text("1 / 0\n")
-    for target in ("served_here", f"{folder}/nowhere.py:mcp", f"{folder}/broken.py:mcp"):
+    nowhere = (f"{folder}/nowhere.py:mcp", "no_such_module:mcp")
+    for target in ("served_here", *nowhere, f"{folder}/broken.py:mcp"):
         with pytest.raises(TargetError):
             check(target)
     check(f"{folder}/fails.py:mcp")
-    check("no_such_module:mcp")
 
 
 @pytest.mark.parametrize(
