@@ -215,12 +215,15 @@ class Database:
         try:
             limit = self.settings.statement_timeout
             async with self._turn(self._turns, limit), asyncio.timeout(limit):
-                connection = await self._pool.acquire()
+                connection = await self._connection(self._pool)
                 try:
                     await permitted(connection, self.settings.schema_name)
-                    return await understood(connection, self.settings.schema_name)
-                finally:
-                    await self._pool.release(connection)
+                    found = await understood(connection, self.settings.schema_name)
+                except BaseException:
+                    await self._throw_away(self._pool, connection)
+                    raise
+                self._idle.append(connection)
+                return found
         except (*TROUBLE, asyncpg.PostgresError) as error:
             raise unavailable(self.settings.database_url, error) from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import json
 import re
 from collections.abc import AsyncIterator, Iterator
@@ -229,3 +230,14 @@ async def test_no_statement_is_compiled(database: str) -> None:
             assert found["jit"] == "off"
             plan = await node.database.fetch(f"explain (analyze) {statement('history', 'pgmcp')}", None, None)
             assert not [row for row in plan if "JIT" in row[0]]
+
+
+async def test_a_look_at_the_schema_takes_a_connection_that_is_there(database: str) -> None:
+    """A node has no more connections than its pool may have, also when all of them are idle."""
+    ours = "datname = current_database() and application_name like 'pgmcp%' and application_name not like '%line'"
+    async with store(database, pool_size=3) as node:
+        with own_sql():
+            await asyncio.gather(*(node.database.fetch("select from pg_sleep(0.1)") for _ in range(3)))
+            await node.database.revision()
+            [found] = await node.database.fetch(f"select count(*) from pg_stat_activity where {ours}")
+    assert found["count"] == 3
