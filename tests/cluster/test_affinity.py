@@ -120,7 +120,7 @@ async def test_it_can_be_switched_off(database: str) -> None:
         assert told(await ping(session, node, "stale")) is None
 
 
-@pytest.mark.parametrize("name", ["knoten-ä", "a b", "a;b", "a\n", ""])
+@pytest.mark.parametrize("name", ["knoten-ä", "a b", "a;b", "a\n"])
 async def test_a_name_that_no_header_can_carry_is_refused(name: str) -> None:
     with pytest.raises(SettingsError, match="node_name"):
         Settings(node_name=name)

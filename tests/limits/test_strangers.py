@@ -7,6 +7,7 @@ import contextlib
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from urllib.parse import urlsplit
 
 import pytest
 from mcp.server.mcpserver import MCPServer
@@ -22,13 +23,28 @@ from tests.harness.cluster import RunningNode, cluster
 from tests.harness.waiting import eventually
 from tests.limits.conftest import Talker
 from tests.limits.test_admission import refused
-from tests.limits.test_slow_senders import sending
+from tests.limits.test_slow_senders import head
 
 BOMB = b'{"jsonrpc":"2.0","id":"bomb","method":"tools/call","params":{"name":"x","arguments":{"x":[%s]}}}' % b",".join(
     [b"[" * 90 + b"]" * 90] * 22_000
 )
 HELD = 0.25
 """Seconds of CPU for which nothing may hold the loop; of the bombs each was worth a second and more."""
+
+
+@contextlib.asynccontextmanager
+async def sending(
+    base: str, path: str, *headers: str
+) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """A POST of which only the headers are sent."""
+    at = urlsplit(base)
+    reader, writer = await asyncio.open_connection(at.hostname, at.port)
+    writer.write(head(base, path, *headers))
+    try:
+        yield reader, writer
+    finally:
+        writer.close()
+        await asyncio.gather(writer.wait_closed(), return_exceptions=True)
 
 
 @contextlib.asynccontextmanager
