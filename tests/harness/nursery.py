@@ -150,4 +150,5 @@ def _end_with(parent: int) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs the tests in the background ignores it
     _serve_orders()

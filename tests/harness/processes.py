@@ -31,6 +31,7 @@ ProcessT = TypeVar("ProcessT", bound="ManagedProcess")
 _DIE_WITH_PARENT = """
 import ctypes, os, signal, sys
 ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs the tests in the background ignores it
 if os.getppid() != int(sys.argv[1]):
     os._exit(1)
 os.execvp(sys.argv[2], sys.argv[2:])
