@@ -15,7 +15,7 @@ PROFILES = {
 
 
 FAILOVERS = {
-    "default": settings(QUIET, max_examples=60, derandomize=True, database=None),
+    "default": settings(QUIET, max_examples=25, derandomize=True, database=None),
     "thorough": settings(QUIET, max_examples=3000),
 }
 

@@ -199,9 +199,8 @@ class Cluster(RuleBasedStateMachine):
     def owner_gives_a_session_away(self, session: int, node: int, busy: bool) -> None:
         where, to = self._session(session), self._node(node)
         which = self.world.owner(where)
-        if which is not None and which is not to and to.alive and where.key is not None:
-            key = where.key
-            self._do(lambda: self.world.spawn(which.give_away(key, to.node, busy=busy)))
+        if which is not None and which is not to and to.alive:
+            self._do(lambda: self.world.spawn(self.world.give_away(where, which, to, busy=busy)))
 
     @precondition(lambda self: self._living() > 1)
     @rule(node=numbers)

@@ -88,7 +88,7 @@ class SimSession:
     ended: bool = False
     established: bool = False
     changed_at: float = -math.inf
-    """When it last got another owner, or a failover lost anything of it."""
+    """When it last got another owner, or was to get one, or a failover lost anything of it."""
 
 
 class World:
@@ -257,6 +257,14 @@ class World:
         if known and any(event.seq <= known[-1].seq for event in now[len(left) :]):
             self.wrong.append(f"call {call.rpc_id}: what comes after what was read has no greater number")
         call.read = known + now[len(left) :]
+
+    async def give_away(self, session: SimSession, node: SimNode, to: SimNode, *, busy: bool) -> None:
+        """A node hands a session over; if that is refused, it restores the session itself."""
+        if session.key is not None:
+            try:
+                await node.give_away(session.key, to.node, busy=busy)
+            finally:
+                session.changed_at = self.clock.now
 
     # -- weather -----------------------------------------------------------------------------------------------------
 
