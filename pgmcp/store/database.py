@@ -365,7 +365,7 @@ class Database:
             try:
                 async with asyncio.timeout(max(0.0, end - self.clock.boottime())):
                     return await call()
-            except (*TROUBLE, *CONTENTION, *MISSING) as error:
+            except (*TROUBLE, *CONTENTION, *ANSWERED) as error:
                 if self.clock.boottime() >= end:
                     raise unavailable(self.settings.database_url, error) from error
             except asyncpg.PostgresError as error:

@@ -167,6 +167,24 @@ async def test_a_node_without_its_rights_says_which_and_what_to_run(
         assert caplog.text == "", "one line, which whoever starts the node gets"
 
 
+async def test_a_node_whose_rights_are_taken_away_goes_on_when_it_has_them_again(
+    database: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with roles(database, "runtime", "reader") as made:
+        await made.run(printed(made))
+        name = made.names["runtime"]
+        async with running_node(made.url("runtime"), everything(), "n1", Clock()) as node, RawSession() as session:
+            await session.open(node.url)
+            for taken in ("insert, update on pgmcp.requests", "insert on pgmcp.events"):
+                await made.run(f"revoke {taken} from {name}")
+                call = asyncio.create_task(session.call_tool(node.url, "count"))
+                done, _ = await asyncio.wait({call}, timeout=1.5)
+                assert not done, call.exception() or call.result()
+                await made.run(f"grant {taken} to {name}")
+                assert not (await call)["isError"]
+    assert [record.getMessage() for record in caplog.records if "session" in record.getMessage()] == []
+
+
 def test_the_rights_are_those_to_all_tables_and_to_what_statements_call() -> None:
     assert set(rights.WRITTEN) == set(metadata.tables)
     called = {found for name in names() for found in re.findall(r'"x"\.(\w+)\(', statement(name, "x"))}
