@@ -101,4 +101,5 @@ def listed(value: str, allowed: Collection[str]) -> bool:
     """Whether a host or an origin is one of those, which may leave the port open (``:*``)."""
     if value in allowed:
         return True
-    return any(each.endswith(":*") and value.startswith(each[:-1]) for each in allowed)
+    name, _, port = value.rpartition(":")
+    return port.isascii() and port.isdigit() and f"{name}:{ANY}" in allowed

@@ -41,6 +41,8 @@ EVIL, APP = "http://evil.example", "https://app.example"
         ({"cors_origins": APP}, "localhost:8000", EVIL, 403),
         ({"cors_origins": "*"}, "localhost:8000", EVIL, None),
         ({"cors_origins": "*"}, "evil.example", EVIL, 421),
+        ({"cors_origins": "http://localhost:*"}, "localhost:1", "http://localhost:80.evil.example", 403),
+        ({}, "localhost:80.evil.example", "", 421),
         ({"host": "0.0.0.0", "cors_origins": APP}, "any.example", EVIL, 403),
         ({"host": "0.0.0.0", "cors_origins": APP}, "any.example", APP, None),
     ],
