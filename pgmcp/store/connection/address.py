@@ -107,6 +107,8 @@ def place(url: str) -> str:
     except AddressUnread:
         return f"PostgreSQL at the address in {url.removeprefix(IN_FILE)}"
     parts = _parts(url)
+    if not parts.scheme:  # perhaps a libpq string, "host=… password=…"
+        return "PostgreSQL at the given address"
     hosts, path = parts.hosts or dict(parse_qsl(parts.query)).get("host", ""), parts.path
     if "@" in url[len(parts.scheme + parts.login) :] and _IN_QUERY.search(url) is None:
         # The password has an unescaped slash or question mark: it must not show either.
