@@ -23,6 +23,13 @@ class AddressUnread(OSError):
     """The address lies in a file that cannot be read now; those who wait for the database try again."""
 
 
+class AddressMalformed(AddressUnread):
+    """It can be read, and is none: the file may be written anew. The driver's text is not told, it may quote it."""
+
+    def __init__(self) -> None:
+        super().__init__("the database's address is malformed")
+
+
 @dataclass(frozen=True, slots=True)
 class _Parts:
     scheme: str
