@@ -13,11 +13,12 @@ import pytest
 from starlette.applications import Starlette
 
 from pgmcp import Cluster
+from pgmcp.cli.workers import supervise
 from pgmcp.clock import Clock
 from pgmcp.errors import DatabaseUnavailable, LoginRefused, PgmcpError, PortTaken, SettingsError
 from pgmcp.node import Node
 from pgmcp.node.first_connection import connect
-from pgmcp.node.server import own_sockets
+from pgmcp.node.server import own_sockets, shared_socket
 from pgmcp.settings import Settings
 from pgmcp.store.database import Database
 from tests.harness.cluster import everything
@@ -165,6 +166,11 @@ def test_the_port_is_taken_or_the_reason_is_said() -> None:
             assert f"Port {port} of {host} is in use" in str(error)
     for host in ("192.0.2.1", "no-such-host.invalid", "a..b"):
         assert isinstance(refusal(host=host, port=port), SettingsError)
+    with shared_socket(Settings(port=0)) as others:
+        others.listen()
+        port = others.getsockname()[1]
+        with pytest.raises(PortTaken, match=f"Port {port} .* is in use"):
+            supervise(Settings(port=port), [], {}, 2)
     taken = own_sockets(Settings(host="localhost", port=0))
     try:
         assert len({each.getsockname()[1] for each in taken}) == 1, "one port for all addresses of a host"
