@@ -88,6 +88,11 @@ def host_rules(settings: Settings) -> HostRules:
 
 def unprotected(settings: Settings) -> str | None:
     """What to tell the operator of a node that answers under any name and to any web page; None for another one."""
+    if settings.host in LOOPBACK and ANY in settings.cors_origins:
+        return (
+            "any web page that somebody on this machine opens may call this node and read its answers "
+            "(--cors-origins *): list the pages that may"
+        )
     pages = settings.allowed_origins or (settings.cors_origins and ANY not in settings.cors_origins)
     if settings.host in LOOPBACK or settings.allowed_hosts or pages:
         return None
