@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from pgmcp.errors import SettingsError
@@ -52,7 +52,18 @@ def written(duration: float) -> str:
     return f"{duration / UNITS[unit]:g}{unit}"
 
 
-Seconds = Annotated[float, BeforeValidator(seconds)]
+LONGEST = 36_500 * UNITS["d"]
+"""Seconds of the longest duration: PostgreSQL's and Python's times reach as far, and nothing here lasts longer."""
+
+
+def _bounded(duration: float) -> float:
+    if duration > LONGEST:
+        message = f"the longest duration is {written(LONGEST)}"
+        raise ValueError(message)
+    return duration
+
+
+Seconds = Annotated[float, BeforeValidator(seconds), AfterValidator(_bounded)]
 """A duration."""
 
 IN_FILE = "file:"

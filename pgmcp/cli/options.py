@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Collection, Mapping
+from decimal import Decimal
 from functools import wraps
 from typing import Any, Literal, get_args, get_origin
 
@@ -144,8 +145,12 @@ def arguments(given: Mapping[str, Any]) -> list[str]:
         if isinstance(value, bool):
             parts.append(flag(name) if value else _no(name))
         else:
-            parts += [flag(name), ",".join(value) if isinstance(value, tuple) else str(value)]
+            parts += [flag(name), ",".join(value) if isinstance(value, tuple) else _argument(value)]
     return parts
+
+
+def _argument(value: object) -> str:
+    return f"{Decimal(str(value)):f}" if isinstance(value, float) else str(value)  # durations have no exponents
 
 
 def environment(given: Mapping[str, Any]) -> dict[str, str]:

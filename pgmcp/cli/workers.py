@@ -26,7 +26,7 @@ from pgmcp.cli.options import PGMCP
 from pgmcp.cli.signals import ended_by
 from pgmcp.clock import Clock
 from pgmcp.embedded import bound_to_parent
-from pgmcp.node import host_name, shared_socket
+from pgmcp.node import host_name, own_sockets, shared_socket
 from pgmcp.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -119,7 +119,14 @@ def supervise(settings: Settings, arguments: Sequence[str], environment: Mapping
 
     Returns:
         the exit code: 0 after an orderly stop, else that of the worker that could not start.
+
+    Raises:
+        PortTaken: somebody listens on the port, also who would share it: another server's workers.
+        SettingsError: there is no such address here.
     """
+    if settings.port:
+        for alone in own_sockets(settings):
+            alone.close()
     with shared_socket(settings) as held:
         port = held.getsockname()[1]
         command = [*PGMCP, "serve", *arguments, "--shared-port"]

@@ -38,30 +38,36 @@ async def connect(database: Database, clock: Clock, seconds: float) -> str:
         stopped.set()
 
     with Signals(stop, stopped.set):
-        while True:
-            try:
-                await database.open()
-                revision = await database.revision()
-            except LoginRefused:
-                raise
-            except DatabaseUnavailable as error:
-                await database.close()
-                left = began + seconds - clock.boottime()
-                if left <= 0:
-                    raise _given_up(error, seconds) from error
-                if not waiting:
-                    waiting = True
-                    logger.warning("%s This node waits for it, %g s at most (--wait).", error, seconds)
-                if await clock.wait(stopped, min(left, PAUSE_SECONDS)):
-                    message = "This node was told to stop while it waited for the database."
-                    raise DatabaseUnavailable(message) from error
-            else:
+        while isinstance(found := await _opened(database), DatabaseUnavailable):
+            left = began + seconds - clock.boottime()
+            if left <= 0:
+                raise _given_up(found, seconds) from found
+            if not waiting:
+                waiting = True
+                logger.warning("%s This node waits for it, %g s at most (--wait).", found, seconds)
+            if await clock.wait(stopped, min(left, PAUSE_SECONDS)):
                 break
+    if stopped.is_set() or isinstance(found, DatabaseUnavailable):  # also while it connected: nothing is begun any more
+        message = "This node was told to stop while it waited for the database."
+        raise DatabaseUnavailable(message)
     if waiting:
         logger.warning("the database answers after %.1f s: this node starts", clock.boottime() - began)
-    return revision
+    return found
+
+
+async def _opened(database: Database) -> str | DatabaseUnavailable:
+    """The schema's revision; or why the database is away, which may pass."""
+    try:
+        await database.open()
+        return await database.revision()
+    except LoginRefused:
+        raise
+    except DatabaseUnavailable as error:
+        await database.close()
+        return error
 
 
 def _given_up(error: DatabaseUnavailable, seconds: float) -> DatabaseUnavailable:
+    """The last error, of its own kind: tables that are not there are not a database that is away."""
     waited = f" This node has waited {seconds:g} s for it (--wait)." if seconds else ""
-    return DatabaseUnavailable(f"{error}{waited}")
+    return type(error)(f"{error}{waited}")

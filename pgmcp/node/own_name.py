@@ -38,8 +38,14 @@ def named(settings: Settings, holder: object) -> tuple[Settings, Callable[[], ob
 
 
 def _hold(name: str, holder: object) -> Callable[[], object] | None:
-    """Take a name for the holder; None where somebody else has it. It is given up with the holder, or the process."""
-    taken = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    """Take a name for the holder; None where somebody else has it, or names cannot be held.
+
+    It is given up with the holder, or the process.
+    """
+    try:
+        taken = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    except OSError:  # a sandbox may have none (RestrictAddressFamilies)
+        return None
     try:
         taken.bind(f"\0pgmcp/{name}")  # in no file system: there is nothing to clean up
     except OSError:

@@ -61,7 +61,7 @@ def shared_socket(settings: Settings) -> socket.socket:
     shared.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     try:
         shared.bind((settings.host, settings.port))
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         shared.close()
         raise _refused(settings, error) from error
     return shared
@@ -95,14 +95,16 @@ def own_sockets(settings: Settings) -> list[socket.socket]:
                 port = own.getsockname()[1]
         if absent is not None and not taken:
             raise absent
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         for own in taken:
             own.close()
         raise _refused(settings, error) from error
     return taken
 
 
-def _refused(settings: Settings, error: OSError) -> PgmcpError:
+def _refused(settings: Settings, error: OSError | UnicodeError) -> PgmcpError:
+    if isinstance(error, UnicodeError):  # of the host's name
+        return SettingsError(f"{settings.host!r} is no name of a host: choose another --host.")
     if error.errno == errno.EADDRINUSE:
         return PortTaken(
             f"Port {settings.port} of {settings.host} is in use: another process listens there. Stop that, or choose "

@@ -24,7 +24,7 @@ from pgmcp.clock import Clock, Ids
 from pgmcp.errors import DatabaseUnavailable, LoginRefused, PgmcpError, RightsMissing, SchemaGone, SettingsError
 from pgmcp.settings import Settings
 from pgmcp.store.connection import primary
-from pgmcp.store.connection.address import AddressUnread, place
+from pgmcp.store.connection.address import AddressMalformed, AddressUnread, place
 from pgmcp.store.connection.encoding import Encoding, encoding_of, read_unescaped
 from pgmcp.store.connection.error_text import REFUSALS, error_text
 from pgmcp.store.connection.one_shot import MALFORMED
@@ -48,8 +48,10 @@ TROUBLE = (
     asyncpg.InsufficientResourcesError,
     asyncpg.ReadOnlySQLTransactionError,
     asyncpg.InvalidSQLStatementNameError,
+    asyncpg.InvalidAuthorizationSpecificationError,
+    asyncpg.InvalidCatalogNameError,
 )
-"""The database could not be asked; the same statement may be sent again."""
+"""The database could not be asked, perhaps for want of a login; the same statement may be sent again."""
 
 MISSING = (
     asyncpg.UndefinedTableError,
@@ -130,7 +132,7 @@ class Database:
                 **options,
             )
             self._idle.append(await self._connection(self._pool))
-        except (*TROUBLE, asyncpg.PostgresError, ValueError) as error:
+        except (*TROUBLE, asyncpg.PostgresError) as error:
             raise self._refusal(self.settings.database_url, error) from error
         await self._refuse_pooler()
 
@@ -147,7 +149,7 @@ class Database:
                         pooled = await transaction_pooled(line, url)
                     finally:
                         line.terminate()
-        except (*TROUBLE, asyncpg.PostgresError, ValueError) as error:
+        except (*TROUBLE, asyncpg.PostgresError) as error:
             raise self._refusal(url, error) from error
         if pooled:
             raise _pooler(url)
@@ -155,11 +157,9 @@ class Database:
     def _refusal(self, url: str, error: BaseException) -> PgmcpError:
         """Why the node cannot start; what only poolers say is said as such."""
         if isinstance(error, AddressUnread):
-            return SettingsError(f"No database: {error}.")
+            return SettingsError(MALFORMED if isinstance(error, AddressMalformed) else f"No database: {error}.")
         if isinstance(error, asyncpg.InsufficientPrivilegeError):
             return RightsMissing(str(unavailable(url, error)))
-        if isinstance(error, ValueError):
-            return SettingsError(MALFORMED)  # its text may quote parts of the password
         lost = isinstance(error, (asyncpg.InvalidSQLStatementNameError, asyncpg.DuplicatePreparedStatementError))
         startup = isinstance(error, asyncpg.ProtocolViolationError) and "startup parameter" in str(error)
         return _pooler(url) if startup or (lost and url == self.settings.line_url) else unavailable(url, error)
@@ -365,7 +365,7 @@ class Database:
             try:
                 async with asyncio.timeout(max(0.0, end - self.clock.boottime())):
                     return await call()
-            except (*TROUBLE, *CONTENTION, *MISSING) as error:
+            except (*TROUBLE, *CONTENTION, *ANSWERED) as error:
                 if self.clock.boottime() >= end:
                     raise unavailable(self.settings.database_url, error) from error
             except asyncpg.PostgresError as error:

@@ -30,7 +30,7 @@ import asyncpg
 from pgmcp.clock import Clock
 from pgmcp.errors import DatabaseUnavailable, PgmcpError
 from pgmcp.store.connection.error_text import error_text
-from pgmcp.store.database import BACKOFF_SECONDS, CONTENTION, MISSING, TROUBLE
+from pgmcp.store.database import ANSWERED, BACKOFF_SECONDS, CONTENTION, TROUBLE
 from pgmcp.store.statements import LockWait
 
 logger = logging.getLogger(__name__)
@@ -201,7 +201,7 @@ class GroupCommit(Generic[Row, Result]):
             if confirm:
                 await self._send(rows, lock_wait)
             results = await self._send(rows, lock_wait)
-        except (*TROUBLE, *CONTENTION, *MISSING) as error:
+        except (*TROUBLE, *CONTENTION, *ANSWERED) as error:
             return error
         except asyncpg.PostgresError as error:
             if len(batch) > 1:

@@ -19,7 +19,6 @@ channels, and whoever listens reads all of it), the node listens to nothing, and
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import socket
 from collections.abc import Callable, Coroutine
@@ -34,7 +33,8 @@ from pgmcp.errors import DatabaseUnavailable
 from pgmcp.service import Service
 from pgmcp.settings import Settings
 from pgmcp.store.channel_allowance import Allowance
-from pgmcp.store.connection.error_text import error_text
+from pgmcp.store.connection.address import AddressUnread
+from pgmcp.store.connection.error_text import REFUSALS, error_text
 from pgmcp.store.database import ANSWERED, TROUBLE, Database, unavailable
 from pgmcp.store.notifier import channel
 from pgmcp.store.statements import statement
@@ -148,7 +148,7 @@ class Line(Service):
         """
         try:
             await self._connect()
-        except (*TROUBLE, asyncpg.PostgresError, ValueError) as error:
+        except (*TROUBLE, asyncpg.PostgresError) as error:
             message = f"The line to PostgreSQL cannot be opened ({error_text(error)}). Check --listen-url."
             raise DatabaseUnavailable(message) from error
 
@@ -246,12 +246,13 @@ class Line(Service):
 
     async def _stay_open(self) -> None:
         """Probe the line, and open it again when it is lost, for ever."""
-        tries = 0
+        tries, told = 0, set[str]()
         while True:
             if await self._alive():
                 if tries and not self._jammed.is_set():
                     logger.warning("the line to PostgreSQL is open again")
                 tries = 0
+                told.clear()
                 continue
             if not tries and not self._jammed.is_set():
                 logger.warning("the line to PostgreSQL was lost (%s); the node polls until it is open again", self._why)
@@ -259,8 +260,13 @@ class Line(Service):
             self._tell_lost()
             await self._clock.sleep(self._ids.jitter(REOPEN_SECONDS[min(tries, len(REOPEN_SECONDS) - 1)]))
             tries += 1
-            with contextlib.suppress(*TROUBLE, asyncpg.PostgresError):
+            try:
                 await self._connect()
+            except (*TROUBLE, asyncpg.PostgresError) as error:
+                reason = error_text(error)
+                if isinstance(error, (*REFUSALS, AddressUnread)) and reason not in told:  # trying again mends nothing
+                    told.add(reason)
+                    logger.warning("the line to PostgreSQL cannot be opened, until this is mended: %s", reason)
 
     async def _alive(self) -> bool:
         """Wait until the next probe is due or the line is lost, then probe."""

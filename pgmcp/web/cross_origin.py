@@ -6,9 +6,9 @@ page can read refusals, too. What comes from other pages goes on as if it were n
 
 from __future__ import annotations
 
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pgmcp.settings import Settings
 from pgmcp.web.hosts import ANY, listed
@@ -43,9 +43,20 @@ class CrossOrigin(CORSMiddleware):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer an exchange."""
-        origin = Headers(scope=scope).get("origin") if scope["type"] == "http" else None
-        known = origin is not None and self.is_allowed_origin(origin)
-        await (super().__call__ if known else self.app)(scope, receive, send)
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        origin = Headers(scope=scope).get("origin")
+        if origin is not None and self.is_allowed_origin(origin):
+            await super().__call__(scope, receive, send)
+            return
+
+        async def varying(message: Message) -> None:
+            if message["type"] == "http.response.start":  # no cache gives a listed page what lacks its header
+                MutableHeaders(scope=message).add_vary_header("Origin")
+            await send(message)
+
+        await self.app(scope, receive, varying)
 
 
 def cross_origin(app: ASGIApp, settings: Settings) -> ASGIApp:

@@ -88,6 +88,11 @@ def host_rules(settings: Settings) -> HostRules:
 
 def unprotected(settings: Settings) -> str | None:
     """What to tell the operator of a node that answers under any name and to any web page; None for another one."""
+    if settings.host in LOOPBACK and ANY in settings.cors_origins:
+        return (
+            "any web page that somebody on this machine opens may call this node and read its answers "
+            "(--cors-origins *): list the pages that may"
+        )
     pages = settings.allowed_origins or (settings.cors_origins and ANY not in settings.cors_origins)
     if settings.host in LOOPBACK or settings.allowed_hosts or pages:
         return None
@@ -101,4 +106,5 @@ def listed(value: str, allowed: Collection[str]) -> bool:
     """Whether a host or an origin is one of those, which may leave the port open (``:*``)."""
     if value in allowed:
         return True
-    return any(each.endswith(":*") and value.startswith(each[:-1]) for each in allowed)
+    name, _, port = value.rpartition(":")
+    return port.isascii() and port.isdigit() and f"{name}:{ANY}" in allowed

@@ -136,6 +136,8 @@ async def test_a_listed_page_connects_and_others_do_not(node: RunningNode) -> No
         # Anybody may read it, says the SDK; what is not listed here goes on to where it says so.
         found = await http.get(f"{node.url}{METADATA}", headers={"mcp-protocol-version": "2025-11-25"})
         assert found.status_code == 200
+    async with httpx2.AsyncClient() as straight:  # what a cache keeps of others is not for a listed page
+        assert (await straight.get(f"{node.url}/livez")).headers["vary"] == "Origin"
 
 
 async def test_without_the_setting_no_page_of_another_origin_connects(database: str) -> None:

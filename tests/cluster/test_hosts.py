@@ -41,6 +41,8 @@ EVIL, APP = "http://evil.example", "https://app.example"
         ({"cors_origins": APP}, "localhost:8000", EVIL, 403),
         ({"cors_origins": "*"}, "localhost:8000", EVIL, None),
         ({"cors_origins": "*"}, "evil.example", EVIL, 421),
+        ({"cors_origins": "http://localhost:*"}, "localhost:1", "http://localhost:80.evil.example", 403),
+        ({}, "localhost:80.evil.example", "", 421),
         ({"host": "0.0.0.0", "cors_origins": APP}, "any.example", EVIL, 403),
         ({"host": "0.0.0.0", "cors_origins": APP}, "any.example", APP, None),
     ],
@@ -58,6 +60,8 @@ def test_only_a_node_on_a_public_address_without_lists_is_unprotected() -> None:
     assert unprotected(Settings(host="0.0.0.0", allowed_hosts="a")) is None
     assert unprotected(Settings(host="0.0.0.0", allowed_origins="a")) is None
     assert unprotected(Settings(host="0.0.0.0", cors_origins="a")) is None
+    assert unprotected(Settings(cors_origins="http://localhost:*")) is None
+    assert "any web page that somebody on this machine opens" in str(unprotected(Settings(cors_origins="*")))
     assert unprotected(Settings(host="0.0.0.0", cors_origins="*")) is not None
     assert "0.0.0.0" in (unprotected(Settings(host="0.0.0.0")) or "")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import socket
 import traceback
 from typing import Any
@@ -12,10 +13,14 @@ import pytest
 from starlette.applications import Starlette
 
 from pgmcp import Cluster
+from pgmcp.cli.workers import supervise
+from pgmcp.clock import Clock
 from pgmcp.errors import DatabaseUnavailable, LoginRefused, PgmcpError, PortTaken, SettingsError
 from pgmcp.node import Node
-from pgmcp.node.server import own_sockets
+from pgmcp.node.first_connection import connect
+from pgmcp.node.server import own_sockets, shared_socket
 from pgmcp.settings import Settings
+from pgmcp.store.database import Database
 from tests.harness.cluster import everything
 from tests.harness.proxy import proxied
 from tests.harness.waiting import eventually
@@ -61,6 +66,27 @@ async def test_it_waits_no_longer_than_it_was_told(database: str, caplog: pytest
             async with node(address, wait=0).running():
                 pytest.fail("it started")
         assert warnings(caplog) == []
+
+
+async def test_who_was_told_to_stop_while_it_connected_begins_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))  # the HTTP server's
+    database = Database(Settings(database_url="postgresql://h/db"), Clock())
+
+    async def open_slowly() -> None:
+        signal.raise_signal(signal.SIGTERM)
+        await eventually(lambda: heard, "it is handed to the server")
+
+    async def revision() -> str:
+        return "1"
+
+    monkeypatch.setattr(database, "open", open_slowly)
+    monkeypatch.setattr(database, "revision", revision)
+    try:
+        with pytest.raises(DatabaseUnavailable, match="told to stop"):
+            await connect(database, Clock(), 60)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 async def started(app: Any) -> list[dict[str, Any]]:
@@ -138,8 +164,13 @@ def test_the_port_is_taken_or_the_reason_is_said() -> None:
             error = refusal(host=host, port=port)
             assert isinstance(error, PortTaken)
             assert f"Port {port} of {host} is in use" in str(error)
-    for host in ("192.0.2.1", "no-such-host.invalid"):
+    for host in ("192.0.2.1", "no-such-host.invalid", "a..b"):
         assert isinstance(refusal(host=host, port=port), SettingsError)
+    with shared_socket(Settings(port=0)) as others:
+        others.listen()
+        port = others.getsockname()[1]
+        with pytest.raises(PortTaken, match=f"Port {port} .* is in use"):
+            supervise(Settings(port=port), [], {}, 2)
     taken = own_sockets(Settings(host="localhost", port=0))
     try:
         assert len({each.getsockname()[1] for each in taken}) == 1, "one port for all addresses of a host"

@@ -7,6 +7,7 @@ import re
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import asyncpg
@@ -16,6 +17,7 @@ from click.testing import CliRunner
 from pgmcp.cli.db import db
 from pgmcp.clock import Clock
 from pgmcp.errors import DatabaseUnavailable, RightsMissing, SchemaError
+from pgmcp.node import Node
 from pgmcp.settings import Settings
 from pgmcp.store.commands import views
 from pgmcp.store.database import Database
@@ -23,7 +25,7 @@ from pgmcp.store.schema import migrations, rights
 from pgmcp.store.schema.tables import FUNCTIONS, VIEWS, metadata
 from pgmcp.store.statements import names, statement
 from tests.harness.clients import RawSession
-from tests.harness.cluster import everything, running_node
+from tests.harness.cluster import everything, running_node, serving
 from tests.harness.stores import IDS
 
 
@@ -165,6 +167,61 @@ async def test_a_node_without_its_rights_says_which_and_what_to_run(
             await pool.ask("drain_node", IDS.uuid())  # as in a node that runs
         await pool.close()
         assert caplog.text == "", "one line, which whoever starts the node gets"
+
+
+async def test_a_node_whose_rights_or_login_are_taken_away_goes_on_when_it_has_them_again(
+    database: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with roles(database, "runtime", "reader") as made:
+        await made.run(printed(made))
+        name = made.names["runtime"]
+        hang_up = f"select pg_terminate_backend(pid) from pg_stat_activity where usename = '{name}'"
+        steps = {
+            f"revoke insert, update on pgmcp.requests from {name}": f"grant insert, update on pgmcp.requests to {name}",
+            f"revoke insert on pgmcp.events from {name}": f"grant insert on pgmcp.events to {name}",
+            f"alter role {name} password 'y'; {hang_up}": f"alter role {name} password 'x'",
+        }
+        async with running_node(made.url("runtime"), everything(), "n1", Clock()) as node, RawSession() as session:
+            await session.open(node.url)
+            for taken, given in steps.items():
+                await made.run(taken)
+                call = asyncio.create_task(session.call_tool(node.url, "count"))
+                done, _ = await asyncio.wait({call}, timeout=1.5)
+                assert not done, call.exception() or call.result()
+                await made.run(given)
+                assert not (await call)["isError"]
+    said = [record.getMessage() for record in caplog.records if record.levelname in {"WARNING", "ERROR"}]
+    refused = [line for line in said if line.startswith("the line to PostgreSQL cannot be opened, until")]
+    assert len(refused) == 1, said
+    assert "password authentication failed" in refused[0]
+    assert [line for line in said if "session" in line or "expected" in line] == []
+
+
+async def test_an_address_that_becomes_malformed_is_waited_for_and_its_text_is_not_told(
+    database: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "address"
+    file.write_text(database)
+    hang_up = "select pg_terminate_backend(pid) from pg_stat_activity where application_name like 'pgmcp n1%'"
+    other = await asyncpg.connect(database)
+    node = Node(Settings(node_name="n1", port=0, database_url_file=str(file)), everything())
+    async with serving(node.application()) as url:
+        incarnation = node.incarnation().node_id
+        async with RawSession() as session:
+            await session.open(url)
+            for wrong in ("postgresql://user:se/cret@host/db", "postgresql://user:secret@host:99999/db"):
+                file.write_text(wrong)
+                await other.execute(hang_up)
+                call = asyncio.create_task(session.call_tool(url, "count"))
+                done, _ = await asyncio.wait({call}, timeout=1.5)
+                assert not done, call.exception() or call.result()
+                file.write_text(database)
+                assert not (await call)["isError"]
+        assert node.incarnation().node_id == incarnation, "it was never out of the cluster"
+    await other.close()
+    assert "cannot be opened, until this is mended: AddressMalformed" in caplog.text
+    assert "expected" not in caplog.text
+    assert "cret" not in caplog.text
 
 
 def test_the_rights_are_those_to_all_tables_and_to_what_statements_call() -> None:

@@ -49,6 +49,7 @@ def test_each_server_has_an_address_of_its_own(url: str, each: list[str] | None)
         ("postgresql://u:se/secret@a:1,b:2/db?x=y", "a:1,b:2/db"),
         ("postgresql://a/db?password=p@secret", "a/db"),
         ("postgresql://u:secret/db", "the given address"),
+        ("host=h password=secret dbname=db", "the given address"),
         ("postgresql://", "the default place"),
         ("postgresql:///db", "db"),
     ],

@@ -19,6 +19,7 @@ from pgmcp.cli.options import GROUPS, arguments, load, settings_options
         ({"access_log": False}, ["--no-access-log"]),
         ({"allowed_hosts": ("a", "b"), "port": 1}, ["--allowed-hosts", "a,b", "--port", "1"]),
         ({"max_age": 2592000.0}, ["--max-age", "2592000.0"]),
+        ({"poll": 0.00001}, ["--poll", "0.00001"]),
         ({"database_url": "postgresql://user:secret@host/db"}, []),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from typing import Any
@@ -32,6 +33,14 @@ def test_the_first_on_a_host_has_its_name_until_it_ends(monkeypatch: pytest.Monk
     assert named(settings, second)[0].node_name == host_name()
     del second
     assert named(settings, first)[0].node_name == host_name()
+
+
+def test_where_no_name_can_be_held_a_node_has_its_process_in_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
+
+    monkeypatch.setattr(socket, "socket", refused)
+    assert named(Settings(), Holder())[0].node_name.endswith(f"-{os.getpid()}")
 
 
 @pytest.mark.parametrize(

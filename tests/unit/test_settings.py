@@ -42,6 +42,13 @@ def test_durations_have_units(given: Any, seconds: float, monkeypatch: pytest.Mo
     assert Settings(idle_timeout=written(seconds)).idle_timeout == seconds
 
 
+@pytest.mark.parametrize("given", ["1e3", "-1s", "nan", "inf", "", "5M", float("inf"), float("nan"), "36501d"])
+def test_what_is_no_duration_is_refused(given: Any) -> None:
+    for name in ("key_rotation", "wait"):
+        with pytest.raises(SettingsError, match=name):
+            Settings(**{name: given})
+
+
 def test_variables_that_nobody_reads_are_named() -> None:
     assert unknown_variables(["PGMCP_SCHEMA", "PGMCP_WORKERS", "PGMCP_PG_BIN", "PATH", "PGMCP"]) == []
     near, far = unknown_variables(["PGMCP_RETENTON", "PGMCP_X"])

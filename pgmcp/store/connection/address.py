@@ -23,6 +23,13 @@ class AddressUnread(OSError):
     """The address lies in a file that cannot be read now; those who wait for the database try again."""
 
 
+class AddressMalformed(AddressUnread):
+    """It can be read, and is none: the file may be written anew. The driver's text is not told, it may quote it."""
+
+    def __init__(self) -> None:
+        super().__init__("the database's address is malformed")
+
+
 @dataclass(frozen=True, slots=True)
 class _Parts:
     scheme: str
@@ -107,6 +114,8 @@ def place(url: str) -> str:
     except AddressUnread:
         return f"PostgreSQL at the address in {url.removeprefix(IN_FILE)}"
     parts = _parts(url)
+    if not parts.scheme:  # perhaps a libpq string, "host=… password=…"
+        return "PostgreSQL at the given address"
     hosts, path = parts.hosts or dict(parse_qsl(parts.query)).get("host", ""), parts.path
     if "@" in url[len(parts.scheme + parts.login) :] and _IN_QUERY.search(url) is None:
         # The password has an unescaped slash or question mark: it must not show either.

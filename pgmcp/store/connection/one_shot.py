@@ -16,7 +16,7 @@ import asyncpg
 
 from pgmcp.errors import DatabaseUnavailable, LoginRefused, PgmcpError, SchemaError, SchemaInUse, SettingsError
 from pgmcp.store.connection import primary
-from pgmcp.store.connection.address import AddressUnread, place
+from pgmcp.store.connection.address import AddressMalformed, AddressUnread, place
 from pgmcp.store.connection.encoding import read_unescaped
 from pgmcp.store.connection.error_text import REFUSALS
 
@@ -76,11 +76,10 @@ async def connect(database_url: str) -> asyncpg.Connection:
         return await primary.connect(
             database_url, timeout=CONNECT_SECONDS, check=read_unescaped, statement_cache_size=0
         )
+    except AddressMalformed:
+        raise SettingsError(MALFORMED) from None
     except AddressUnread as error:
         raise SettingsError(f"No database: {error}.") from error
-    except (asyncpg.exceptions.ClientConfigurationError, ValueError):
-        # Its text may quote parts of the password.
-        raise SettingsError(MALFORMED) from None
     except (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError) as error:
         reason = str(error) or f"no answer within {CONNECT_SECONDS:g} s"
         message = f"{place(database_url)} cannot be used: {reason}. Check that it runs, and the URL's host and login."

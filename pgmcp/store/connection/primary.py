@@ -14,7 +14,7 @@ from typing import Any
 import asyncpg
 
 from pgmcp.store.connection import tls
-from pgmcp.store.connection.address import place, servers
+from pgmcp.store.connection.address import AddressMalformed, AddressUnread, place, servers
 from pgmcp.store.connection.error_text import REFUSALS, WillNotDo
 
 STAGGER_SECONDS = 0.3
@@ -40,8 +40,9 @@ async def connect(url: str, *, timeout: float, check: Check = _any, **options: A
 
     Raises:
         TimeoutError: none was found in time.
+        AddressUnread: something is wrong with the address itself.
         OSError: none can be worked with; the message has a reason for each.
-        Exception: with one server, whatever asyncpg raises; with several, what is wrong with the address itself.
+        Exception: with one server, whatever asyncpg raises.
     """
     each = servers(url)
 
@@ -50,7 +51,10 @@ async def connect(url: str, *, timeout: float, check: Check = _any, **options: A
         try:
             connection: asyncpg.Connection = await asyncpg.connect(server, timeout=timeout, **options)
         except Exception as error:
-            raise tls.explained(error) from error
+            found = tls.explained(error)
+            if isinstance(found, (ValueError, OverflowError)):
+                raise AddressMalformed from None
+            raise found from error
         try:
             await check(connection)
         except BaseException:
@@ -79,7 +83,7 @@ async def _first(waiting: list[str], ask: Callable[[str], Awaitable[asyncpg.Conn
                 if error is None:
                     del asked[task]
                     return task.result()
-                if isinstance(error, asyncpg.exceptions.ClientConfigurationError) or not isinstance(
+                if isinstance(error, AddressUnread) or not isinstance(
                     error, (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
                 ):
                     raise error
