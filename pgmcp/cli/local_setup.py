@@ -124,7 +124,9 @@ def _look_for(target: str) -> None:
     """
     name, colon, attribute = target.rpartition(":")
     if not (name and colon and attribute):
-        message = f"The target {target!r} is not of the form module:attribute or path/to/file.py:attribute."
+        message = (
+            f"The target {target!r} is not of the form module:attribute or path/to/file.py:attribute (server.py:mcp)."
+        )
         raise TargetError(message)
     if name.endswith(".py"):
         found, kind = Path(name).is_file(), "file"
