@@ -134,8 +134,8 @@ class Settings(BaseSettings):
     )
     allowed_hosts: Names = Field(
         (),
-        description="Host headers to accept, with commas between them: host (no port), host:port or host:*; "
-        "default on a loopback address: loopback names.",
+        description="Host headers to accept, with commas between them: host (443 or 80), host:port or host:* (any "
+        "other port); default on a loopback address: loopback names.",
     )
     allowed_origins: Names = Field(
         (),
