@@ -145,8 +145,8 @@ class Settings(BaseSettings):
     )
     allowed_hosts: Names = Field(
         (),
-        description="Host headers to accept, with commas between them: host (no port), host:port or host:*; "
-        "default on a loopback address: loopback names.",
+        description="Host headers to accept, with commas between them: host (443 or 80), host:port or host:* (any "
+        "other port); default on a loopback address: loopback names.",
     )
     allowed_origins: Names = Field(
         (),
@@ -235,7 +235,7 @@ class Settings(BaseSettings):
     retention: Seconds = Field(
         300.0, gt=0, description="Seconds for which what was finished or delivered can be fetched again."
     )
-    pool_size: int = Field(6, ge=3, le=64, description="Database connections besides the line.")
+    pool_size: int = Field(6, ge=3, le=64, description="Database connections of a node, besides the one that listens.")
     keepalive: Seconds = Field(15.0, gt=0, description="Seconds between comments on a silent stream.")
     retry_ms: int = Field(
         1000,

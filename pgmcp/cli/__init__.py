@@ -105,6 +105,9 @@ class Commands(click.Group):
 def main(ctx: click.Context) -> None:
     """Run an unchanged MCP server on many nodes, with PostgreSQL as the only coordinator.
 
+    To try it: `pgmcp up server.py:mcp`. With a PostgreSQL of your own: `pgmcp db upgrade` once, then on each node
+    `pgmcp serve server.py:mcp`.
+
     Exit codes: 0 done, 1 failed, 2 wrong usage or setting, 3 database unreachable, 4 schema refused, 5 schema in use,
     6 another server's cluster, 7 port in use, 8 the served server's lifespan failed.
     """

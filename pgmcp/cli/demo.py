@@ -18,7 +18,7 @@ from pgmcp.cli.local_setup import example, local_cluster, of_its_own
 from pgmcp.cli.options import settings_options
 
 
-@click.command()
+@click.command(short_help="Show what a client sees while nodes die.")
 @click.option("--nodes", "count", type=click.IntRange(4, 16), default=4, show_default=True, help="How many nodes.")
 @settings_options(only=("database_url", "schema_name", "port"))
 @click.pass_context

@@ -14,7 +14,7 @@ WAIT_SECONDS = 60.0
 """Seconds: more than a node's notice and limit take by default."""
 
 
-@click.command()
+@click.command(short_help="Have a node hand its sessions over and leave.")
 @click.argument("node")
 @click.option("--wait/--no-wait", default=True, help="Return when the node has left, or at once. [default: wait]")
 @click.option(

@@ -48,7 +48,7 @@ nodes = _command("nodes", "live_nodes", "List the nodes that hold a lease.")
 requests = _command("requests", "live_requests", "List the requests that are not finished.")
 
 
-@click.group(invoke_without_command=True)
+@click.group(invoke_without_command=True, short_help="List the sessions, or show one.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON array, one row a line.")
 @settings_options(only=DATABASE)
 @click.pass_context

@@ -25,7 +25,7 @@ SNIPPET = """\
 """
 
 
-@click.command(cls=Grouped)
+@click.command(cls=Grouped, short_help="Run a cluster on this machine, to try it.")
 @click.argument("target", required=False)
 @click.option("--nodes", "count", type=click.IntRange(1, 64), default=3, show_default=True, help="How many nodes.")
 @click.option(

@@ -74,7 +74,9 @@ class Node:
         for unknown in unknown_variables(os.environ):
             logger.warning("a variable that nobody reads: %s", unknown)
         if not settings.database_url:
-            message = "No database given: use --database-url or PGMCP_DATABASE_URL (postgresql://user:password@host/db)"
+            message = (
+                "No database given. Set --database-url or PGMCP_DATABASE_URL to postgresql://user:password@host/db."
+            )
             raise SettingsError(message)
         settings, self._give_up_name = named(settings, self)
         self.settings, self._clock, self._ids = settings, clock or Clock(), ids or Ids()

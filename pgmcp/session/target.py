@@ -56,7 +56,9 @@ def target_of(served: object, path: str) -> Target:
     found = next((found for kind in KINDS if (found := kind.adapted(served, path)) is not None), None)
     if found is None:
         hint = " If it returns one when it is called, add --factory." if inspect.isroutine(served) else ""
-        message = f"The target is {_kind(served)}; pgmcp serves {' and '.join(kind.named for kind in KINDS)}.{hint}"
+        message = (
+            f"What TARGET names is {_kind(served)}; pgmcp serves {' and '.join(kind.named for kind in KINDS)}.{hint}"
+        )
         raise TargetError(message)
     whole = found.whole
     endpoint = next(route for route in whole.routes if isinstance(route, Route) and route.path == path)
@@ -175,7 +177,9 @@ def check(target: str) -> tuple[str, str]:
     """
     name, colon, attribute = target.rpartition(":")
     if not colon or not name or not attribute:
-        message = f"The target {target!r} is not of the form module:attribute or path/to/file.py:attribute."
+        message = (
+            f"The target {target!r} is not of the form module:attribute or path/to/file.py:attribute (server.py:mcp)."
+        )
         raise TargetError(message)
     refused = f"The target {target!r} cannot be loaded"
     if name.endswith(".py"):
@@ -207,4 +211,4 @@ def _inside_package(path: Path) -> str:
 
 
 def _kind(found: object) -> str:
-    return f"a {type(found).__module__}.{type(found).__qualname__}"
+    return f"a {type(found).__module__}.{type(found).__qualname__}".replace("a builtins.", "of type ")

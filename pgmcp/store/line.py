@@ -176,7 +176,7 @@ class Line(Service):
             async with asyncio.timeout(self._settings.deadline):
                 return await self._database.ask("renew", self._node, self._settings.ttl, None)
         except TimeoutError as error:
-            message = "Neither the line nor the pool answered in time."
+            message = "PostgreSQL answered on no connection of this node in time: look at the network and at the load."
             raise DatabaseUnavailable(message) from error
 
     async def set_state(self, state: NodeState) -> bool:

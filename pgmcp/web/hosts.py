@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 ANY = "*"
 NAMES = ("127.0.0.1", "localhost", "[::1]")
+PORTS = "the names that clients use, each as they say it, with its port unless it is 443 or 80,"
 
 
 class HostRules(TransportSecurityMiddleware):
@@ -50,7 +51,7 @@ class HostRules(TransportSecurityMiddleware):
         if is_post and not headers.get("content-type", "").lower().startswith("application/json"):
             return Response("Invalid Content-Type header", status_code=400)
         if self._hosts is not None and not listed(headers.get("host", ""), self._hosts):
-            return self._refused("Host", 421, "hosts", "under that name", "the names that clients use")
+            return self._refused("Host", 421, "hosts", "under that name", PORTS)
         origin = headers.get("origin")
         if self._origins is not None and origin and not listed(origin, self._origins):
             return self._refused("Origin", 403, "origins", "pages of that origin", "the pages that may call it")

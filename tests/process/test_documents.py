@@ -31,6 +31,7 @@ import pgmcp
 from pgmcp.embedded import binaries
 from pgmcp.session.target import load
 from pgmcp.store.schema.revisions import head
+from pgmcp.web.hosts import listed
 from tests.harness.clients import RawSession, connect
 from tests.harness.cluster import cluster, tables_of
 from tests.harness.compose import of
@@ -117,7 +118,7 @@ async def test_a_fastapi_application_gets_to_two_replicas_behind_nginx(
         "shop_nodes": nodes,
         "8001": f"{ports[0]}",
         "8002": f"{ports[1]}",
-        "HOSTS=mcp.example.com": "HOSTS=127.0.0.1:*",
+        "HOSTS=mcp.example.com:8080": "HOSTS=127.0.0.1:*",
         "pip install": "true",
         f"docker/{shipped}": f"{of(shipped)}",
         "nginx -p . -c nginx.conf": "true",
@@ -150,6 +151,14 @@ async def test_a_fastapi_application_gets_to_two_replicas_behind_nginx(
         finally:
             for role in (nodes, owner):
                 await tables.execute(f"drop owned by {role} cascade; drop role {role}")
+
+
+def test_the_fastapi_page_lists_the_name_that_its_clients_say() -> None:
+    """The test above puts another name in its place."""
+    page = (DOCS / "fastapi.md").read_text()
+    [hosts] = re.findall(r"^export PGMCP_ALLOWED_HOSTS=(\S+)$", page, re.MULTILINE)
+    [host] = re.findall(r"`http://([^/`]+)/mcp` is for MCP clients", page)
+    assert listed(host, hosts.split(","))
 
 
 async def test_the_quickstart_works(reader: Reader) -> None:

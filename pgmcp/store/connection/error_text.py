@@ -33,7 +33,7 @@ def error_text(error: BaseException) -> str:
     if isinstance(error, WillNotDo):
         return str(error)
     if not isinstance(error, asyncpg.PostgresError):
-        return f"{kind}: {error}"
+        return f"{kind}: {error}" if str(error) else kind
     state = str(error.sqlstate or "")
     if isinstance(error, asyncpg.InsufficientPrivilegeError):
         return f"{error.args[0] if error.args else kind}: `pgmcp db grants` prints what the role needs"

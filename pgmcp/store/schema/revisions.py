@@ -88,7 +88,7 @@ def fit(found: Shape | None, schema: str) -> str:
         SchemaError: the schema is missing, behind, or needs a newer build; the message says what to run.
     """
     if found is None:
-        message = f"There are no tables of pgmcp in schema {schema}. Run `pgmcp db upgrade`."
+        message = f"There are no tables of pgmcp in schema {schema}. Run `pgmcp db upgrade`, or check --schema."
         raise SchemaError(message)
     if found.needs is None:
         refuse_unknown(found, schema)
