@@ -131,7 +131,7 @@ async def test_a_server_of_the_former_history_is_refused(primary: Server, standb
             there = "select count(*) from pg_stat_activity where application_name like 'pgmcp %'"
 
             async def nobody() -> bool:
-                return await tables.value(there) == 0  # but who is just being refused
+                return bool(await tables.value(there) == 0)  # but who is just being refused
 
             await eventually(nobody, "nobody works there")
             assert await tables.value("select term from pgmcp.history") == 0
