@@ -219,10 +219,11 @@ class Load:
     Args:
         long: seconds that long calls take.
         folder: for logs.
+        each: how many of each kind of official client there are.
     """
 
-    def __init__(self, nginx: Nginx, folder: Path, long: float) -> None:
-        self._nginx, self._folder, self._long = nginx, folder, long
+    def __init__(self, nginx: Nginx, folder: Path, long: float, *, each: int = 2) -> None:
+        self._nginx, self._folder, self._long, self._each = nginx, folder, long, each
         self._stack = contextlib.AsyncExitStack()
         self._working = True
         self._work: list[asyncio.Task[Seen]] = []
@@ -232,10 +233,10 @@ class Load:
     async def __aenter__(self) -> Self:
         url = self._nginx.mcp_url
         try:
-            for version in ("v1", "v2"):
+            for version in ("v2", "v1")[: self._each]:
                 script = typescript(version, url, self._folder, self._long)
                 self._scripts.append(await self._stack.enter_async_context(script))
-            clients = [PythonClient(url, f"python-{number}", self._going, self._long) for number in range(2)]
+            clients = [PythonClient(url, f"python-{number}", self._going, self._long) for number in range(self._each)]
             runs = [client.run() for client in clients]
             runs += [newcomers(url, self._going), modern(url, self._going, self._long)]
             runs.append(old_client(self._nginx.url, self._going, self._long))

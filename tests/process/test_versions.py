@@ -85,7 +85,7 @@ async def test_an_upgrade_with_both_builds_at_work_fails_no_call(database: str, 
         Nginx([node.port for node in members], plain=True, skips=2, directory=tmp_path / "nginx") as nginx,
     ):
         rotation = Rotation(nginx, LIMIT)
-        async with Load(nginx, tmp_path, LONG) as load, tables_of(database) as tables:
+        async with Load(nginx, tmp_path, LONG, each=1) as load, tables_of(database) as tables:
             code, said = await upgrade_while_somebody_reads(database, newer)
             assert code == 5, said
             assert f"{head()} -> 0900" in said

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from contextlib import closing
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.property.profiles import failovers
 from tests.property.scene import Scene
+
+pytestmark = pytest.mark.timeout(400)  # its end are its examples, however busy the machine is
 
 paces = st.lists(st.sampled_from([0.0, 0.02, 0.1, 0.4, 1.0]), min_size=5, max_size=20)
 moments = st.sampled_from([0.0, 0.1, 0.4, 1.0, 2.5])

@@ -19,6 +19,8 @@ from tests.property.nodes import SimNode
 from tests.property.profiles import chosen
 from tests.property.world import Call, SimSession, World
 
+pytestmark = pytest.mark.timeout(400)  # its end are its examples, however busy the machine is
+
 NODES = 3
 MOST_NODES, MOST_SESSIONS, MOST_CALLS = 8, 2, 12
 
