@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from pgmcp.errors import SettingsError
@@ -297,6 +297,11 @@ class Settings(BaseSettings):
             )
             message = f"Settings refused: {problems}. `pgmcp serve --help` lists every option."
             raise SettingsError(message) from None
+
+    @field_validator("allowed_origins", "cors_origins")
+    @classmethod
+    def _as_browsers_write_them(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(origin.rstrip("/").lower() for origin in origins)
 
     @model_validator(mode="after")
     def _lease_times_agree(self) -> Settings:

@@ -34,7 +34,7 @@ SNIPPET = """\
     help="Folder that keeps the embedded PostgreSQL's data; without it the data go when the cluster stops.",
 )
 @factory_option
-@settings_options(without=("node_name", "address"))
+@settings_options(without=("node_name", "address", "wait"))
 @click.pass_context
 def up(
     ctx: click.Context, target: str | None, count: int, data_dir: Path | None, given: dict[str, Any], *, factory: bool

@@ -21,12 +21,13 @@ import asyncpg
 from asyncpg.pool import PoolConnectionProxy
 
 from pgmcp.clock import Clock, Ids
-from pgmcp.errors import DatabaseUnavailable, LoginRefused, PgmcpError, RightsMissing, SchemaGone, SettingsError
+from pgmcp.errors import DatabaseUnavailable, PgmcpError, RightsMissing, SettingsError
 from pgmcp.settings import Settings
 from pgmcp.store.connection import primary
-from pgmcp.store.connection.address import AddressMalformed, AddressUnread, place
+from pgmcp.store.connection.address import AddressMalformed, AddressUnread
 from pgmcp.store.connection.encoding import Encoding, encoding_of, read_unescaped
-from pgmcp.store.connection.error_text import REFUSALS, error_text
+from pgmcp.store.connection.error_text import error_text
+from pgmcp.store.connection.failures import ANSWERED, CONTENTION, TROUBLE, is_pooler, unavailable
 from pgmcp.store.connection.one_shot import MALFORMED
 from pgmcp.store.connection.pooler import transaction_pooled
 from pgmcp.store.connection.settings import PLANS, STARTUP, Frame, pin
@@ -36,41 +37,6 @@ from pgmcp.store.statements import LockWait, statement
 from pgmcp.store.timeline import Timeline
 
 Result = TypeVar("Result")
-
-TROUBLE = (
-    OSError,
-    TimeoutError,
-    asyncpg.InterfaceError,
-    asyncpg.InternalClientError,
-    asyncpg.PostgresConnectionError,
-    asyncpg.CannotConnectNowError,
-    asyncpg.OperatorInterventionError,
-    asyncpg.InsufficientResourcesError,
-    asyncpg.ReadOnlySQLTransactionError,
-    asyncpg.InvalidSQLStatementNameError,
-    asyncpg.InvalidAuthorizationSpecificationError,
-    asyncpg.InvalidCatalogNameError,
-)
-"""The database could not be asked, perhaps for want of a login; the same statement may be sent again."""
-
-MISSING = (
-    asyncpg.UndefinedTableError,
-    asyncpg.UndefinedColumnError,
-    asyncpg.UndefinedFunctionError,
-    asyncpg.InvalidSchemaNameError,
-)
-"""The schema is gone, or is not this build's, or is being restored; the server is there. Waited for like trouble."""
-
-ANSWERED = (*MISSING, asyncpg.InsufficientPrivilegeError)
-"""The server is there, and whoever asks it again, in whatever way, is told the same."""
-
-CONTENTION = (
-    asyncpg.LockNotAvailableError,
-    asyncpg.DeadlockDetectedError,
-    asyncpg.SerializationError,
-    asyncpg.UniqueViolationError,
-)
-"""Another transaction was in the way, or stored the same row; the same statement may be sent again."""
 
 LARGE_BYTES = 1024 * 1024
 """Bytes from which a statement's rows are large."""
@@ -152,7 +118,7 @@ class Database:
         except (*TROUBLE, asyncpg.PostgresError) as error:
             raise self._refusal(url, error) from error
         if pooled:
-            raise _pooler(url)
+            raise is_pooler(url)
 
     def _refusal(self, url: str, error: BaseException) -> PgmcpError:
         """Why the node cannot start; what only poolers say is said as such."""
@@ -162,7 +128,7 @@ class Database:
             return RightsMissing(str(unavailable(url, error)))
         lost = isinstance(error, (asyncpg.InvalidSQLStatementNameError, asyncpg.DuplicatePreparedStatementError))
         startup = isinstance(error, asyncpg.ProtocolViolationError) and "startup parameter" in str(error)
-        return _pooler(url) if startup or (lost and url == self.settings.line_url) else unavailable(url, error)
+        return is_pooler(url) if startup or (lost and url == self.settings.line_url) else unavailable(url, error)
 
     async def connect(self, url: str, *, timeout: float, **options: Any) -> asyncpg.Connection:
         """A direct connection to the server that this node works with: see ``primary.connect`` and ``Timeline``."""
@@ -378,28 +344,3 @@ class Database:
 def extra(size: int) -> float:
     """Seconds that rows of so many bytes take at most, besides what any statement does."""
     return size / FLOOR_BYTES_PER_SECOND if size > LARGE_BYTES else 0.0
-
-
-def _pooler(url: str) -> SettingsError:
-    return SettingsError(
-        f"{place(url)} is a pooler, where LISTEN and the lease do not work. Leave it in --database-url, and set "
-        f"--listen-url (PGMCP_LISTEN_URL) to PostgreSQL itself."
-    )
-
-
-def unavailable(url: str, error: BaseException) -> PgmcpError:
-    """The error for a database that cannot be used now; it names the place, never the password."""
-    if isinstance(error, MISSING):
-        return SchemaGone(
-            f"{place(url)} has no such tables any more ({error_text(error)}). Restore them, or run `pgmcp db upgrade`."
-        )
-    if isinstance(error, asyncpg.InsufficientPrivilegeError):
-        return LoginRefused(f"{place(url)} refuses this role ({error_text(error)}).")
-    if isinstance(error, REFUSALS):
-        return LoginRefused(
-            f"{place(url)} refuses the login ({error_text(error)}). Check user, password and database of "
-            f"--database-url."
-        )
-    return DatabaseUnavailable(
-        f"{place(url)} does not answer ({error_text(error)}). Check that it runs and that --database-url is right."
-    )

@@ -30,7 +30,8 @@ import asyncpg
 from pgmcp.clock import Clock
 from pgmcp.errors import DatabaseUnavailable, PgmcpError
 from pgmcp.store.connection.error_text import error_text
-from pgmcp.store.database import ANSWERED, BACKOFF_SECONDS, CONTENTION, TROUBLE
+from pgmcp.store.connection.failures import ANSWERED, CONTENTION, TROUBLE
+from pgmcp.store.database import BACKOFF_SECONDS
 from pgmcp.store.statements import LockWait
 
 logger = logging.getLogger(__name__)

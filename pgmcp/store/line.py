@@ -35,7 +35,8 @@ from pgmcp.settings import Settings
 from pgmcp.store.channel_allowance import Allowance
 from pgmcp.store.connection.address import AddressUnread
 from pgmcp.store.connection.error_text import REFUSALS, error_text
-from pgmcp.store.database import ANSWERED, TROUBLE, Database, unavailable
+from pgmcp.store.connection.failures import ANSWERED, TROUBLE, unavailable
+from pgmcp.store.database import Database
 from pgmcp.store.notifier import channel
 from pgmcp.store.statements import statement
 from pgmcp.types import NodeId, NodeState

@@ -86,3 +86,9 @@ def test_an_option_goes_before_its_variable(monkeypatch: pytest.MonkeyPatch) -> 
 def test_what_cannot_work_is_refused_with_a_hint(values: dict[str, Any]) -> None:
     with pytest.raises(SettingsError, match="refused"):
         Settings(**values)
+
+
+def test_origins_are_compared_as_browsers_write_them() -> None:
+    settings = Settings(allowed_origins="https://App.example/", cors_origins=("http://LOCALHOST:*", "*"))
+    assert settings.allowed_origins == ("https://app.example",)
+    assert settings.cors_origins == ("http://localhost:*", "*")
