@@ -59,10 +59,7 @@ def knows_aliases(node: NodeId) -> bool:
 
 
 def session_alias(session_id: str) -> str:
-    """What logs call a session: it leads from a session id to the alias, and never back.
-
-    Of the shape of ids, with their hint; views show HTTP+SSE's sessions by it (migration 0018 says the same).
-    """
+    """What logs, and views of HTTP+SSE (migration 0018), call a session: of the shape of ids, and never leads back."""
     hint = session_id[:-32] if re.search("-[0-9a-f]{32}$", session_id) else ""
     return hint + sha256(session_id.encode()).hexdigest()[:32]
 
