@@ -27,6 +27,7 @@ from pgmcp.store.statements import names, statement
 from tests.harness.clients import RawSession
 from tests.harness.cluster import everything, running_node, serving
 from tests.harness.stores import IDS
+from tests.harness.waiting import eventually
 
 
 @dataclass(slots=True)
@@ -202,16 +203,26 @@ async def test_an_address_that_becomes_malformed_is_waited_for_and_its_text_is_n
 ) -> None:
     file = tmp_path / "address"
     file.write_text(database)
-    hang_up = "select pg_terminate_backend(pid) from pg_stat_activity where application_name like 'pgmcp n1%'"
+    ours = "datname = current_database() and application_name like 'pgmcp n1%'"
     other = await asyncpg.connect(database)
     node = Node(Settings(node_name="n1", port=0, database_url_file=str(file)), everything())
     async with serving(node.application()) as url:
         incarnation = node.incarnation().node_id
+
+        async def cut_off() -> bool:
+            await other.execute(f"select pg_terminate_backend(pid) from pg_stat_activity where {ours}")
+            try:
+                await node.database.ask("carried_streams", incarnation)
+            except DatabaseUnavailable:
+                return True
+            return False  # a connection was just being made when the address became another one
+
         async with RawSession() as session:
             await session.open(url)
             for wrong in ("postgresql://user:se/cret@host/db", "postgresql://user:secret@host:99999/db"):
                 file.write_text(wrong)
-                await other.execute(hang_up)
+                for _ in range(3):
+                    await eventually(cut_off, "no connection is left")
                 call = asyncio.create_task(session.call_tool(url, "count"))
                 done, _ = await asyncio.wait({call}, timeout=1.5)
                 assert not done, call.exception() or call.result()
