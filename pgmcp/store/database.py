@@ -27,7 +27,7 @@ from pgmcp.store.connection import primary
 from pgmcp.store.connection.address import AddressMalformed, AddressUnread
 from pgmcp.store.connection.encoding import Encoding, encoding_of, read_unescaped
 from pgmcp.store.connection.error_text import error_text
-from pgmcp.store.connection.failures import ANSWERED, CONTENTION, TROUBLE, is_pooler, unavailable
+from pgmcp.store.connection.failures import ANSWERED, CONTENTION, TROUBLE, pooler_error, unavailable
 from pgmcp.store.connection.one_shot import MALFORMED
 from pgmcp.store.connection.pooler import transaction_pooled
 from pgmcp.store.connection.settings import PLANS, STARTUP, Frame, pin
@@ -118,7 +118,7 @@ class Database:
         except (*TROUBLE, asyncpg.PostgresError) as error:
             raise self._refusal(url, error) from error
         if pooled:
-            raise is_pooler(url)
+            raise pooler_error(url)
 
     def _refusal(self, url: str, error: BaseException) -> PgmcpError:
         """Why the node cannot start; what only poolers say is said as such."""
@@ -128,7 +128,7 @@ class Database:
             return RightsMissing(str(unavailable(url, error)))
         lost = isinstance(error, (asyncpg.InvalidSQLStatementNameError, asyncpg.DuplicatePreparedStatementError))
         startup = isinstance(error, asyncpg.ProtocolViolationError) and "startup parameter" in str(error)
-        return is_pooler(url) if startup or (lost and url == self.settings.line_url) else unavailable(url, error)
+        return pooler_error(url) if startup or (lost and url == self.settings.line_url) else unavailable(url, error)
 
     async def connect(self, url: str, *, timeout: float, **options: Any) -> asyncpg.Connection:
         """A direct connection to the server that this node works with: see ``primary.connect`` and ``Timeline``."""

@@ -12,7 +12,7 @@ from mcp.server.subscriptions import ToolsListChanged
 
 from pgmcp import Cluster
 from pgmcp.store.notifier import channel
-from pgmcp.store.schema.tables import VIEWS
+from pgmcp.store.schema.public_views import COLUMNS
 from tests.harness.clients import RawExchange, RawSession
 from tests.harness.cluster import RunningNode, cluster, everything, tables_of
 from tests.harness.waiting import eventually
@@ -86,7 +86,9 @@ async def test_nothing_that_is_said_or_shown_leads_to_a_session(database: str) -
         assert (await ends.delete(two)).status == 200
         await eventually(lambda: {payload[0] for payload in heard} >= set("itep"), f"all of it was said: {heard}")
 
-        shown = [str(tuple(row)) for view in VIEWS for row in await tables.rows(f"select v::text from pgmcp.{view} v")]
+        shown = [
+            str(tuple(row)) for view in COLUMNS for row in await tables.rows(f"select v::text from pgmcp.{view} v")
+        ]
         told = "\n".join([*heard, *shown])
         for row in await tables.rows("select id from pgmcp.streams"):
             assert row["id"].hex not in told

@@ -22,7 +22,8 @@ from pgmcp.settings import Settings
 from pgmcp.store.commands import views
 from pgmcp.store.database import Database
 from pgmcp.store.schema import migrations, rights
-from pgmcp.store.schema.tables import FUNCTIONS, VIEWS, metadata
+from pgmcp.store.schema.public_views import COLUMNS
+from pgmcp.store.schema.tables import FUNCTIONS, metadata
 from pgmcp.store.statements import names, statement
 from tests.harness.clients import RawSession
 from tests.harness.cluster import everything, running_node, serving
@@ -107,7 +108,7 @@ async def test_each_role_can_do_its_work_and_nothing_else(empty_database: str) -
         with pytest.raises(SchemaError, match="Let the role run it that owns"):
             await asyncio.to_thread(migrations.downgrade, made.url("runtime"), "pgmcp", "-1")
 
-        for view in VIEWS:
+        for view in COLUMNS:
             await asyncio.to_thread(views.fetch, made.url("reader"), "pgmcp", view)
         for forbidden in (*(f"select from pgmcp.{name}" for name in metadata.tables), f"select pgmcp.{FUNCTIONS[1]}"):
             with pytest.raises(asyncpg.InsufficientPrivilegeError):

@@ -44,7 +44,7 @@ CONTENTION = (
 """Another transaction was in the way, or stored the same row; the same statement may be sent again."""
 
 
-def is_pooler(url: str) -> SettingsError:
+def pooler_error(url: str) -> SettingsError:
     """The error for an address that leads to a pooler, where PostgreSQL itself is needed."""
     return SettingsError(
         f"{place(url)} is a pooler, where LISTEN and the lease do not work. Leave it in --database-url, and set "

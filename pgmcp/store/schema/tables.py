@@ -59,7 +59,6 @@ NOW = text("clock_timestamp()")
 XACT = text("(pg_current_xact_id()::text)::bigint")
 TIME = DateTime(timezone=True)
 
-VIEWS = ("live_nodes", "live_sessions", "live_requests", "live_streams", "takeover_history")
 PUBLISHING = (
     "publish_resource_updated(text)",
     "publish_tools_list_changed()",
